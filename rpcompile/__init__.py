@@ -1,0 +1,1 @@
+"""rpcompile: a graph-partitioning compiler for fine-tuning models bigger than your GPUs."""

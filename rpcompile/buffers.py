@@ -1,0 +1,61 @@
+"""Names of the buffers that actions read and write.
+
+A name is `<space>:<what>`; space is `host` or `gpu<k>`. Segment `s` ends at boundary `s`: the
+tensors that cross the cut behind it. `j` is a job, `m` a microbatch.
+
+    host:weights.s4        parameters and buffers of segment 4, as the model holds them
+    host:inputs.m0         the caller's tensors for microbatch 0
+    host:x.s6.m0           boundary 6, kept for recompute or handed on
+    host:dx.s6.j9.m0       gradient of boundary 6, handed on by job 9
+    host:gradients.j9.s4   job 9's gradient of segment 4's parameters
+    host:state.j2.s4       segment 4's buffers as job 2's forward left them
+    host:loss.m0           the loss (in evaluation: every output)
+    gpu1:weights.j2.s4     job 2's copy of segment 4's weights
+    gpu1:inputs.j2.m0      job 2's copy of the caller's tensors
+    gpu1:x.s6.j2.m0        boundary 6 as job 2 made or received it
+    gpu1:dx.s6.j9.m0       gradient of boundary 6 as job 9 made or received it
+    gpu1:gradients.j9.s4   gradient accumulated over job 9's microbatches
+    gpu1:loss.m0           the loss on the device
+"""
+
+from __future__ import annotations
+
+HOST = "host"
+
+
+def space_of(buffer: str) -> str:
+    """`host` or `gpu<k>`."""
+    return buffer.partition(":")[0]
+
+
+def gpu(index: int) -> str:
+    return f"gpu{index}"
+
+
+def weights(space: str, segment: int, job: int | None = None) -> str:
+    return f"{space}:weights.s{segment}" if job is None else f"{space}:weights.j{job}.s{segment}"
+
+
+def inputs(space: str, microbatch: int, job: int | None = None) -> str:
+    return f"{space}:inputs.m{microbatch}" if job is None else f"{space}:inputs.j{job}.m{microbatch}"
+
+
+def boundary(space: str, segment: int, microbatch: int, job: int | None = None) -> str:
+    middle = "" if job is None else f".j{job}"
+    return f"{space}:x.s{segment}{middle}.m{microbatch}"
+
+
+def boundary_gradient(space: str, segment: int, microbatch: int, job: int) -> str:
+    return f"{space}:dx.s{segment}.j{job}.m{microbatch}"
+
+
+def gradients(space: str, segment: int, job: int) -> str:
+    return f"{space}:gradients.j{job}.s{segment}"
+
+
+def state(segment: int, job: int) -> str:
+    return f"{HOST}:state.j{job}.s{segment}"
+
+
+def loss(space: str, microbatch: int) -> str:
+    return f"{space}:loss.m{microbatch}"

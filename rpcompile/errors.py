@@ -1,0 +1,58 @@
+"""One error class for each mistake a user can see.
+
+Every message says what failed (value against limit), where, and what to change.
+"""
+
+from __future__ import annotations
+
+
+class RpcompileError(Exception):
+    """Base of every error that rpcompile raises on purpose."""
+
+
+class MissingExampleInputs(RpcompileError):
+    """The model's inputs cannot be inferred and no example was given."""
+
+
+class InvalidArgument(RpcompileError, ValueError):
+    """An argument is outside its range or of the wrong type."""
+
+
+class CaptureError(RpcompileError):
+    """torch.export cannot capture the model's graph."""
+
+
+class UnsupportedModel(RpcompileError):
+    """The captured graph has a property that rpcompile cannot honour."""
+
+
+class BatchError(RpcompileError, ValueError):
+    """A batch does not fit the compiled program: names, shapes or divisibility."""
+
+
+class PartitionError(RpcompileError):
+    """The segments cannot be divided as asked."""
+
+
+class StageTooLarge(PartitionError):
+    """One segment alone needs more memory than a GPU has."""
+
+
+class ScheduleError(RpcompileError):
+    """A schedule violates a property that `verify` proves."""
+
+
+class PlanFileError(RpcompileError):
+    """A plan file cannot be read or written."""
+
+
+class PlanMismatch(RpcompileError):
+    """A plan was made for another model or another arrangement."""
+
+
+class ExecutionError(RpcompileError):
+    """An instruction failed while the program ran."""
+
+
+class NotBuiltYet(RpcompileError, NotImplementedError):
+    """A documented option whose implementation is not in this version."""

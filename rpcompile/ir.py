@@ -1,0 +1,537 @@
+"""The nouns of rpcompile: every type that passes hand to one another.
+
+Data flows one way (see `rpcompile/api.py` for the line as code)::
+
+    nn.Module -> Capture -> CostedGraph -> SegmentChain -> Partition -> Schedule -> Program
+
+All types are frozen. Units are suffixes: `_bytes`, `_s` (seconds), `_flops`, `_bytes_per_s`.
+The text form of one action, e.g. `2F0`, is described at `ActionId`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from rpcompile.errors import ScheduleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import sympy
+    import torch
+
+# --------------------------------------------------------------------------- capture
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A parameter or buffer of the model, as the captured graph sees it.
+
+    Attributes:
+        placeholder: Name of the graph placeholder that stands for it.
+        name: Canonical qualified name in the model (the first alias).
+        aliases: Every qualified name under which the model holds the same tensor.
+        shape: Sizes.
+        dtype: Text form, e.g. "float32".
+        nbytes: Size in bytes.
+        trainable: `requires_grad` at capture time; False for buffers.
+    """
+
+    placeholder: str
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A tensor that each call passes in.
+
+    Attributes:
+        placeholder: Name of the graph placeholder.
+        name: Keyword (or position, as text) under which the caller passes it.
+        shape: One entry a dimension: an int, or the name of a symbol.
+        dtype: Text form, e.g. "int64".
+        batch_dim: Dimension that microbatches split, None for inputs every microbatch sees whole.
+    """
+
+    placeholder: str
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    batch_dim: int | None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between two nodes where the graph may be divided.
+
+    Attributes:
+        position: The cut lies behind this many of `Capture.order`'s nodes.
+        name: What ends here, e.g. "model.layers.3.mlp".
+        values: Names of the nodes whose values cross the cut, in graph order.
+        gradients: The members of `values` that carry a gradient back.
+    """
+
+    position: int
+    name: str
+    values: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model's training graph, with what is needed to run pieces of it.
+
+    Attributes:
+        graph_module: The graph. Placeholders: parameters, buffers, constants, inputs; it returns
+            the loss first. The one mutable member: passes copy it before they change it.
+        model_name: Class name of the model.
+        parameters: Parameters that the graph reads.
+        buffers: Buffers that the graph reads, with tensor constants.
+        constants: Tensor constants by placeholder name.
+        inputs: What a caller passes.
+        outputs: Names of the nodes returned, loss first.
+        symbols: Symbol name -> (smallest, largest) size, e.g. {"batch": (1, 65536)}.
+        example_sizes: Symbol name -> size in the example inputs.
+        tied: Groups of parameter names that are one tensor.
+        mutations: Qualified buffer name -> node whose value it takes after the forward,
+            or the in-place operator's node.
+        order: Nodes to execute, in order; rematerialised ones are left out.
+        rematerialised: Cheap nodes that every stage computes again instead of receiving.
+        requires_grad: Nodes whose value carries a gradient.
+        random: Nodes that draw random numbers, in order; the position is the stream's number.
+        cuts: Places where the graph may be divided, in order.
+        fingerprint: Hash of parameter names, shapes, dtypes and of the graph.
+        output_spec: How `outputs` are put together for the caller (a pytree spec), or None.
+    """
+
+    graph_module: torch.fx.GraphModule
+    model_name: str
+    parameters: tuple[TensorSpec, ...]
+    buffers: tuple[TensorSpec, ...]
+    constants: Mapping[str, torch.Tensor]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    symbols: Mapping[str, tuple[int, int]]
+    example_sizes: Mapping[str, int]
+    tied: tuple[tuple[str, ...], ...]
+    mutations: Mapping[str, str]
+    fingerprint: str
+    order: tuple[str, ...] = ()
+    rematerialised: frozenset[str] = frozenset()
+    requires_grad: frozenset[str] = frozenset()
+    random: tuple[str, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    output_spec: object = None
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one node costs for one microbatch; expressions in the capture's symbols.
+
+    Attributes:
+        op_class: "matmul", "attention", "convolution", "elementwise", "reduction", "gather" or "view".
+        forward_flops: Floating point operations of the forward (a multiply-add counts 2).
+        backward_flops: The same for the backward, without recompute; 0 where no gradient flows.
+        read_bytes: Bytes the forward reads.
+        write_bytes: Bytes the forward writes.
+        backward_read_bytes: Bytes the backward reads.
+        backward_write_bytes: Bytes the backward writes.
+        saved_bytes: Bytes kept for the backward.
+        source: Where the formula is from; "bytes only" for an operator without one.
+    """
+
+    op_class: str
+    forward_flops: sympy.Expr
+    backward_flops: sympy.Expr
+    read_bytes: sympy.Expr
+    write_bytes: sympy.Expr
+    backward_read_bytes: sympy.Expr
+    backward_write_bytes: sympy.Expr
+    saved_bytes: sympy.Expr
+    source: str
+
+
+@dataclass(frozen=True)
+class CostedGraph:
+    """A capture with the cost of each of its nodes, and the operators no formula is known for."""
+
+    capture: Capture
+    costs: Mapping[str, NodeCost]
+    unknown: tuple[str, ...]
+
+
+# --------------------------------------------------------------------------- segments
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU and its link to the host.
+
+    Attributes:
+        name: Catalogue name, e.g. "rtx4090".
+        memory_bytes: Device memory.
+        usable_bytes: What of it a plan may use.
+        flops_per_s: Dense matrix throughput for the training dtype.
+        memory_bytes_per_s: Device memory bandwidth.
+        h2d_bytes_per_s: Host to device, one way.
+        d2h_bytes_per_s: Device to host, one way.
+        latency_s: Fixed time of one transfer.
+        sources: Field -> "measured: ...", "quoted: ..." or "assumed: ...".
+    """
+
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    flops_per_s: float
+    memory_bytes_per_s: float
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    latency_s: float
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The graph between two neighbouring cuts; the smallest piece that a stage can be made of.
+
+    All times and sizes are for one microbatch.
+
+    Attributes:
+        name: E.g. "model.layers.3.mlp".
+        nodes: The graph nodes, in order.
+        parameters: Qualified names of the parameters it reads.
+        inputs: Names of the user inputs it reads, also through rematerialised nodes.
+        boundary: Values that cross the cut behind this segment; empty for the last one.
+        boundary_gradients: The members of `boundary` that carry a gradient back.
+        forward_s: Forward time.
+        backward_s: Backward time without recompute; 0 where no gradient flows.
+        forward_flops: Forward FLOPs.
+        backward_flops: Backward FLOPs without recompute.
+        weight_bytes: Parameters and buffers to upload.
+        gradient_bytes: Gradients of its trainable parameters.
+        state_bytes: Buffers that its forward changes (BatchNorm statistics).
+        input_bytes: The user inputs it reads.
+        boundary_bytes: The tensors of `boundary`.
+        boundary_gradient_bytes: Their gradients.
+        saved_bytes: Tensors kept from its forward for its backward.
+        peak_bytes: Largest transient need on top of weights and saved tensors.
+        needs_backward: Whether a backward passes through it at all.
+        source: "estimated", "measured" or "given".
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    boundary: tuple[str, ...]
+    boundary_gradients: tuple[str, ...]
+    forward_s: float
+    backward_s: float
+    forward_flops: float
+    backward_flops: float
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    input_bytes: int
+    boundary_bytes: int
+    boundary_gradient_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+    needs_backward: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class TiedWeight:
+    """One tensor read by several segments: uploaded by each, counted once inside a stage."""
+
+    name: str
+    segments: tuple[int, ...]
+    weight_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class SegmentChain:
+    """The segments of a model, priced for one microbatch size and one kind of GPU."""
+
+    segments: tuple[Segment, ...]
+    bindings: dict[str, int]
+    hardware: Hardware
+    tied: tuple[TiedWeight, ...] = ()
+
+    @property
+    def first_backward(self) -> int:
+        """Index of the first segment that a backward passes through; len(segments) if none."""
+        for index, segment in enumerate(self.segments):
+            if segment.needs_backward:
+                return index
+        return len(self.segments)
+
+
+# --------------------------------------------------------------------------- partition
+
+
+class StageKind(StrEnum):
+    """F: forward; B: backward with recompute; FB: forward and backward at once, no recompute."""
+
+    F = "F"
+    B = "B"
+    FB = "FB"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of segments `first..last` (both included). Indices follow execution order: F..., FB, B..."""
+
+    index: int
+    kind: StageKind
+    first: int
+    last: int
+
+    @property
+    def segments(self) -> range:
+        return range(self.first, self.last + 1)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The stages of one iteration, with what the solver can say about them.
+
+    Attributes:
+        stages: In execution order: forward stages up the model, the fused tail, backward stages down.
+        memory_limit_bytes: Limit that each job's residency was held to.
+        objective_s: Predicted time of one iteration under the solver's model.
+        bound_s: Proved lower bound on it over all partitions considered.
+        status: "OPTIMAL" or "FEASIBLE".
+        solve_s: Seconds the solver took.
+        solver: E.g. "CP-SAT 9.15".
+    """
+
+    stages: tuple[Stage, ...]
+    memory_limit_bytes: int
+    objective_s: float
+    bound_s: float
+    status: str
+    solve_s: float
+    solver: str
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective, 0 when proved optimal."""
+        return 0.0 if self.objective_s == 0 else (self.objective_s - self.bound_s) / self.objective_s
+
+
+# --------------------------------------------------------------------------- schedule
+
+
+class Stream(StrEnum):
+    """A queue that runs its actions in order."""
+
+    COMPUTE = "compute"
+    H2D = "h2d"
+    D2H = "d2h"
+    HOST = "host"
+
+
+class Op(StrEnum):
+    """What an action does; the value is its letter in the text form."""
+
+    PREFETCH = "P"  # h2d: weights and buffers of one segment, for a job
+    LOAD = "L"  # h2d: user inputs and the saved stage input of one microbatch
+    RECEIVE = "V"  # h2d: a handed-off activation or gradient of one microbatch
+    FORWARD = "F"  # compute: forward without autograd
+    BACKWARD = "B"  # compute: recompute, then backward
+    FUSED = "FB"  # compute: forward, loss and backward at once
+    HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
+    OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
+    GRADIENT = "G"  # d2h: weight gradients of one segment, after a job's last microbatch
+    UPDATE = "U"  # host: optimizer update
+    FREE = "X"  # any stream: buffers whose life ends
+
+
+COMPUTE_OPS = frozenset({Op.FORWARD, Op.BACKWARD, Op.FUSED})
+
+
+@dataclass(frozen=True)
+class ActionId:
+    """The text form of an action: `<stage><op>[<microbatch>][@<job>][.<part>]`.
+
+    `2F0` is stage 2, forward, microbatch 0; `5FB3` the fused stage 5 on microbatch 3; `2P@2.7`
+    the upload of segment 7's weights for job 2, which runs stage 2; `1O0.6` the offload of the
+    boundary behind segment 6, from stage 1, microbatch 0. It round-trips through `parse`.
+    """
+
+    stage: int
+    op: Op
+    microbatch: int | None = None
+    job: int | None = None
+    part: int | None = None
+
+    _PATTERN = re.compile(r"(\d+)(FB|[PLVFBHOGUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
+
+    def __str__(self) -> str:
+        text = f"{self.stage}{self.op.value}"
+        text += "" if self.microbatch is None else str(self.microbatch)
+        text += "" if self.job is None else f"@{self.job}"
+        return text + ("" if self.part is None else f".{self.part}")
+
+    @classmethod
+    def parse(cls, text: str) -> ActionId:
+        match = cls._PATTERN.fullmatch(text)
+        if match is None:
+            raise ScheduleError(f"{text!r} is not an action; write e.g. 2F0, 5FB3, 2P@2.7 or 1O0.6")
+        stage, op, microbatch, job, part = match.groups()
+        optional = [None if digits is None else int(digits) for digits in (microbatch, job, part)]
+        return cls(int(stage), Op(op), *optional)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One upload of one stage's weights to one GPU, then its microbatches in order."""
+
+    index: int
+    stage: int
+    round: int
+    replica: int
+    microbatches: tuple[int, ...]
+    gpu: int
+
+
+@dataclass(frozen=True)
+class Action:
+    """One instruction of one stream.
+
+    Buffers are named `<space>:<what>`, space being `host` or `gpu<k>` (see `rpcompile/buffers.py`).
+
+    Attributes:
+        id: Text form of an `ActionId`; unique in a schedule.
+        gpu: GPU whose stream runs it.
+        stream: The stream.
+        op: What it does.
+        job: Index of the job it belongs to.
+        stage: Stage of that job.
+        microbatch: Microbatch, None for actions of a whole job.
+        nbytes: Bytes moved; 0 for compute and FREE.
+        seconds: Predicted duration.
+        reads: Buffers read.
+        writes: Buffers written; a buffer both read and written is updated in place.
+        frees: Buffers whose life ends here (FREE only).
+        after: Ids of actions that must be over first for a reason other than data: memory slots.
+        waits: Events that must have happened before it starts.
+        records: Events that happen when it is over.
+    """
+
+    id: str
+    gpu: int
+    stream: Stream
+    op: Op
+    job: int
+    stage: int
+    microbatch: int | None = None
+    nbytes: int = 0
+    seconds: float = 0.0
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    frees: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    waits: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The actions of one stream of one GPU, in the order they run."""
+
+    gpu: int
+    stream: Stream
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every stream of every GPU does in one iteration.
+
+    Attributes:
+        policy: "round_robin", ...
+        mode: "sync" (training), or "forward" (evaluation only).
+        gpus: Number of GPUs.
+        microbatches: Number of microbatches.
+        jobs: In dispatch order.
+        queues: One a GPU and stream that has work, ordered by GPU then stream.
+        buffers: Buffer name -> size in bytes.
+    """
+
+    policy: str
+    mode: str
+    gpus: int
+    microbatches: int
+    jobs: tuple[Job, ...]
+    queues: tuple[Queue, ...]
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    def actions(self) -> Iterator[Action]:
+        """Every action, queue by queue."""
+        for queue in self.queues:
+            yield from queue.actions
+
+
+# --------------------------------------------------------------------------- program
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """The part of the captured graph that one stage runs.
+
+    Attributes:
+        graph_module: Placeholders, in order: `parameters`, `buffers`, `inputs`, `values`, `symbols`.
+            It returns `outputs` as a tuple.
+        parameters: Qualified names of the parameters.
+        buffers: Qualified names of buffers and constants.
+        mutated: The members of `buffers` that the graph changes in place.
+        inputs: Names of user inputs.
+        values: Boundary values that come in.
+        symbols: Names of the sizes that come in as ints.
+        outputs: Names of the nodes returned.
+    """
+
+    graph_module: torch.fx.GraphModule
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    mutated: tuple[str, ...]
+    inputs: tuple[str, ...]
+    values: tuple[str, ...]
+    symbols: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One torch.fx graph per GPU, whose nodes are the schedule's instructions.
+
+    Attributes:
+        graphs: One GraphModule a GPU; it takes the GPU's worker as `gpu` and calls it once per
+            instruction, record and wait.
+        stages: What FORWARD, BACKWARD and FUSED of each stage run, by stage index.
+        schedule: The schedule it was made from.
+    """
+
+    graphs: tuple[torch.fx.GraphModule, ...]
+    stages: tuple[StageGraph, ...]
+    schedule: Schedule
+
+    def __str__(self) -> str:
+        """Readable Python, one function per GPU."""
+        parts: list[str] = []
+        for index, graph in enumerate(self.graphs):
+            code = graph.code.strip().replace("def forward(self, gpu):", f"def gpu{index}(gpu):", 1)
+            parts.append(code)
+        return "\n\n".join(parts) + "\n"
