@@ -1,1 +1,10 @@
 """rpcompile: a graph-partitioning compiler for fine-tuning models bigger than your GPUs."""
+
+from __future__ import annotations
+
+from rpcompile.api import compile  # noqa: A004
+from rpcompile.compiled import Compiled
+from rpcompile.plan import Plan
+
+__version__ = "0.1.0"
+__all__ = ["Compiled", "Plan", "compile"]
