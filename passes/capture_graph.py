@@ -83,22 +83,49 @@ class CaptureGraph:
     def _export(
         self, model: torch.nn.Module, values: dict[str, Any], symbols: dict[str, dict[int, str]]
     ) -> torch.export.ExportedProgram:
-        count = len(self.example.args)
-        args = tuple(values[str(index)] for index in range(count))
-        kwargs = {key: values[key] for key in self.example.kwargs}
+        entry = _Entry(model, list(values), len(self.example.args))
+        kwargs = dict(zip(entry.names, values.values(), strict=True))
         ranges: dict[str, tuple[int, int] | None] = {
             name: (1, MAX_SIZE) for dims in symbols.values() for name in dims.values()
         }
         while True:
-            shapes = {key: _dynamic(symbols.get(key, {}), ranges) for key in values}
-            dynamic: Any = _match_signature(model, count, kwargs, shapes)
+            shapes = [_dynamic(symbols.get(key, {}), ranges) for key in values]
+            dynamic = dict(zip(entry.names, shapes, strict=True))
             try:
-                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+                return torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
             except Exception as error:
                 refined = _refine(error, ranges)
                 if refined == ranges:
                     raise _capture_error(model, error) from error
                 ranges = refined
+
+
+class _Entry(torch.nn.Module):
+    """Calls the model with keywords only, under a signature that names exactly these.
+
+    torch.export mixes up dynamic shapes and inputs when a forward takes **kwargs.
+    """
+
+    PREFIX = "inner."
+
+    def __init__(self, model: torch.nn.Module, inputs: list[str], positional: int) -> None:
+        super().__init__()
+        self.inner = model
+        parameters = inspect.signature(model.forward).parameters.values()
+        own = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        own += [f"input{index}" for index in range(len(own), positional)]
+        self.names = [*own[:positional], *inputs[positional:]]
+
+        def forward(**named: torch.Tensor) -> Any:
+            values = list(named.values())
+            return model(
+                *values[:positional], **dict(zip(inputs[positional:], values[positional:], strict=True))
+            )
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
@@ -138,27 +165,6 @@ def _dynamic(dims: dict[int, str], ranges: dict[str, tuple[int, int] | None]) ->
         if bounds is not None:
             shape[index] = torch.export.Dim(name, min=bounds[0], max=bounds[1])
     return shape or None
-
-
-def _match_signature(
-    model: torch.nn.Module, count: int, kwargs: dict[str, Any], shapes: dict[str, Any]
-) -> tuple[Any, ...] | dict[str, Any]:
-    positional = [shapes[str(index)] for index in range(count)]
-    if not kwargs:
-        return tuple(positional)
-    parameters = inspect.signature(model.forward).parameters
-    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    result: dict[str, Any] = dict(zip(names, positional, strict=False))
-    variadic = next((n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD), None)
-    extra: dict[str, Any] = {}
-    for key in kwargs:
-        if key in parameters or variadic is None:
-            result[key] = shapes[key]
-        else:
-            extra[key] = shapes[key]
-    if extra and variadic is not None:
-        result[variadic] = extra
-    return result
 
 
 def _refine(error: Exception, ranges: dict[str, tuple[int, int] | None]) -> dict[str, tuple[int, int] | None]:
@@ -219,6 +225,7 @@ def _to_capture(
     named: Mapping[str, Any],
 ) -> Capture:
     signature = exported.graph_signature
+    _strip_entry(exported.graph_module)
     for output in signature.output_specs:
         if output.kind is OutputKind.USER_INPUT_MUTATION:
             raise UnsupportedModel(
@@ -235,7 +242,7 @@ def _to_capture(
         if spec.kind is InputKind.USER_INPUT:
             user.append(name)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            target = str(spec.target)
+            target = str(spec.target).removeprefix(_Entry.PREFIX)
             tensor = placeholders[name].meta["val"]
             trainable = spec.kind is InputKind.PARAMETER and bool(tensor.requires_grad)
             names = aliases.get(target, (target,))
@@ -244,7 +251,7 @@ def _to_capture(
             )
             (parameters if spec.kind is InputKind.PARAMETER else buffers).append(entry)
             if spec.kind is InputKind.CONSTANT_TENSOR:
-                constants[names[0]] = exported.constants[target]
+                constants[names[0]] = exported.constants[str(spec.target)]
         else:
             raise UnsupportedModel(f"{type(model).__name__} has an input of kind {spec.kind.name}: {name}")
     inputs, ranges, symbol_text = _inputs(user, placeholders, values, symbols, exported)
@@ -272,6 +279,17 @@ def _to_capture(
         fingerprint=_fingerprint(parameters, buffers, inputs, module.graph),
         output_spec=exported.call_spec.out_spec,
     )
+
+
+def _strip_entry(module: torch.fx.GraphModule) -> None:
+    """Makes module paths those of the model itself."""
+    for graph_module in module.modules():
+        for node in graph_module.graph.nodes if isinstance(graph_module, torch.fx.GraphModule) else ():
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                key: ((path + ".").removeprefix(_Entry.PREFIX).removesuffix("."), kind)
+                for key, (path, kind) in stack.items()
+            }
 
 
 def _inputs(

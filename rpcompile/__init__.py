@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rpcompile.api import compile  # noqa: A004
+from rpcompile.api import compile
 from rpcompile.compiled import Compiled
 from rpcompile.plan import Plan
 

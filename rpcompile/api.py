@@ -253,9 +253,9 @@ def _microbatch_example(
         example_inputs = infer_example_inputs(model, microbatches or 2 * gpus)
     if example_inputs is None:
         raise MissingExampleInputs(
-            f"the inputs of {type(model).__name__} cannot be inferred; pass one batch as it will be passed to "
-            f"forward_backward, e.g. example_inputs={{'input_ids': ids, 'labels': labels}} for keywords, or "
-            f"example_inputs=(x, y) for positions"
+            f"the inputs of {type(model).__name__} cannot be inferred; pass one batch as it will be passed "
+            f"to forward_backward, e.g. example_inputs={{'input_ids': ids, 'labels': labels}} for keywords, "
+            f"or example_inputs=(x, y) for positions"
         )
     whole = ExampleInputs.of(example_inputs)
     dims = symbol_dims(whole.named())
@@ -264,8 +264,8 @@ def _microbatch_example(
     count = microbatches or largest_divisor(batch, 2 * gpus)
     if batch % count:
         raise BatchError(
-            f"the example's batch of {batch} does not divide into {count} microbatches; pass a batch that is a "
-            f"multiple of {count}, or microbatches={largest_divisor(batch, count)}"
+            f"the example's batch of {batch} does not divide into {count} microbatches; pass a batch that is "
+            f"a multiple of {count}, or microbatches={largest_divisor(batch, count)}"
         )
     return _narrow(whole, dims, batch // count), count
 
@@ -282,8 +282,8 @@ def _check_plan(plan: Plan, capture: Capture) -> None:
     if plan.fingerprint != capture.fingerprint:
         raise PlanMismatch(
             f"the plan was made for another model: {plan.model_name} {plan.fingerprint[:12]}, this one is "
-            f"{capture.model_name} {capture.fingerprint[:12]} (parameter names, shapes, dtypes, requires_grad "
-            f"and the captured graph must be the same); compile without plan= to make a new one"
+            f"{capture.model_name} {capture.fingerprint[:12]} (parameter names, shapes, dtypes, "
+            f"requires_grad and the captured graph must be the same); compile without plan= to make a new one"
         )
     for problem in _differences(plan.chain, capture):
         raise PlanMismatch(problem)

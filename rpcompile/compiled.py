@@ -162,8 +162,8 @@ class Compiled:
         absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
         if absent:
             raise UnsupportedModel(
-                f"{type(self.model).__name__} has no weights to run with ({absent[0]} is on the meta device); "
-                f"its plan can be inspected, or load weights first"
+                f"{type(self.model).__name__} has no weights to run with ({absent[0]} is on the meta "
+                f"device); its plan can be inspected, or load weights first"
             )
         return tensors
 

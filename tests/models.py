@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ def _tokens() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def qwen3_config(tied: bool = True, layers: int = 3) -> Any:
+def qwen3_config(layers: int = 3) -> Any:
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -42,19 +43,19 @@ def qwen3_config(tied: bool = True, layers: int = 3) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
     )
 
 
-def qwen3(tied: bool = True) -> Case:
+def qwen3() -> Case:
     from transformers import Qwen3ForCausalLM
 
-    return Case(Qwen3ForCausalLM(qwen3_config(tied)), _tokens())
+    return Case(Qwen3ForCausalLM(qwen3_config()), _tokens())
 
 
-def gpt2(tied: bool = True) -> Case:
+def gpt2() -> Case:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -65,13 +66,12 @@ def gpt2(tied: bool = True) -> Case:
         n_positions=64,
         bos_token_id=0,
         eos_token_id=1,
-        tie_word_embeddings=tied,
         loss_type="ForCausalLMLoss",
     )
     return Case(GPT2LMHeadModel(config), _tokens())
 
 
-def bert(tied: bool = True) -> Case:
+def bert() -> Case:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
@@ -81,7 +81,6 @@ def bert(tied: bool = True) -> Case:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
-        tie_word_embeddings=tied,
     )
     batch = _tokens()
     mask = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
@@ -148,7 +147,7 @@ class Mlp(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:

@@ -117,7 +117,7 @@ def test_skip_connections_cross_cuts_and_statistics_are_mutations() -> None:
     case = models.make("unet-batchnorm")
     captured = staged.capture(case.model, case.batch)
     assert max(len(cut.values) for cut in captured.cuts) == 3
-    assert {name for name in captured.mutations} == {
+    assert set(captured.mutations) == {
         f"{module}.{what}"
         for module in ("first.1", "join1.1")
         for what in ("running_mean", "running_var", "num_batches_tracked")
