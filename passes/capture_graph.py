@@ -6,12 +6,16 @@ import hashlib
 import inspect
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.stateless import _reparametrize_module
 
 from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
 from rpcompile.huggingface import capture_context
@@ -76,9 +80,11 @@ class CaptureGraph:
         named = self.example.named()
         symbols = symbol_dims(named)
         values = {key: _widened(value, symbols.get(key, {})) for key, value in named.items()}
-        with capture_context(model, frozenset(named)):
+        with capture_context(model, frozenset(named)), _on_cpu(model) as mode:
+            if mode is not None:
+                values = {key: mode.from_tensor(value) for key, value in values.items()}
             exported = self._export(model, values, symbols)
-        return _to_capture(model, exported, values, symbols, named)
+            return _to_capture(model, exported, values, symbols, named)
 
     def _export(
         self, model: torch.nn.Module, values: dict[str, Any], symbols: dict[str, dict[int, str]]
@@ -98,6 +104,32 @@ class CaptureGraph:
                 if refined == ranges:
                     raise _capture_error(model, error) from error
                 ranges = refined
+
+
+@contextmanager
+def _on_cpu(model: torch.nn.Module) -> Iterator[FakeTensorMode | None]:
+    """Stands fake CPU tensors in for meta ones.
+
+    Layouts, and with them the graph, depend on the device. A plan made without weights thus holds
+    with them, where weights are on the host. Yields the fake mode, None where nothing is on meta.
+    """
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if not any(tensor.device.type == "meta" for tensor in named.values()):
+        yield None
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    stand_ins: dict[int, torch.Tensor] = {}
+    with mode:
+        for tensor in named.values():
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, torch.nn.Parameter):
+                fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            stand_ins.setdefault(id(tensor), fake)
+    with _reparametrize_module(model, {name: stand_ins[id(tensor)] for name, tensor in named.items()}):
+        yield mode
 
 
 class _Entry(torch.nn.Module):
@@ -155,7 +187,7 @@ def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
 def _widened(value: torch.Tensor, dims: dict[int, str]) -> torch.Tensor:
     # Export specialises on sizes 0 and 1, and merges inputs that are the same object.
     shape = [max(2, size) if index in dims else size for index, size in enumerate(value.shape)]
-    return torch.zeros(shape, dtype=value.dtype, device=value.device)
+    return torch.zeros(shape, dtype=value.dtype)
 
 
 def _dynamic(dims: dict[int, str], ranges: dict[str, tuple[int, int] | None]) -> dict[int, Any] | None:

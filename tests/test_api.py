@@ -102,7 +102,7 @@ def test_model_that_cannot_be_exported_names_the_line() -> None:
 def test_nothing_to_train() -> None:
     case = models.make("mlp")
     case.model.requires_grad_(False)
-    with pytest.raises(PartitionError, match="nothing to train|trainable"):
+    with pytest.raises(PartitionError, match="trainable"):
         rpcompile.compile(case.model, example_inputs=case.batch, **QUICK)
 
 
@@ -286,5 +286,5 @@ def test_program_prints_as_python_per_gpu() -> None:
     text = str(compiled.program)
     assert text.startswith("def gpu0(gpu):")
     assert "\ndef gpu1(gpu):" in text
-    assert "gpu.forward('0F0', stage=0, microbatch=0, reads=" in text
+    assert "gpu.forward('0F0', stage = 0, microbatch = 0, reads = (" in text
     compile(text, "program", "exec")

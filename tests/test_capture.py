@@ -155,7 +155,7 @@ def test_meta_model_is_captured_without_weights() -> None:
     with torch.device("meta"):
         model = Qwen3ForCausalLM(models.qwen3_config())
     model.config.use_cache = False
-    batch = {name: torch.zeros(8, 12, dtype=torch.long, device="meta") for name in ("input_ids", "labels")}
+    batch = {name: torch.zeros(8, 12, dtype=torch.long) for name in ("input_ids", "labels")}
     captured = staged.capture(model.train(), batch)
     assert len(captured.cuts) == 7
 
@@ -214,3 +214,15 @@ def test_changed_input_names_the_operator() -> None:
     captured = CaptureGraph(ExampleInputs.of(torch.zeros(4, 4))).run(Changes())
     with pytest.raises(UnsupportedModel, match=r"changes '0' in place \(aten.mul_.Tensor"):
         FindCuts().run(CanonicalizeGraph().run(captured))
+
+
+def test_meta_model_has_the_fingerprint_of_the_real_one() -> None:
+    from transformers import Qwen3ForCausalLM
+
+    case = models.make("qwen3-tied")
+    with torch.device("meta"):
+        meta = Qwen3ForCausalLM(models.qwen3_config()).train()
+    meta.config.use_cache = False
+    captured = staged.capture(meta, case.batch)
+    assert captured.fingerprint == staged.capture(case.model, case.batch).fingerprint
+    assert all(parameter.device.type == "meta" for parameter in meta.parameters())
