@@ -430,6 +430,7 @@ class Action:
         after: Ids of actions that must be over first for a reason other than data: memory slots.
         waits: Events that must have happened before it starts.
         records: Events that happen when it is over.
+        workspace_bytes: Device memory that a compute action needs besides its buffers while it runs.
     """
 
     id: str
@@ -447,6 +448,7 @@ class Action:
     after: tuple[str, ...] = ()
     waits: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True)
