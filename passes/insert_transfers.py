@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers, sizes
+from rpcompile import buffers, stage_bytes
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import COMPUTE_OPS, Action, ActionId, Op, Queue, Schedule, Stream
 
@@ -93,7 +93,7 @@ class _Copies:
         self.chain = chain
         self.jobs = schedule.jobs
         self.nbytes = dict(schedule.buffers)
-        self.host_weights = sizes.weight_bytes(chain, range(len(chain.segments)))
+        self.host_weights = stage_bytes.weight_bytes(chain, range(len(chain.segments)))
         self.steps: dict[int, list[Action]] = {job.index: [] for job in schedule.jobs}
         for action in schedule.actions():
             self.steps[action.job].append(action)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers, sizes
+from rpcompile import buffers, stage_bytes
 from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import Action, ActionId, Job, Op, Queue, Schedule, StageKind, Stream
 
@@ -154,7 +154,7 @@ class _JobLayout:
             seconds=seconds,
             reads=reads,
             writes=writes,
-            workspace_bytes=sizes.workspace_bytes(self.options.chain, stage),
+            workspace_bytes=stage_bytes.workspace_bytes(self.options.chain, stage),
         )
 
     def reads(self, microbatch: int) -> dict[str, int]:
@@ -197,7 +197,7 @@ class _JobLayout:
         space, chain = buffers.gpu(self.job.gpu), self.options.chain
         return {
             buffers.weights(space, index, self.job.index): size
-            for index, size in sizes.weight_bytes(chain, self.stage.segments).items()
+            for index, size in stage_bytes.weight_bytes(chain, self.stage.segments).items()
             if chain.segments[index].weight_bytes
         }
 
@@ -219,6 +219,6 @@ class _JobLayout:
         space, chain = buffers.gpu(self.job.gpu), self.options.chain
         return {
             buffers.gradients(space, index, self.job.index): size
-            for index, size in sizes.gradient_bytes(chain, self.stage.segments).items()
+            for index, size in stage_bytes.gradient_bytes(chain, self.stage.segments).items()
             if chain.segments[index].gradient_bytes
         }

@@ -152,7 +152,7 @@ def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | 
         options.gpus, options.microbatches, time_limit_s=options.solver_time_s, seed=options.seed, mode=mode
     ).run(chain)
     schedule = ScheduleRoundRobin(chain, options.gpus, options.microbatches, mode).run(partition)
-    for step in (InsertTransfers(chain, partition), InsertEventWaits()):
+    for step in (InsertTransfers(chain), InsertEventWaits()):
         _announce(bar, step.name)
         schedule = step.run(schedule)
     _announce(bar, "verify")

@@ -98,14 +98,3 @@ def state(segment: int, job: int) -> str:
 
 def loss(space: str, microbatch: int) -> str:
     return f"{space}:loss.m{microbatch}"
-
-
-def segment_of(buffer: str) -> int:
-    """The segment in a buffer's name: `gpu1:x.s6.j2.m0` -> 6."""
-    field = next(part for part in buffer.partition(":")[2].split(".")[1:] if part[0] == "s")
-    return int(field[1:])
-
-
-def kind_of(buffer: str) -> str:
-    """What it holds: weights, inputs, x, dx, gradients, state or loss."""
-    return buffer.partition(":")[2].partition(".")[0]

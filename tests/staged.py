@@ -110,7 +110,8 @@ def forward_backward(
     for graph in extract.run(stages):
         runner = StageRunner(graph, captured.outputs[0])
         stage = graph.stage
-        copies = [{n: host[n].detach().clone() for n in weights[s]} for s in stage.segments]
+        names = list(dict.fromkeys(name for segment in stage.segments for name in weights[segment]))
+        copies = [{name: host[name].detach().clone() for name in names}]
         for index, part in enumerate(parts):
             values = saved[index].get(stage.first - 1, {})
             if stage.kind is StageKind.F:

@@ -45,7 +45,7 @@ class StageRunner:
         """Runs the graph without autograd; buffers that it changes are changed in `weights`.
 
         Args:
-            weights: Parameters and buffers by qualified name, one dict a segment.
+            weights: Parameters and buffers by qualified name, one dict a segment; no name stands twice.
             inputs: User inputs by name.
             values: Incoming boundary values by node name.
 
@@ -53,7 +53,7 @@ class StageRunner:
             The graph's outputs by node name.
         """
         with torch.no_grad():
-            return self._call(_first_of_each(weights), inputs, values, microbatch, keep_state=True)
+            return self._call(_merged(weights), inputs, values, microbatch, keep_state=True)
 
     def backward(
         self,
@@ -92,19 +92,20 @@ class StageRunner:
         return loss.detach(), self._propagate([loss], [seed], leaves, incoming)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
-        """What has accumulated, one dict a segment; a tensor that two segments share counts in the first."""
-        seen: set[str] = set()
-        result: list[Tensors] = []
-        for segment in weights:
-            mine = [name for name in segment if name in self.graph.trainable and name not in seen]
-            seen.update(mine)
-            result.append({name: grad for name in mine if (grad := segment[name].grad) is not None})
-        return result
+        """What has accumulated, one dict a segment."""
+        return [
+            {
+                name: grad
+                for name, tensor in segment.items()
+                if name in self.graph.trainable and (grad := tensor.grad) is not None
+            }
+            for segment in weights
+        ]
 
     def _prepare(
         self, weights: Sequence[Tensors], values: Tensors
     ) -> tuple[Tensors, list[torch.Tensor], Tensors]:
-        named = _first_of_each(weights)
+        named = _merged(weights)
         leaves = [
             named[name].requires_grad_(True) for name in self.graph.parameters if name in self.graph.trainable
         ]
@@ -143,9 +144,5 @@ class StageRunner:
         return dict(zip(graph.outputs, outputs, strict=True))
 
 
-def _first_of_each(weights: Sequence[Tensors]) -> Tensors:
-    named: Tensors = {}
-    for segment in weights:
-        for name, tensor in segment.items():
-            named.setdefault(name, tensor)
-    return named
+def _merged(weights: Sequence[Tensors]) -> Tensors:
+    return {name: tensor for segment in weights for name, tensor in segment.items()}

@@ -13,6 +13,7 @@ from rpcompile.runtime.streams import Iteration, StreamThread
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from rpcompile.buffers import BufferName
     from rpcompile.ir import Program
     from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 
@@ -28,6 +29,7 @@ class CpuWorker:
     def __init__(self, index: int, program: Program, runners: Sequence[StageRunner]) -> None:
         self.index = index
         self._graph = program.graphs[index]
+        self._weights = program.weights
         self._states = program.states
         self._runners = runners
         self._store: dict[str, Tensors] = {}
@@ -101,10 +103,10 @@ class CpuWorker:
             weights, inputs, values, _ = self._gather(reads)
             outputs = runner.forward(weights, inputs, values, self._microbatches[microbatch])
             for name in writes:
-                kind = buffers.kind_of(name)
-                if kind == "x":
-                    self._store[name] = _pick(outputs, runner.graph.emits[buffers.segment_of(name)])
-                elif kind == "loss":
+                parsed = buffers.parse(name)
+                if parsed.kind == "x":
+                    self._store[name] = _pick(outputs, runner.graph.emits[parsed.segment])
+                elif parsed.kind == "loss":
                     self._store[name] = outputs
 
         self._enqueue("compute", action, task)
@@ -152,22 +154,30 @@ class CpuWorker:
         def task() -> None:
             for source, target in zip(reads, writes, strict=True):
                 tensors: Tensors = self._space(source)[source]
-                kind = buffers.kind_of(target)
-                if kind == "inputs":
-                    tensors = _pick(tensors, self._runners[stage].graph.inputs)
-                elif kind == "state":
-                    tensors = _pick(tensors, self._states[buffers.segment_of(target)])
-                self._space(target)[target] = {
-                    name: tensor.detach().clone() for name, tensor in tensors.items()
-                }
+                names = self._what_moves(buffers.parse(target), stage, tensors)
+                self._space(target)[target] = {name: tensors[name].detach().clone() for name in names}
 
         self._enqueue(stream, action, task)
+
+    def _what_moves(self, target: BufferName, stage: int, tensors: Tensors) -> Sequence[str]:
+        """The names of the tensors that a copy into `target` takes along."""
+        runner = self._runners[stage]
+        if target.kind == "inputs":
+            return runner.graph.inputs
+        if target.kind == "state" and target.segment is not None:
+            return self._states[target.segment]
+        if target.kind == "weights" and target.segment is not None:
+            # A tensor that several segments of a stage read comes with the first.
+            earlier = range(runner.graph.stage.first, target.segment)
+            there = {name for segment in earlier for name in self._weights[segment]}
+            return [name for name in tensors if name not in there]
+        return list(tensors)
 
     def _gather(self, reads: Sequence[str]) -> tuple[list[Tensors], Tensors, Tensors, Tensors]:
         weights: list[Tensors] = []
         merged: dict[str, Tensors] = {"inputs": {}, "x": {}, "dx": {}}
         for name in reads:
-            kind = buffers.kind_of(name)
+            kind = buffers.parse(name).kind
             if kind == "weights":
                 weights.append(self._store[name])
             elif kind in merged:
@@ -182,13 +192,14 @@ class CpuWorker:
         weights: list[Tensors],
         incoming: Tensors,
     ) -> None:
-        order = [buffers.segment_of(name) for name in reads if buffers.kind_of(name) == "weights"]
+        parsed = [buffers.parse(name) for name in reads]
+        order = [name.segment for name in parsed if name.kind == "weights"]
         accumulated = dict(zip(order, runner.weight_gradients(weights), strict=True))
         for name in writes:
-            kind = buffers.kind_of(name)
-            if kind == "gradients":
-                self._store[name] = accumulated[buffers.segment_of(name)]
-            elif kind == "dx":
+            target = buffers.parse(name)
+            if target.kind == "gradients":
+                self._store[name] = accumulated[target.segment]
+            elif target.kind == "dx":
                 self._store[name] = incoming
 
 
