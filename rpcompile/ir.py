@@ -108,6 +108,7 @@ class Capture:
         requires_grad: Nodes whose value carries a gradient.
         random: Nodes that draw random numbers, in order; the position is the stream's number.
         cuts: Places where the graph may be divided, in order.
+        last_name: Name of the segment behind the last cut.
         fingerprint: Hash of parameter names, shapes, dtypes and of the graph.
         output_spec: How `outputs` are put together for the caller (a pytree spec), or None.
     """
@@ -129,6 +130,7 @@ class Capture:
     requires_grad: frozenset[str] = frozenset()
     random: tuple[str, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    last_name: str = ""
     output_spec: object = None
 
 
@@ -146,6 +148,8 @@ class NodeCost:
         backward_write_bytes: Bytes the backward writes.
         saved_bytes: Bytes kept for the backward.
         source: Where the formula is from; "bytes only" for an operator without one.
+        saved: The nodes whose memory `saved_bytes` counts whole (others may keep them too); what
+            remains is the operator's own.
     """
 
     op_class: str
@@ -157,6 +161,7 @@ class NodeCost:
     backward_write_bytes: sympy.Expr
     saved_bytes: sympy.Expr
     source: str
+    saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
