@@ -1,4 +1,4 @@
-"""Captures of small modules, made with plain torch.export: no pass of rpcompile is involved."""
+"""Small modules, and captures of them made with plain torch.export, without rpcompile's own passes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from rpcompile.ir import Capture, Cut, InputSpec, TensorSpec
+from rpcompile.passes.estimate_costs import EstimateCosts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from rpcompile.ir import CostedGraph, NodeCost
 
 HIGHEST = 64
+BATCH = {"x": {0: "batch"}}
 
 
 def capture_of(
@@ -100,3 +105,55 @@ def cut_behind(capture: Capture, last: str) -> Cut:
     later = {nodes[name] for name in capture.order[position:]}
     values = [name for name in capture.order[:position] if later & set(nodes[name].users)]
     return Cut(position, last, tuple(values), tuple(name for name in values if name in capture.requires_grad))
+
+
+class Function(nn.Module):
+    """A function of x and of trainable (or frozen) tensors w0, w1, ..."""
+
+    def __init__(
+        self, body: Callable[..., torch.Tensor], *shapes: tuple[int, ...], frozen: tuple[int, ...] = ()
+    ):
+        super().__init__()
+        self.body = body
+        self.weights = nn.ParameterList([torch.randn(shape) for shape in shapes])
+        for index in frozen:
+            self.weights[index].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x, *self.weights)
+
+
+class Chain(nn.Sequential):
+    """nn.Sequential whose input is called x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def conv_net() -> nn.Module:
+    return Chain(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2, bias=False),
+        nn.ConvTranspose2d(4, 5, 2, stride=2),
+        nn.GroupNorm(5, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(180, 3),
+    )
+
+
+def costs_of(model: nn.Module, x: torch.Tensor, sizes: dict[str, dict[int, str]]) -> CostedGraph:
+    return EstimateCosts().run(capture_of(model, {"x": x}, sizes))
+
+
+def node_cost(
+    body: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    *shapes: tuple[int, ...],
+    frozen: tuple[int, ...] = (),
+    sizes: dict[str, dict[int, str]] = BATCH,
+) -> dict[str, NodeCost]:
+    """Costs by node of a function of x, whose first dimension is `batch`."""
+    return dict(costs_of(Function(body, *shapes, frozen=frozen), x, sizes).costs)

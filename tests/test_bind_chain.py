@@ -15,14 +15,13 @@ from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Hardware, TiedWeight
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.estimate_costs import EstimateCosts
-from tests.small_captures import capture_of, cut_behind
+from tests.small_captures import BATCH, capture_of, cut_behind
 
 if TYPE_CHECKING:
     from rpcompile.ir import Capture, CostedGraph, SegmentChain
 
 # 100 FLOP/s and 1000 byte/s: a product of matrices is bound by compute, the rest by memory
 TOY = Hardware("toy", 10**6, 10**6, 100.0, 1000.0, 1000.0, 1000.0, 0.0, {})
-BATCH = {"x": {0: "batch"}}
 
 
 class TwoLayers(nn.Module):
