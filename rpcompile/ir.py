@@ -148,6 +148,8 @@ class NodeCost:
         backward_write_bytes: Bytes the backward writes.
         saved_bytes: Bytes kept for the backward.
         source: Where the formula is from; "bytes only" for an operator without one.
+        saved: The nodes whose memory `saved_bytes` counts whole (others may keep them too); what
+            remains is the operator's own.
     """
 
     op_class: str
@@ -159,6 +161,7 @@ class NodeCost:
     backward_write_bytes: sympy.Expr
     saved_bytes: sympy.Expr
     source: str
+    saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
