@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpcompile import sizes
+from rpcompile import stage_bytes
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import Op, SegmentChain, Stream, TiedWeight
 from rpcompile.passes.insert_transfers import InsertTransfers
@@ -227,9 +227,11 @@ def test_memory_has_a_bound_that_microbatches_do_not_raise(problem, slots):
     schedule = compiled(chain, stages, gpus, microbatches, mode, slots)
     boundaries = sum(found.boundary_bytes + found.boundary_gradient_bytes for found in chain.segments)
     inputs = sum(found.input_bytes for found in chain.segments)
-    weights = sorted(sum(sizes.weight_bytes(chain, stage.segments).values()) for stage in stages.stages)
-    gradients = sorted(sum(sizes.gradient_bytes(chain, stage.segments).values()) for stage in stages.stages)
-    workspace = max(sizes.workspace_bytes(chain, stage) for stage in stages.stages)
+    weights = sorted(sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in stages.stages)
+    gradients = sorted(
+        sum(stage_bytes.gradient_bytes(chain, stage.segments).values()) for stage in stages.stages
+    )
+    workspace = max(stage_bytes.workspace_bytes(chain, stage) for stage in stages.stages)
     bound = sum(weights[-2:]) + sum(gradients[-2:]) + workspace + slots * (inputs + 2 * boundaries + 4)
     assert max(simulate(schedule).gpu_peak_bytes) <= bound
 
