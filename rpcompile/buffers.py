@@ -20,7 +20,58 @@ tensors that cross the cut behind it. `j` is a job, `m` a microbatch.
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from rpcompile.errors import ScheduleError
+
 HOST = "host"
+
+
+class BufferName(NamedTuple):
+    """A buffer's name taken apart; what a name does not say is None.
+
+    `kind` is "weights", "inputs", "x", "dx", "gradients", "state" or "loss".
+    """
+
+    space: str
+    kind: str
+    segment: int | None = None
+    job: int | None = None
+    microbatch: int | None = None
+
+
+_PATTERN = re.compile(
+    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|dx|gradients|state|loss)"
+    r"(?P<parts>(?:\.[sjm]\d+)*)"
+)
+
+
+@lru_cache(maxsize=1 << 16)
+def parse(buffer: str) -> BufferName:
+    """Takes a name apart.
+
+    Raises:
+        ScheduleError: It is not a buffer's name.
+    """
+    match = _PATTERN.fullmatch(buffer)
+    if match is None:
+        raise ScheduleError(f"{buffer!r} is not a buffer; write e.g. host:weights.s4 or gpu1:x.s6.j2.m0")
+    numbers = {part[0]: int(part[1:]) for part in match["parts"].split(".")[1:]}
+    return BufferName(match["space"], match["kind"], numbers.get("s"), numbers.get("j"), numbers.get("m"))
+
+
+def segment_of(buffer: str) -> int:
+    """The segment in a buffer's name: `gpu1:x.s6.j2.m0` -> 6.
+
+    Raises:
+        ScheduleError: The name has none.
+    """
+    segment = parse(buffer).segment
+    if segment is None:
+        raise ScheduleError(f"{buffer!r} belongs to no segment")
+    return segment
 
 
 def space_of(buffer: str) -> str:

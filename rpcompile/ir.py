@@ -20,7 +20,7 @@ from rpcompile.errors import ScheduleError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import sympy
+    import sympy  # pyright: ignore[reportMissingTypeStubs]
     import torch
 
 # --------------------------------------------------------------------------- capture
@@ -108,6 +108,7 @@ class Capture:
         requires_grad: Nodes whose value carries a gradient.
         random: Nodes that draw random numbers, in order; the position is the stream's number.
         cuts: Places where the graph may be divided, in order.
+        last_name: Name of the segment behind the last cut.
         fingerprint: Hash of parameter names, shapes, dtypes and of the graph.
         output_spec: How `outputs` are put together for the caller (a pytree spec), or None.
     """
@@ -129,6 +130,7 @@ class Capture:
     requires_grad: frozenset[str] = frozenset()
     random: tuple[str, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    last_name: str = ""
     output_spec: object = None
 
 
@@ -146,6 +148,8 @@ class NodeCost:
         backward_write_bytes: Bytes the backward writes.
         saved_bytes: Bytes kept for the backward.
         source: Where the formula is from; "bytes only" for an operator without one.
+        saved: The nodes whose memory `saved_bytes` counts whole (others may keep them too); what
+            remains is the operator's own.
     """
 
     op_class: str
@@ -157,6 +161,7 @@ class NodeCost:
     backward_write_bytes: sympy.Expr
     saved_bytes: sympy.Expr
     source: str
+    saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -428,6 +433,7 @@ class Action:
         after: Ids of actions that must be over first for a reason other than data: memory slots.
         waits: Events that must have happened before it starts.
         records: Events that happen when it is over.
+        workspace_bytes: Device memory that a compute action needs besides its buffers while it runs.
     """
 
     id: str
@@ -445,6 +451,7 @@ class Action:
     after: tuple[str, ...] = ()
     waits: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -476,7 +483,7 @@ class Schedule:
     microbatches: int
     jobs: tuple[Job, ...]
     queues: tuple[Queue, ...]
-    buffers: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict[str, int])
 
     def actions(self) -> Iterator[Action]:
         """Every action, queue by queue."""
@@ -492,25 +499,35 @@ class StageGraph:
     """The part of the captured graph that one stage runs.
 
     Attributes:
-        graph_module: Placeholders, in order: `parameters`, `buffers`, `inputs`, `values`, `symbols`.
-            It returns `outputs` as a tuple.
+        stage: The stage.
+        graph_module: Placeholders, in order: `parameters`, `buffers`, `inputs`, `values`, `sizes`.
+            It returns the values named in `outputs` as a tuple.
         parameters: Qualified names of the parameters.
+        trainable: The members of `parameters` that get a gradient from this stage.
         buffers: Qualified names of buffers and constants.
         mutated: The members of `buffers` that the graph changes in place.
         inputs: Names of user inputs.
         values: Boundary values that come in.
-        symbols: Names of the sizes that come in as ints.
+        gradients_out: The members of `values` whose gradient the stage passes back.
+        sizes: Where each symbol's size is found: (input name, dimension).
         outputs: Names of the nodes returned.
+        emits: Segment -> names of the values that cross the cut behind it.
+        gradients_in: The members of the last cut's values whose gradient comes in.
     """
 
+    stage: Stage
     graph_module: torch.fx.GraphModule
     parameters: tuple[str, ...]
+    trainable: frozenset[str]
     buffers: tuple[str, ...]
-    mutated: tuple[str, ...]
+    mutated: frozenset[str]
     inputs: tuple[str, ...]
     values: tuple[str, ...]
-    symbols: tuple[str, ...]
+    gradients_out: tuple[str, ...]
+    sizes: tuple[str, ...]
     outputs: tuple[str, ...]
+    emits: Mapping[int, tuple[str, ...]]
+    gradients_in: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -521,11 +538,17 @@ class Program:
         graphs: One GraphModule a GPU; it takes the GPU's worker as `gpu` and calls it once per
             instruction, record and wait.
         stages: What FORWARD, BACKWARD and FUSED of each stage run, by stage index.
-        schedule: The schedule it was made from.
+        weights: Segment -> qualified names of the parameters and buffers to upload for it.
+        states: Segment -> the buffers among them that its forward changes.
+        capture: The graph the stages were cut from.
+        schedule: The schedule the instructions are from.
     """
 
     graphs: tuple[torch.fx.GraphModule, ...]
     stages: tuple[StageGraph, ...]
+    weights: tuple[tuple[str, ...], ...]
+    states: tuple[tuple[str, ...], ...]
+    capture: Capture
     schedule: Schedule
 
     def __str__(self) -> str:
@@ -533,5 +556,6 @@ class Program:
         parts: list[str] = []
         for index, graph in enumerate(self.graphs):
             code = graph.code.strip().replace("def forward(self, gpu):", f"def gpu{index}(gpu):", 1)
-            parts.append(code)
-        return "\n\n".join(parts) + "\n"
+            code = re.sub(r"^( +)\w+ = (gpu\..*?);  .*$", r"\1\2", code, flags=re.MULTILINE)
+            parts.append(code.replace("    return None", "").rstrip())
+        return "\n\n\n".join(parts) + "\n"

@@ -1,0 +1,251 @@
+"""CostedGraph -> SegmentChain: puts numbers in for the sizes and adds nodes up into segments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import sympy
+
+from rpcompile.errors import InvalidArgument
+from rpcompile.ir import Segment, SegmentChain, TiedWeight
+from rpcompile.sizes import Sizes, is_view, storage, symbol, tensors
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from rpcompile.ir import CostedGraph, Hardware, NodeCost, TensorSpec
+
+
+@dataclass(frozen=True)
+class BindChain:
+    """Prices segments for one microbatch size on one kind of GPU, by roofline.
+
+    A node takes max(FLOPs / throughput, bytes / memory bandwidth); a segment takes the sum over its
+    nodes. That is a lower bound: kernels reach neither limit, and launching them takes time as well.
+
+    Args:
+        bindings: Symbol name -> size of one microbatch, e.g. {"batch": 4, "sequence": 2048}.
+        hardware: The GPU.
+    """
+
+    name: ClassVar[str] = "bind-chain"
+    bindings: Mapping[str, int]
+    hardware: Hardware
+
+    def run(self, costed: CostedGraph) -> SegmentChain:
+        """Price the segments between `costed.capture.cuts`.
+
+        Rematerialised nodes are charged to the first segment that needs them, though every stage
+        runs them: they are cheap.
+
+        Raises:
+            InvalidArgument: A size is missing, unknown or out of the captured range.
+        """
+        _check(self.bindings, costed.capture.symbols)
+        binder = _Binder(costed, self.bindings, self.hardware)
+        segments = tuple(binder.segment(index) for index in range(len(costed.capture.cuts) + 1))
+        return SegmentChain(segments, dict(self.bindings), self.hardware, binder.tied(segments))
+
+
+def _check(bindings: Mapping[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
+    known = ", ".join(ranges) or "none: every size is fixed"
+    for name in bindings:
+        if name not in ranges:
+            raise InvalidArgument(
+                f"size {name!r} is not one that the graph was captured with ({known}); leave it out"
+            )
+    for name, (low, high) in ranges.items():
+        if name not in bindings:
+            raise InvalidArgument(f"size {name!r} is missing; give it a value from {low} to {high}")
+        if not low <= bindings[name] <= high:
+            raise InvalidArgument(
+                f"{name}={bindings[name]} is outside the captured range {low} to {high}; "
+                "choose a value in the range, or capture the model with a wider one"
+            )
+
+
+class _Evaluator:
+    """Numbers for expressions; models repeat the same few hundred expressions thousands of times."""
+
+    def __init__(self, bindings: Mapping[str, int]) -> None:
+        self._values = {symbol(name): sympy.Integer(value) for name, value in bindings.items()}
+        self._known: dict[sympy.Expr, float] = {}
+
+    def number(self, expression: sympy.Expr) -> float:
+        if expression not in self._known:
+            self._known[expression] = float(sympy.Float(expression.xreplace(self._values)))
+        return self._known[expression]
+
+    def nbytes(self, expression: sympy.Expr) -> int:
+        return math.ceil(self.number(expression))
+
+
+class _Binder:
+    def __init__(self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware) -> None:
+        capture = costed.capture
+        self._capture = capture
+        self._costs = costed.costs
+        self._hardware = hardware
+        self._evaluate = _Evaluator(bindings)
+        self._sizes = Sizes(capture.graph_module.meta.get("symbols", {}))
+        self._nodes: dict[str, Node] = {node.name: node for node in capture.graph_module.graph.nodes}
+        self._position = {name: index for index, name in enumerate(self._nodes)}
+        self._weights = {spec.placeholder: spec for spec in (*capture.parameters, *capture.buffers)}
+        self._parameters = {spec.placeholder for spec in capture.parameters}
+        self._inputs = {spec.placeholder: spec for spec in capture.inputs}
+        self._charged: set[str] = set()
+
+    def segment(self, index: int) -> Segment:
+        """Segment `index`; to be called in order, since rematerialised nodes are charged once."""
+        capture, cuts = self._capture, self._capture.cuts
+        begin = cuts[index - 1].position if index else 0
+        cut = cuts[index] if index < len(cuts) else None
+        names = capture.order[begin : cut.position if cut else len(capture.order)]
+        rematerialised, placeholders = self._needs(names)
+        charged = [*names, *(name for name in rematerialised if name not in self._charged)]
+        self._charged.update(rematerialised)
+
+        weights = self._distinct(placeholders)
+        trainable = [spec for spec in weights if spec.trainable]
+        inputs = [name for name in placeholders if name in self._inputs]
+        boundary, gradients = (cut.values, cut.gradients) if cut else ((), ())
+        costs = [self._costs[name] for name in charged]
+        return Segment(
+            name=cut.name if cut else capture.last_name,
+            nodes=names,
+            parameters=tuple(spec.name for spec in weights if spec.placeholder in self._parameters),
+            inputs=tuple(self._inputs[name].name for name in inputs),
+            boundary=boundary,
+            boundary_gradients=gradients,
+            forward_s=sum(self._seconds(c.forward_flops, c.read_bytes, c.write_bytes) for c in costs),
+            backward_s=sum(
+                self._seconds(c.backward_flops, c.backward_read_bytes, c.backward_write_bytes) for c in costs
+            ),
+            forward_flops=sum(self._evaluate.number(cost.forward_flops) for cost in costs),
+            backward_flops=sum(self._evaluate.number(cost.backward_flops) for cost in costs),
+            weight_bytes=sum(spec.nbytes for spec in weights),
+            gradient_bytes=sum(spec.nbytes for spec in trainable),
+            state_bytes=self._state_bytes(names),
+            input_bytes=self._nbytes(inputs),
+            boundary_bytes=self._nbytes(boundary),
+            boundary_gradient_bytes=self._nbytes(gradients),
+            saved_bytes=self._saved_bytes(costs),
+            peak_bytes=max(
+                self._forward_peak(names, rematerialised, boundary), self._backward_peak(names, gradients)
+            ),
+            needs_backward=bool(trainable) or (index > 0 and bool(cuts[index - 1].gradients)),
+            source="estimated",
+        )
+
+    def tied(self, segments: tuple[Segment, ...]) -> tuple[TiedWeight, ...]:
+        """The parameters that several segments read, in the order of the capture."""
+        tied: dict[str, TiedWeight] = {}
+        for spec in self._capture.parameters:
+            readers = tuple(i for i, segment in enumerate(segments) if spec.name in segment.parameters)
+            if len(readers) > 1:
+                gradient_bytes = spec.nbytes if spec.trainable else 0
+                tied[spec.name] = TiedWeight(spec.name, readers, spec.nbytes, gradient_bytes)
+        return tuple(tied.values())
+
+    # ---------------------------------------------------------------------- what a segment reads
+
+    def _needs(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The rematerialised nodes and the placeholders that `names` read, directly or through the former.
+
+        Sizes are handed to a stage as numbers: taking the size of a tensor does not read it.
+        """
+        rematerialised: dict[str, None] = {}
+        placeholders: dict[str, None] = {}
+        pending = [self._nodes[name] for name in names]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if not tensors(source):
+                    continue
+                if source.op == "placeholder":
+                    placeholders[source.name] = None
+                elif source.name in self._capture.rematerialised and source.name not in rematerialised:
+                    rematerialised[source.name] = None
+                    pending.append(source)
+        return self._in_graph_order(rematerialised), self._in_graph_order(placeholders)
+
+    def _in_graph_order(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=self._position.__getitem__)
+
+    def _distinct(self, placeholders: Iterable[str]) -> list[TensorSpec]:
+        """The weights among `placeholders`, each tensor once: tied ones share their canonical name."""
+        specs = (self._weights[name] for name in placeholders if name in self._weights)
+        return list({spec.name: spec for spec in specs}.values())
+
+    # ---------------------------------------------------------------------- sums
+
+    def _nbytes(self, names: Iterable[str]) -> int:
+        return sum(self._evaluate.nbytes(self._sizes.nbytes(self._nodes[name])) for name in names)
+
+    def _seconds(self, flops: sympy.Expr, *moved: sympy.Expr) -> float:
+        compute_s = self._evaluate.number(flops) / self._hardware.flops_per_s
+        memory_s = sum(map(self._evaluate.number, moved)) / self._hardware.memory_bytes_per_s
+        return max(compute_s, memory_s)
+
+    def _state_bytes(self, names: Iterable[str]) -> int:
+        inside = set(names)
+        changed = {buffer for buffer, node in self._capture.mutations.items() if node in inside}
+        return sum(spec.nbytes for spec in self._capture.buffers if spec.name in changed)
+
+    def _saved_bytes(self, costs: Iterable[NodeCost]) -> int:
+        """What several nodes keep is there once."""
+        total, seen = 0, set[str]()
+        for cost in costs:
+            total += self._evaluate.nbytes(cost.saved_bytes) - self._nbytes(set(cost.saved) & seen)
+            seen.update(cost.saved)
+        return total
+
+    # ---------------------------------------------------------------------- peaks
+
+    def _forward_peak(
+        self, names: Iterable[str], rematerialised: Iterable[str], boundary: Iterable[str]
+    ) -> int:
+        """Most bytes alive at once in a forward that keeps nothing but `boundary`.
+
+        The tensors that come in across the previous cut and from the caller are not counted: they
+        have buffers of their own.
+        """
+        nodes = [self._nodes[name] for name in self._in_graph_order({*names, *rematerialised})]
+        made = {
+            node: self._nbytes([node.name])
+            for node in nodes
+            if tensors(node) and storage(node) is node and not is_view(node)
+        }
+        last: dict[Node, int] = {}
+        for step, node in enumerate(nodes):
+            for item in (node, *node.all_input_nodes):
+                last[storage(item)] = step
+        last.update({storage(self._nodes[name]): len(nodes) for name in boundary})
+        live = peak = 0
+        for step, node in enumerate(nodes):
+            peak = max(peak, live + self._evaluate.nbytes(self._costs[node.name].write_bytes))
+            live += made.get(node, 0)
+            for item in {storage(used) for used in (node, *node.all_input_nodes)}:
+                live -= made.get(item, 0) if last[item] == step else 0
+        return peak
+
+    def _backward_peak(self, names: Iterable[str], gradients: Iterable[str]) -> int:
+        """Most bytes of activations' gradients alive at once, with those of one weight being made."""
+        live = {storage(self._nodes[name]): self._nbytes([name]) for name in gradients}
+        peak = total = sum(live.values())
+        differentiable = self._capture.requires_grad
+        for name in reversed(tuple(names)):
+            if name not in differentiable:
+                continue
+            node = self._nodes[name]
+            peak = max(peak, total + self._evaluate.nbytes(self._costs[name].backward_write_bytes))
+            for item in node.all_input_nodes:
+                made = storage(item)
+                if item.name in differentiable and made.op == "call_function" and made not in live:
+                    live[made] = self._nbytes([made.name])
+                    total += live[made]
+            if storage(node) is node:
+                total -= live.pop(node, 0)
+        return peak

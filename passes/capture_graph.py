@@ -1,0 +1,403 @@
+"""nn.Module -> Capture: the model's training graph through torch.export."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.utils.stateless import _reparametrize_module
+
+from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
+from rpcompile.huggingface import capture_context
+from rpcompile.ir import Capture, InputSpec, TensorSpec
+
+MAX_SIZE = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """Positional and keyword tensors of one microbatch, as the model's forward takes them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: object) -> ExampleInputs:
+        """A mapping means keywords, a tuple or list positions, a tensor the only argument."""
+        if isinstance(example, Mapping):
+            result = cls((), {str(key): value for key, value in example.items()})
+        elif isinstance(example, tuple | list):
+            result = cls(tuple(example), {})
+        elif isinstance(example, torch.Tensor):
+            result = cls((example,), {})
+        else:
+            result = cls((), {})
+        for name, value in result.named().items():
+            if not isinstance(value, torch.Tensor):
+                raise InvalidArgument(
+                    f"example_inputs[{name!r}] is a {type(value).__name__}; every input must be a tensor"
+                )
+        if result.args or result.kwargs:
+            return result
+        raise MissingExampleInputs(
+            f"example_inputs holds no tensor (it is a {type(example).__name__}); give a dict of "
+            f"keyword tensors, a tuple of positional tensors, or one tensor"
+        )
+
+    def named(self) -> dict[str, Any]:
+        """Name (position as text, or keyword) -> value."""
+        return {**{str(index): value for index, value in enumerate(self.args)}, **self.kwargs}
+
+
+@dataclass(frozen=True)
+class CaptureGraph:
+    """Captures a module as it stands: its training flag, its requires_grad, its dtypes.
+
+    Options:
+        example: Tensors of one microbatch. Only shapes and dtypes matter.
+    """
+
+    example: ExampleInputs
+    name = "capture-graph"
+
+    def run(self, model: torch.nn.Module) -> Capture:
+        """Captures `model`; nothing is computed, and weights may be on the meta device.
+
+        Raises:
+            CaptureError: torch.export cannot trace it; names operator and place.
+            UnsupportedModel: The graph has no scalar loss first, or changes an input.
+        """
+        named = self.example.named()
+        symbols = symbol_dims(named)
+        values = {key: _widened(value, symbols.get(key, {})) for key, value in named.items()}
+        with capture_context(model, frozenset(named)), _on_cpu(model) as mode:
+            if mode is not None:
+                values = {key: mode.from_tensor(value) for key, value in values.items()}
+            exported = self._export(model, values, symbols)
+            return _to_capture(model, exported, values, symbols, named)
+
+    def _export(
+        self, model: torch.nn.Module, values: dict[str, Any], symbols: dict[str, dict[int, str]]
+    ) -> torch.export.ExportedProgram:
+        entry = _Entry(model, list(values), len(self.example.args))
+        kwargs = dict(zip(entry.names, values.values(), strict=True))
+        ranges: dict[str, tuple[int, int] | None] = {
+            name: (1, MAX_SIZE) for dims in symbols.values() for name in dims.values()
+        }
+        while True:
+            shapes = [_dynamic(symbols.get(key, {}), ranges) for key in values]
+            dynamic = dict(zip(entry.names, shapes, strict=True))
+            try:
+                return torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
+            except Exception as error:
+                refined = _refine(error, ranges)
+                if refined == ranges:
+                    raise _capture_error(model, error) from error
+                ranges = refined
+
+
+@contextmanager
+def _on_cpu(model: torch.nn.Module) -> Iterator[FakeTensorMode | None]:
+    """Stands fake CPU tensors in for meta ones.
+
+    Layouts, and with them the graph, depend on the device. A plan made without weights thus holds
+    with them, where weights are on the host. Yields the fake mode, None where nothing is on meta.
+    """
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if not any(tensor.device.type == "meta" for tensor in named.values()):
+        yield None
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    stand_ins: dict[int, torch.Tensor] = {}
+    with mode:
+        for tensor in named.values():
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, torch.nn.Parameter):
+                fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            stand_ins.setdefault(id(tensor), fake)
+    with _reparametrize_module(model, {name: stand_ins[id(tensor)] for name, tensor in named.items()}):
+        yield mode
+
+
+class _Entry(torch.nn.Module):
+    """Calls the model with keywords only, under a signature that names exactly these.
+
+    torch.export mixes up dynamic shapes and inputs when a forward takes **kwargs.
+    """
+
+    PREFIX = "inner."
+
+    def __init__(self, model: torch.nn.Module, inputs: list[str], positional: int) -> None:
+        super().__init__()
+        self.inner = model
+        parameters = inspect.signature(model.forward).parameters.values()
+        own = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        own += [f"input{index}" for index in range(len(own), positional)]
+        self.names = [*own[:positional], *inputs[positional:]]
+
+        def forward(**named: torch.Tensor) -> Any:
+            values = list(named.values())
+            return model(
+                *values[:positional], **dict(zip(inputs[positional:], values[positional:], strict=True))
+            )
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
+    """Which dimensions of which inputs are "batch" and "sequence".
+
+    Dimension 0 of every tensor is the batch if they agree on its size (a tensor of another size
+    there is passed whole). Dimension 1 of integer tensors of rank 2 that agree is the sequence.
+    """
+    sizes = [value.shape[0] for value in named.values() if value.ndim]
+    result: dict[str, dict[int, str]] = {}
+    if not sizes:
+        return result
+    batch = max(set(sizes), key=lambda size: (sizes.count(size), -sizes.index(size)))
+    tokens = [v for v in named.values() if v.ndim == 2 and not v.dtype.is_floating_point]
+    sequence = tokens[0].shape[1] if tokens and tokens[0].shape[0] == batch else None
+    for key, value in named.items():
+        dims: dict[int, str] = {}
+        if value.ndim and value.shape[0] == batch:
+            dims[0] = "batch"
+            if value.ndim == 2 and not value.dtype.is_floating_point and value.shape[1] == sequence:
+                dims[1] = "sequence"
+        if dims:
+            result[key] = dims
+    return result
+
+
+def _widened(value: torch.Tensor, dims: dict[int, str]) -> torch.Tensor:
+    # Export specialises on sizes 0 and 1, and merges inputs that are the same object.
+    shape = [max(2, size) if index in dims else size for index, size in enumerate(value.shape)]
+    return torch.zeros(shape, dtype=value.dtype)
+
+
+def _dynamic(dims: dict[int, str], ranges: dict[str, tuple[int, int] | None]) -> dict[int, Any] | None:
+    shape: dict[int, Any] = {}
+    for index, name in dims.items():
+        bounds = ranges[name]
+        if bounds is not None:
+            shape[index] = torch.export.Dim(name, min=bounds[0], max=bounds[1])
+    return shape or None
+
+
+def _refine(error: Exception, ranges: dict[str, tuple[int, int] | None]) -> dict[str, tuple[int, int] | None]:
+    """Narrows the ranges as the error's "Suggested fixes" say; None stands for the example's size."""
+    result = dict(ranges)
+    _, _, fixes = str(error).partition("Suggested fixes:")
+    for name, value in re.findall(r"^\s*(\w+) = (.+?)\s*$", fixes, re.MULTILINE):
+        bounds = result.get(name)
+        if bounds is None:
+            continue
+        if value.isdigit():
+            result[name] = None
+        elif value.startswith("Dim("):
+            limits = {key: int(number) for key, number in re.findall(r"(min|max)=(\d+)", value)}
+            result[name] = (limits.get("min", bounds[0]), limits.get("max", bounds[1]))
+    return result
+
+
+def _capture_error(model: torch.nn.Module, error: Exception) -> CaptureError:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and "rpcompile" not in frame.filename
+    ]
+    place = ""
+    if frames:
+        last = frames[-1]
+        place = f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured by torch.export: {type(error).__name__}: {first}{place}\n"
+        f"  {_remedy(str(error))}"
+    )
+
+
+def _remedy(text: str) -> str:
+    if "grouped_mm" in text or "experts" in text:
+        return "Mixture-of-experts models: load with experts_implementation='grouped_mm'."
+    if "data-dependent" in text or "GuardOnDataDependent" in text or "Unbacked" in text or ".item()" in text:
+        return (
+            "The forward branches on tensor values. Make the branch independent of data (torch.where, "
+            "a flag on the module), or move that code out of forward."
+        )
+    return (
+        "Make that line traceable: no branches on tensor values, no numpy or .item(), no Python side "
+        "effects; torch.export.export(model, args, strict=False) alone shows the full report."
+    )
+
+
+# ------------------------------------------------------------------- ExportedProgram -> Capture
+
+
+def _to_capture(
+    model: torch.nn.Module,
+    exported: torch.export.ExportedProgram,
+    values: dict[str, Any],
+    symbols: dict[str, dict[int, str]],
+    named: Mapping[str, Any],
+) -> Capture:
+    signature = exported.graph_signature
+    _strip_entry(exported.graph_module)
+    for output in signature.output_specs:
+        if output.kind is OutputKind.USER_INPUT_MUTATION:
+            raise UnsupportedModel(
+                f"{type(model).__name__} changes its input {output.target!r} in place; clone it in forward"
+            )
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    aliases = _aliases(model)
+    parameters: list[TensorSpec] = []
+    buffers: list[TensorSpec] = []
+    constants: dict[str, torch.Tensor] = {}
+    user: list[str] = []
+    for spec in signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            user.append(name)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            target = str(spec.target).removeprefix(_Entry.PREFIX)
+            tensor = placeholders[name].meta["val"]
+            trainable = spec.kind is InputKind.PARAMETER and bool(tensor.requires_grad)
+            names = aliases.get(target, (target,))
+            entry = TensorSpec(
+                name, names[0], names, tuple(tensor.shape), _dtype(tensor), _nbytes(tensor), trainable
+            )
+            (parameters if spec.kind is InputKind.PARAMETER else buffers).append(entry)
+            if spec.kind is InputKind.CONSTANT_TENSOR:
+                constant = exported.constants[str(spec.target)]
+                assert isinstance(constant, torch.Tensor)
+                constants[names[0]] = constant
+        else:
+            raise UnsupportedModel(f"{type(model).__name__} has an input of kind {spec.kind.name}: {name}")
+    inputs, ranges, symbol_text = _inputs(user, placeholders, values, symbols, exported)
+    sizes = {
+        symbol: named[key].shape[dim]
+        for key, dims in symbols.items()
+        for dim, symbol in dims.items()
+        if symbol in ranges
+    }
+    module = exported.graph_module
+    module.meta["symbols"] = symbol_text
+    outputs = _outputs(model, module)
+    return Capture(
+        graph_module=module,
+        model_name=type(model).__name__,
+        parameters=tuple(parameters),
+        buffers=tuple(buffers),
+        constants=constants,
+        inputs=inputs,
+        outputs=outputs,
+        symbols=ranges,
+        example_sizes=sizes,
+        tied=tuple(sorted({spec.aliases for spec in parameters if len(spec.aliases) > 1})),
+        mutations={},
+        fingerprint=_fingerprint(parameters, buffers, inputs, module.graph),
+        output_spec=exported.call_spec.out_spec,
+    )
+
+
+def _strip_entry(module: torch.fx.GraphModule) -> None:
+    """Makes module paths those of the model itself."""
+    for graph_module in module.modules():
+        for node in graph_module.graph.nodes if isinstance(graph_module, torch.fx.GraphModule) else ():
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                key: ((path + ".").removeprefix(_Entry.PREFIX).removesuffix("."), kind)
+                for key, (path, kind) in stack.items()
+            }
+
+
+def _inputs(
+    user: list[str],
+    placeholders: dict[str, torch.fx.Node],
+    values: dict[str, Any],
+    symbols: dict[str, dict[int, str]],
+    exported: torch.export.ExportedProgram,
+) -> tuple[tuple[InputSpec, ...], dict[str, tuple[int, int]], dict[str, str]]:
+    specs: list[InputSpec] = []
+    ranges: dict[str, tuple[int, int]] = {}
+    symbol_text: dict[str, str] = {}
+    for placeholder, key in zip(user, values, strict=True):
+        value = placeholders[placeholder].meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        shape: list[int | str] = []
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            symbol = size.node.expr
+            name = symbols.get(key, {}).get(dim, str(symbol))
+            bounds = exported.range_constraints.get(symbol)
+            upper = MAX_SIZE if bounds is None else min(MAX_SIZE, int(bounds.upper))
+            ranges[name] = (1 if bounds is None else max(1, int(bounds.lower)), upper)
+            symbol_text[name] = str(symbol)
+            shape.append(name)
+        batched = symbols.get(key, {}).get(0) == "batch"
+        specs.append(InputSpec(placeholder, key, tuple(shape), _dtype(value), 0 if batched else None))
+    return tuple(specs), ranges, symbol_text
+
+
+def _outputs(model: torch.nn.Module, module: torch.fx.GraphModule) -> tuple[str, ...]:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    returned = [value for value in output.args[0] if value is not None]
+    first = returned[0] if returned else None
+    value = first.meta.get("val") if isinstance(first, torch.fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.ndim != 0:
+        got = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "that is no tensor"
+        raise UnsupportedModel(
+            f"{type(model).__name__}'s first output must be the loss, a scalar tensor; it is one {got}. "
+            f"Return the loss first (Hugging Face models do when labels are passed)."
+        )
+    return tuple(node.name for node in returned if isinstance(node, torch.fx.Node))
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+    groups: dict[int, list[str]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: tuple(group) for group in groups.values() for name in group}
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return int(tensor.numel()) * tensor.element_size()
+
+
+def _fingerprint(
+    parameters: list[TensorSpec],
+    buffers: list[TensorSpec],
+    inputs: tuple[InputSpec, ...],
+    graph: torch.fx.Graph,
+) -> str:
+    digest = hashlib.sha256()
+    for spec in (*parameters, *buffers):
+        digest.update(repr((spec.name, spec.shape, spec.dtype, spec.trainable)).encode())
+    digest.update(repr([(spec.name, spec.dtype, len(spec.shape)) for spec in inputs]).encode())
+    for node in graph.nodes:
+        if node.op == "call_function":
+            digest.update(f"{node.name}|{node.target}|{node.args}|{node.kwargs}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""Schedule -> Program: one torch.fx graph a GPU, one node an instruction, record or wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from rpcompile.ir import Action, Capture, Op, Partition, Program, Schedule, SegmentChain
+from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.simulate import simulate
+
+METHODS = {
+    Op.PREFETCH: "prefetch",
+    Op.LOAD: "load",
+    Op.RECEIVE: "receive",
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.FUSED: "fused",
+    Op.HANDOFF: "handoff",
+    Op.OFFLOAD: "offload",
+    Op.GRADIENT: "gradient",
+    Op.FREE: "free",
+}
+
+
+@dataclass(frozen=True)
+class LowerToProgram:
+    """Writes each GPU's part of a schedule as a graph that calls its worker, `gpu`.
+
+    The instructions of a GPU's streams are interleaved in the order in which they are predicted to
+    start; only the order within a stream and the events bind.
+
+    Before -> after::
+
+        2F0 waits e7 records e9    ->  gpu.wait("compute", "e7")
+                                       gpu.forward("2F0", stage=2, microbatch=0, reads=..., writes=...)
+                                       gpu.record("compute", "e9")
+    """
+
+    capture: Capture
+    chain: SegmentChain
+    partition: Partition
+    name = "lower-to-program"
+
+    def run(self, schedule: Schedule) -> Program:
+        """Returns the program; the schedule must have its events (`insert-event-waits`)."""
+        extract = ExtractStages(self.capture, self.chain)
+        weights, states = extract.segment_tensors()
+        timeline = simulate(schedule)
+        merged: list[list[Action]] = [[] for _ in range(schedule.gpus)]
+        ordered = sorted(schedule.actions(), key=lambda action: timeline.start_s[action.id])
+        for action in ordered:
+            merged[action.gpu].append(action)
+        return Program(
+            graphs=tuple(_lower(actions) for actions in merged),
+            stages=extract.run(self.partition),
+            weights=weights,
+            states=states,
+            capture=self.capture,
+            schedule=schedule,
+        )
+
+
+def _lower(actions: list[Action]) -> GraphModule:
+    graph = Graph()
+    gpu = graph.placeholder("gpu")
+    for action in actions:
+        for event in action.waits:
+            graph.call_method("wait", (gpu, action.stream.value, event))
+        graph.call_method(METHODS[action.op], (gpu, action.id), _arguments(action))
+        for event in action.records:
+            graph.call_method("record", (gpu, action.stream.value, event))
+    graph.output(None)
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def _arguments(action: Action) -> dict[str, Any]:
+    if action.op is Op.FREE:
+        return {"stream": action.stream.value, "buffers": action.frees}
+    arguments: dict[str, Any] = {"stage": action.stage}
+    if action.microbatch is not None:
+        arguments["microbatch"] = action.microbatch
+    return {**arguments, "reads": action.reads, "writes": action.writes}
+
+
+def instructions(graph: GraphModule) -> list[Node]:
+    """The instruction nodes of one GPU's graph, in order."""
+    return [node for node in graph.graph.nodes if node.op == "call_method"]

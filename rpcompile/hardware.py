@@ -1,0 +1,104 @@
+"""The catalogue of GPUs that plans can be made for, without having one.
+
+Every figure says whether it was measured, quoted from a specification or assumed; see the notes in
+`rpcompile/data/hardware.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from importlib import resources
+from typing import Any
+
+import torch
+
+from rpcompile.errors import InvalidArgument
+from rpcompile.ir import Hardware
+
+_RESERVE_BYTES = 3 * 2**29  # 1.5 GiB
+_LATENCY_S = 10e-6
+_DTYPES = ("bfloat16", "float16", "float32")
+_DEFAULT_REASON = {
+    "quoted": "public specification listing",
+    "assumed": "no source opened; probe the machine",
+    "measured": "see the catalogue's notes",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Catalogue names, e.g. "rtx4090"."""
+    return tuple(_catalogue())
+
+
+def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
+    """One GPU of the catalogue.
+
+    Memory is what the card is sold as, in GiB: a "24 GB" card has 24 x 2**30 bytes (drivers report up to
+    1 % less). 1.5 GiB of it is reserved for the CUDA context and the allocator's fragmentation.
+
+    Args:
+        name: Catalogue name; case does not matter.
+        dtype: Training dtype: "bfloat16", "float16" or "float32". The catalogue has 16-bit tensor-core
+            throughput with 32-bit accumulation only; for float32 it is returned as it is, which is an
+            optimistic bound, and `sources` says so.
+
+    Raises:
+        InvalidArgument: No such GPU or dtype.
+    """
+    key = name.lower()
+    catalogue = _catalogue()
+    if key not in catalogue:
+        near = difflib.get_close_matches(key, catalogue, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(catalogue)}"
+        raise InvalidArgument(f"hardware {name!r} is not in the catalogue; {hint}")
+    if dtype not in _DTYPES:
+        raise InvalidArgument(f"dtype {dtype!r} has no throughput; choose one of {', '.join(_DTYPES)}")
+    entry = catalogue[key]
+    compute, link = _source(entry["status"]["compute"]), _source(entry["status"]["link"])
+    if dtype == "float32":
+        compute += "; 16-bit tensor-core figure, an optimistic bound for float32"
+    memory_bytes = entry["memory_gb"] * 2**30
+    return Hardware(
+        name=key,
+        memory_bytes=memory_bytes,
+        usable_bytes=memory_bytes - _RESERVE_BYTES,
+        flops_per_s=entry["tflops_fp32_acc"] * 1e12,
+        memory_bytes_per_s=entry["memory_gb_per_s"] * 1e9,
+        h2d_bytes_per_s=entry["h2d_gb_per_s"] * 1e9,
+        d2h_bytes_per_s=entry["d2h_gb_per_s"] * 1e9,
+        latency_s=_LATENCY_S,
+        sources={
+            "memory_bytes": _source("quoted"),
+            "usable_bytes": "assumed: 1.5 GiB reserved for the CUDA context and the allocator",
+            "flops_per_s": compute,
+            "memory_bytes_per_s": _source("quoted"),
+            "h2d_bytes_per_s": link,
+            "d2h_bytes_per_s": link,
+            "latency_s": "assumed: 10 us to start a transfer",
+        },
+    )
+
+
+def detect() -> str | None:
+    """The catalogue name of this machine's first CUDA device; None without one or if it is not listed."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_name(0)
+    return next((name for name, entry in _catalogue().items() if device in entry["cuda_names"]), None)
+
+
+@functools.cache
+def _catalogue() -> dict[str, dict[str, Any]]:
+    text = resources.files("rpcompile").joinpath("data/hardware.json").read_text(encoding="utf-8")
+    return json.loads(text)["gpus"]
+
+
+def _source(status: str) -> str:
+    """`quoted; sustained 158` -> `quoted: sustained 158`; a status alone gets its usual reason."""
+    match = re.fullmatch(r"(measured|quoted|assumed)[;: ]*(.*)", status)
+    assert match is not None, status  # a test reads the whole catalogue
+    kind, reason = match.groups()
+    return f"{kind}: {reason or _DEFAULT_REASON[kind]}"

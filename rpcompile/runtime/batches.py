@@ -1,0 +1,125 @@
+"""From the caller's batch to microbatches, and from their outputs back to one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rpcompile.errors import BatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rpcompile.ir import Capture, InputSpec
+    from rpcompile.runtime.stage_runner import Tensors
+
+
+def named_batch(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensors:
+    """The batch by input name, checked against what was captured.
+
+    Raises:
+        BatchError: A tensor is missing, unknown, or has another dtype or shape than captured.
+    """
+    given = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+    expected = {spec.name: spec for spec in capture.inputs}
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"missing {missing}"] * bool(missing) + [f"not captured {unknown}"] * bool(unknown)
+        raise BatchError(
+            f"the batch does not match the inputs compiled for ({sorted(expected)}): {', '.join(parts)}. "
+            f"Compile with example_inputs that hold every tensor you will pass."
+        )
+    for name, spec in expected.items():
+        _check(spec, given[name])
+    return {name: given[name] for name in expected}
+
+
+def _check(spec: InputSpec, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise BatchError(f"input {spec.name!r} must be a tensor, not {type(value).__name__}")
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise BatchError(f"input {spec.name!r} is {dtype}, compiled for {spec.dtype}")
+    fits = len(value.shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == size or (index == spec.batch_dim and size % want == 0)
+        for index, (want, size) in enumerate(zip(spec.shape, value.shape, strict=True))
+    )
+    if not fits:
+        raise BatchError(f"input {spec.name!r} has shape {tuple(value.shape)}, compiled for {spec.shape}")
+
+
+def split_batch(capture: Capture, batch: Tensors, microbatches: int) -> list[Tensors]:
+    """Equal parts along each input's batch dimension; inputs without one go whole to every part.
+
+    Raises:
+        BatchError: The batch does not divide into `microbatches`.
+    """
+    parts: list[Tensors] = [{} for _ in range(microbatches)]
+    for spec in capture.inputs:
+        value = batch[spec.name]
+        if spec.batch_dim is None:
+            for part in parts:
+                part[spec.name] = value
+            continue
+        size = value.shape[spec.batch_dim]
+        if size == 0 or size % microbatches:
+            raise BatchError(
+                f"a batch of {size} ({spec.name!r}) does not divide into {microbatches} microbatches; "
+                f"pass a multiple of {microbatches}, or compile with "
+                f"microbatches={largest_divisor(size, microbatches)}"
+            )
+        for part, chunk in zip(parts, value.chunk(microbatches, spec.batch_dim), strict=True):
+            part[spec.name] = chunk
+    return parts
+
+
+def microbatch_sizes(capture: Capture, part: Tensors) -> dict[str, int]:
+    """Symbol -> size in one microbatch.
+
+    Raises:
+        BatchError: Two inputs disagree, or a size is outside the captured range.
+    """
+    sizes: dict[str, int] = {}
+    for spec in capture.inputs:
+        for want, size in zip(spec.shape, part[spec.name].shape, strict=True):
+            if isinstance(want, int):
+                if want != size:
+                    raise BatchError(f"a microbatch of {spec.name!r} has size {size}, compiled for {want}")
+                continue
+            if sizes.setdefault(want, size) != size:
+                raise BatchError(f"input {spec.name!r} has {want} {size}, other inputs have {sizes[want]}")
+            low, high = capture.symbols[want]
+            if not low <= size <= high:
+                raise BatchError(
+                    f"{want} is {size} in a microbatch of {spec.name!r}; the model was captured for "
+                    f"{low} to {high}"
+                )
+    return sizes
+
+
+def largest_divisor(size: int, limit: int) -> int:
+    """The largest number up to `limit` that divides `size`."""
+    return max((divisor for divisor in range(1, limit + 1) if size % divisor == 0), default=1)
+
+
+def join_outputs(capture: Capture, parts: Sequence[Tensors]) -> Any:
+    """The model's output for the whole batch, in the form the model returns it.
+
+    Scalars are averaged over microbatches, tensors with a batch dimension concatenated. Outputs
+    made before the last segment are None.
+    """
+    output = next(node for node in capture.graph_module.graph.nodes if node.op == "output")
+    leaves = [_join(node, parts) for node in output.args[0]]
+    return pytree.tree_unflatten(leaves, capture.output_spec)  # type: ignore[arg-type]
+
+
+def _join(node: Any, parts: Sequence[Tensors]) -> torch.Tensor | None:
+    if not isinstance(node, torch.fx.Node) or node.name not in parts[0]:
+        return None
+    tensors = [part[node.name] for part in parts]
+    shape = node.meta["val"].shape
+    if not shape:
+        return torch.stack(tensors).mean()
+    return torch.cat(tensors) if isinstance(shape[0], torch.SymInt) else tensors[0]

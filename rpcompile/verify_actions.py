@@ -1,0 +1,204 @@
+"""The part of `rpcompile/verify.py` that looks at what actions say, not at their order."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from rpcompile import buffers
+from rpcompile.buffers import BufferName
+from rpcompile.errors import ScheduleError
+from rpcompile.ir import COMPUTE_OPS, ActionId, Op, StageKind, Stream
+
+if TYPE_CHECKING:
+    from rpcompile.ir import Action, Partition, Schedule, SegmentChain
+
+_STREAMS = {
+    **dict.fromkeys((Op.PREFETCH, Op.LOAD, Op.RECEIVE), Stream.H2D),
+    **dict.fromkeys((Op.FORWARD, Op.BACKWARD, Op.FUSED), Stream.COMPUTE),
+    **dict.fromkeys((Op.HANDOFF, Op.OFFLOAD, Op.GRADIENT), Stream.D2H),
+    Op.UPDATE: Stream.HOST,
+}
+_KINDS = {Op.FORWARD: StageKind.F, Op.BACKWARD: StageKind.B, Op.FUSED: StageKind.FB}
+# What each copy may carry: kind of the source -> kind of the target.
+_CARRIES = {
+    Op.PREFETCH: {("weights", "weights")},
+    Op.LOAD: {("inputs", "inputs"), ("x", "x")},
+    Op.RECEIVE: {("x", "x"), ("dx", "dx")},
+    Op.HANDOFF: {("x", "x"), ("dx", "dx")},
+    Op.OFFLOAD: {("x", "x"), ("loss", "loss"), ("weights", "state")},
+    Op.GRADIENT: {("gradients", "gradients")},
+}
+
+
+def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
+    """Checks ids, queues, coverage, operands and copies.
+
+    Raises:
+        ScheduleError: A property does not hold; the message names the action and the property.
+    """
+    _check_queues(schedule, partition)
+    _check_coverage(schedule, chain, partition)
+    _check_operands(schedule, chain, partition)
+    _check_copies(schedule)
+
+
+def _check_queues(schedule: Schedule, partition: Partition) -> None:
+    """Ids, streams, jobs and spaces."""
+    jobs = {job.index: job for job in schedule.jobs}
+    queues = Counter((queue.gpu, queue.stream) for queue in schedule.queues)
+    ids = Counter(action.id for action in schedule.actions())
+    for (gpu, stream), count in queues.items():
+        if count > 1:
+            raise ScheduleError(f"gpu{gpu} has {count} {stream} queues; it must have one")
+    for queue in schedule.queues:
+        for action in queue.actions:
+            if ids[action.id] > 1:
+                raise ScheduleError(f"{action.id}: {ids[action.id]} actions have this id")
+            said = ActionId.parse(action.id)
+            fields = (action.stage, action.op, action.microbatch)
+            if (said.stage, said.op, said.microbatch) != fields or said.job not in (None, action.job):
+                raise ScheduleError(f"{action.id}: its stage, op, microbatch or job differ from its id")
+            stream = _STREAMS.get(action.op, queue.stream)
+            if (action.gpu, action.stream, stream) != (queue.gpu, queue.stream, queue.stream):
+                raise ScheduleError(
+                    f"{action.id} is queued on gpu{queue.gpu} {queue.stream}; "
+                    f"it belongs on gpu{action.gpu} {stream}"
+                )
+            job = jobs.get(action.job)
+            if job is None or (job.stage, job.gpu) != (action.stage, action.gpu):
+                raise ScheduleError(
+                    f"{action.id}: no job {action.job} runs stage {action.stage} on gpu{action.gpu}"
+                )
+            if job.stage >= len(partition.stages):
+                raise ScheduleError(f"{action.id}: the partition has no stage {job.stage}")
+            if action.microbatch is not None and action.microbatch not in job.microbatches:
+                raise ScheduleError(f"{action.id}: job {job.index} has no microbatch {action.microbatch}")
+            _check_names(action, schedule)
+
+
+def _check_names(action: Action, schedule: Schedule) -> None:
+    if bool(action.frees) != (action.op is Op.FREE) or (action.frees and (action.reads or action.writes)):
+        raise ScheduleError(f"{action.id}: FREE, and nothing else, frees buffers; it does nothing more")
+    for buffer in (*action.reads, *action.writes, *action.frees):
+        if buffer not in schedule.buffers:
+            raise ScheduleError(f"{action.id} uses {buffer}, which has no size in the schedule's buffers")
+        if buffers.space_of(buffer) not in (buffers.HOST, buffers.gpu(action.gpu)):
+            raise ScheduleError(f"{action.id} runs on gpu{action.gpu} and cannot reach {buffer}")
+
+
+def _check_coverage(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
+    """One forward and at most one backward of everything, in the order of each job's microbatches."""
+    forwards: dict[tuple[int, int], list[str]] = defaultdict(list)
+    backwards: dict[tuple[int, int], list[str]] = defaultdict(list)
+    positions: dict[int, list[Action]] = defaultdict(list)
+    for action in schedule.actions():
+        if action.op not in COMPUTE_OPS or action.microbatch is None:
+            continue
+        stage = partition.stages[action.stage]
+        if _KINDS[action.op] is not stage.kind:
+            raise ScheduleError(f"{action.id} runs stage {stage.index}, which is of kind {stage.kind}")
+        positions[action.job].append(action)
+        for segment in stage.segments:
+            if action.op is not Op.BACKWARD:
+                forwards[segment, action.microbatch].append(action.id)
+            if action.op is not Op.FORWARD:
+                backwards[segment, action.microbatch].append(action.id)
+    for index, segment in enumerate(chain.segments):
+        needed = segment.needs_backward and schedule.mode != "forward"
+        for microbatch in range(schedule.microbatches):
+            for what, found, least in (("forward", forwards, 1), ("backward", backwards, int(needed))):
+                names = found[index, microbatch]
+                if not least <= len(names) <= 1:
+                    raise ScheduleError(
+                        f"segment {index}, microbatch {microbatch} has {len(names)} {what}s "
+                        f"({', '.join(names) or 'no action'}); it must have one"
+                    )
+    for job in schedule.jobs:
+        for action, microbatch in zip(positions[job.index], job.microbatches, strict=False):
+            if action.microbatch != microbatch:
+                raise ScheduleError(f"{action.id} is out of order: job {job.index} runs {job.microbatches}")
+
+
+def _check_operands(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
+    """Compute actions read and write exactly what their segments call for."""
+    for action in schedule.actions():
+        if action.op not in COMPUTE_OPS:
+            continue
+        space, job, microbatch = buffers.gpu(action.gpu), action.job, action.microbatch
+        stage = partition.stages[action.stage]
+        below = None if stage.first == 0 else chain.segments[stage.first - 1]
+        reads: list[BufferName] = []
+        writes: list[BufferName] = []
+        for index in stage.segments:
+            weights = BufferName(space, "weights", index, job)
+            reads += [weights] if chain.segments[index].weight_bytes else []
+            if stage.kind is not StageKind.B and schedule.mode != "forward":
+                writes += [weights] if chain.segments[index].state_bytes else []
+            if stage.kind is not StageKind.F and chain.segments[index].gradient_bytes:
+                writes.append(BufferName(space, "gradients", index, job))
+        if any(chain.segments[index].inputs for index in stage.segments):
+            reads.append(BufferName(space, "inputs", None, job, microbatch))
+        # A boundary may lie under the name of the job that made it here, or of this one.
+        if below:
+            reads.append(BufferName(space, "x", stage.first - 1, None, microbatch))
+        if stage.kind is StageKind.B:
+            reads.append(BufferName(space, "dx", stage.last, None, microbatch))
+        if below and below.needs_backward and stage.kind is not StageKind.F:
+            writes.append(BufferName(space, "dx", stage.first - 1, job, microbatch))
+        if stage.last == len(chain.segments) - 1 and stage.kind is not StageKind.B:
+            writes.append(BufferName(space, "loss", None, None, microbatch))
+        if stage.kind is StageKind.F:  # which of its boundaries are used, their readers say
+            cuts = [buffers.parse(name) for name in action.writes if buffers.parse(name).kind == "x"]
+            possible = [BufferName(space, "x", index, job, microbatch) for index in stage.segments]
+            writes += [name for name in cuts if name in possible]
+        found_writes = [buffers.parse(name) for name in action.writes]
+        found_reads = [buffers.parse(name) for name in action.reads]
+        # Gradients are read to be added to; how often, the checks of their writers say.
+        found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
+        found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
+        _compare(action, "read", reads, found_reads)
+        _compare(action, "write", writes, found_writes)
+
+
+def _compare(action: Action, verb: str, expected: list[BufferName], found: list[BufferName]) -> None:
+    missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
+    for names, must in ((missing, "must"), (extra, "must not")):
+        for name in names:
+            details = zip(("segment", "job", "microbatch"), name[2:], strict=True)
+            what = ", ".join(f"{field} {value}" for field, value in details if value is not None)
+            raise ScheduleError(f"{action.id} {must} {verb} {name.space}:{name.kind} ({what})")
+
+
+def _check_copies(schedule: Schedule) -> None:
+    """A copy takes the same thing from one side to the other, and all of it."""
+    for action in schedule.actions():
+        if action.op not in _CARRIES:
+            continue
+        if len(action.reads) != len(action.writes) or not action.reads:
+            raise ScheduleError(f"{action.id} copies {len(action.reads)} buffers into {len(action.writes)}")
+        spaces = (buffers.HOST, buffers.gpu(action.gpu))
+        if action.stream is Stream.D2H:
+            spaces = spaces[::-1]
+        for source, target in zip(action.reads, action.writes, strict=True):
+            left, right = buffers.parse(source), buffers.parse(target)
+            if (left.space, right.space) != spaces:
+                raise ScheduleError(f"{action.id} copies {source} to {target} on the {action.stream} stream")
+            if (left.kind, right.kind) not in _CARRIES[action.op]:
+                raise ScheduleError(
+                    f"{action.id} copies {source} to {target}; {action.op.name} does not do that"
+                )
+            # A gradient changes its name with its owner: it is received from the job that made it.
+            passed_on = action.op is Op.RECEIVE and left.kind == "dx"
+            same_job = left.job == right.job or None in (left.job, right.job) or passed_on
+            if (left.segment, left.microbatch) != (right.segment, right.microbatch) or not same_job:
+                raise ScheduleError(f"{action.id} copies {source} to {target}, which is something else")
+            # Of the caller's inputs and the model's weights a job may take a part, of weights only
+            # the changed buffers go back.
+            whole = left.kind not in ("inputs", "weights")
+            if whole and schedule.buffers[source] != schedule.buffers[target]:
+                sizes = f"{schedule.buffers[source]:,} and {schedule.buffers[target]:,} bytes"
+                raise ScheduleError(f"{action.id} copies {source} to {target}, which have {sizes}")
+        nbytes = sum(schedule.buffers[target] for target in action.writes)
+        if action.nbytes != nbytes:
+            raise ScheduleError(f"{action.id} moves {action.nbytes:,} bytes; what it writes has {nbytes:,}")

@@ -1,0 +1,134 @@
+"""Runs a model stage by stage without a schedule: the shortest way through the capture passes."""
+
+from __future__ import annotations
+
+import torch
+
+from rpcompile.ir import Capture, Hardware, Partition, Segment, SegmentChain, Stage, StageKind
+from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
+from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
+from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.passes.find_cuts import FindCuts
+from rpcompile.random_streams import stream_seed
+from rpcompile.runtime import batches
+from rpcompile.runtime.stage_runner import Microbatch, StageRunner
+
+
+def capture(model: torch.nn.Module, batch: dict[str, torch.Tensor], microbatches: int = 4) -> Capture:
+    example = {name: value.chunk(microbatches)[0] for name, value in batch.items()}
+    raw = CaptureGraph(ExampleInputs.of(example)).run(model)
+    return FindCuts().run(CanonicalizeGraph().run(raw))
+
+
+def free_chain(captured: Capture) -> SegmentChain:
+    """The captured segments with no prices."""
+    bounds = [0, *(cut.position for cut in captured.cuts), len(captured.order)]
+    names = [*(cut.name for cut in captured.cuts), captured.last_name]
+    trainable = {spec.placeholder for spec in captured.parameters if spec.trainable}
+    nodes = {node.name: node for node in captured.graph_module.graph.nodes}
+    segments: list[Segment] = []
+    flows = False
+    for index, name in enumerate(names):
+        mine = captured.order[bounds[index] : bounds[index + 1]]
+        read = {arg.name for node in mine for arg in nodes[node].all_input_nodes}
+        flows = flows or bool(read & trainable)
+        cut = captured.cuts[index] if index < len(captured.cuts) else None
+        segments.append(
+            Segment(
+                name=name,
+                nodes=mine,
+                parameters=tuple(s.name for s in captured.parameters if s.placeholder in read),
+                inputs=(),
+                boundary=cut.values if cut else (),
+                boundary_gradients=cut.gradients if cut else (),
+                forward_s=0.0,
+                backward_s=0.0,
+                forward_flops=0.0,
+                backward_flops=0.0,
+                weight_bytes=1,
+                gradient_bytes=1,
+                state_bytes=0,
+                input_bytes=0,
+                boundary_bytes=0,
+                boundary_gradient_bytes=0,
+                saved_bytes=0,
+                peak_bytes=0,
+                needs_backward=flows,
+                source="estimated",
+            )
+        )
+    hardware = Hardware("none", 0, 0, 1.0, 1.0, 1.0, 1.0, 0.0, {})
+    return SegmentChain(tuple(segments), dict(captured.example_sizes), hardware)
+
+
+def partition(
+    first_backward: int, segments: int, tail: int, forward: set[int], backward: set[int]
+) -> Partition:
+    """Stages cut behind the given segments, forward and backward, with the fused tail from `tail` on."""
+    stages: list[Stage] = []
+
+    def add(kind: StageKind, first: int, last: int) -> None:
+        stages.append(Stage(len(stages), kind, first, last))
+
+    def runs(low: int, cuts: set[int]) -> list[tuple[int, int]]:
+        ends = [index for index in range(low, tail) if index in cuts or index == tail - 1]
+        return list(zip([low, *(end + 1 for end in ends[:-1])], ends, strict=False))
+
+    for first, last in runs(0, forward) if tail else []:
+        add(StageKind.F, first, last)
+    add(StageKind.FB, tail, segments - 1)
+    for first, last in reversed(runs(first_backward, backward)) if first_backward < tail else []:
+        add(StageKind.B, first, last)
+    return Partition(tuple(stages), 0, 0.0, 0.0, "GIVEN", 0.0, "by hand")
+
+
+def forward_backward(
+    model: torch.nn.Module,
+    captured: Capture,
+    chain: SegmentChain,
+    stages: Partition,
+    batch: dict[str, torch.Tensor],
+    microbatches: int,
+    seed: int,
+) -> torch.Tensor:
+    """Loss; gradients are left in `.grad`, changed buffers in the model."""
+    extract = ExtractStages(captured, chain)
+    weights, _ = extract.segment_tensors()
+    host = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **captured.constants,
+    }
+    parts = batches.split_batch(captured, batches.named_batch(captured, (), batch), microbatches)
+    facts = [
+        Microbatch(stream_seed(seed, i), batches.microbatch_sizes(captured, part), 1 / microbatches)
+        for i, part in enumerate(parts)
+    ]
+    saved: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
+    incoming: list[dict[str, torch.Tensor]] = [{} for _ in parts]
+    total = torch.zeros(())
+    for graph in extract.run(stages):
+        runner = StageRunner(graph, captured.outputs[0])
+        stage = graph.stage
+        names = list(dict.fromkeys(name for segment in stage.segments for name in weights[segment]))
+        copies = [{name: host[name].detach().clone() for name in names}]
+        for index, part in enumerate(parts):
+            values = saved[index].get(stage.first - 1, {})
+            if stage.kind is StageKind.F:
+                outputs = runner.forward(copies, part, values, facts[index])
+                for segment, names in graph.emits.items():
+                    saved[index][segment] = {name: outputs[name] for name in names}
+            elif stage.kind is StageKind.FB:
+                loss, incoming[index] = runner.fused(copies, part, values, facts[index])
+                total += loss / microbatches
+            else:
+                incoming[index] = runner.backward(copies, part, values, incoming[index], facts[index])
+        for gradients in runner.weight_gradients(copies):
+            for name, gradient in gradients.items():
+                tensor = host[name]
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+        if stage.kind is not StageKind.B:
+            for segment in copies:
+                for name in graph.mutated & segment.keys():
+                    host[name].copy_(segment[name])
+    return total

@@ -1,0 +1,411 @@
+"""What the verifier proves, and that no mutant of a valid schedule gets past it."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import networkx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpcompile.errors import ScheduleError
+from rpcompile.ir import Op, Schedule, SegmentChain
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.verify import verify_schedule
+from tests.chains import action, chain, compiled, edit, partition, problems, rewrite, with_transfers, without
+
+STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
+STATE = {1: {"state_bytes": 1, "inputs": ("mask",), "input_bytes": 1}, 2: {"state_bytes": 2}}
+
+
+def rejects(schedule: Schedule, chain: SegmentChain, stages=STAGES) -> str | None:
+    """The verifier's message, None if it accepts."""
+    try:
+        verify_schedule(schedule, chain, stages)
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
+# --------------------------------------------------------------------------- mutants of valid schedules
+
+PROBLEMS = {
+    "two gpus": (chain(3, STATE), STAGES, 2, 2, "sync"),
+    "one gpu": (chain(3, STATE), STAGES, 1, 2, "sync"),
+    "three jobs a gpu": (chain(4), partition("F0-0", "F1-1", "FB2-3", "B1-1", "B0-0"), 2, 1, "sync"),
+    "evaluation": (chain(3), partition("F0-0", "F1-1", "F2-2"), 2, 3, "forward"),
+}
+
+
+@pytest.fixture(params=PROBLEMS, scope="module")
+def problem(request):
+    chain, stages, *rest = PROBLEMS[request.param]
+    schedule = compiled(chain, stages, *rest)
+    verify_schedule(schedule, chain, stages)
+    return schedule, chain, stages
+
+
+def reachable(schedule: Schedule) -> dict[str, set[str]] | None:
+    """By brute force, what happens after each action by queues and events; None in a deadlock."""
+    graph = networkx.DiGraph()
+    recorders = {event: action.id for action in schedule.actions() for event in action.records}
+    for queue in schedule.queues:
+        names = [action.id for action in queue.actions]
+        graph.add_nodes_from(names)
+        graph.add_edges_from(pairwise(names))
+    graph.add_edges_from((recorders[e], action.id) for action in schedule.actions() for e in action.waits)
+    if not networkx.is_directed_acyclic_graph(graph):
+        return None
+    return {name: networkx.descendants(graph, name) for name in graph}
+
+
+def required(schedule: Schedule) -> list[tuple[str, str]]:
+    """Pairs whose order matters, in the order that a valid schedule gives them."""
+    after = reachable(schedule)
+    assert after is not None
+    pairs = [(name, action.id) for action in schedule.actions() for name in action.after]
+    for first in schedule.actions():
+        for second in schedule.actions():
+            touched = {*second.reads, *second.writes, *second.frees}
+            if first is not second and touched & {*first.writes, *first.frees}:
+                pairs.append((first.id, second.id) if second.id in after[first.id] else (second.id, first.id))
+    assert all(right in after[left] for left, right in pairs)
+    return pairs
+
+
+def is_equivalent(mutant: Schedule, pairs: list[tuple[str, str]]) -> bool:
+    after = reachable(mutant)
+    return after is not None and all(right in after[left] for left, right in pairs)
+
+
+def test_removing_any_wait_is_caught(problem):
+    schedule, chain, stages = problem
+    waits = [(found, event) for found in schedule.actions() for event in found.waits]
+    assert len(waits) > 10
+    for found, event in waits:
+        mutant = edit(schedule, found.id, waits=tuple(e for e in found.waits if e != event))
+        assert rejects(mutant, chain, stages), f"{found.id} without {event}"
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.data())
+def test_removing_a_wait_from_any_schedule_is_caught(random_problem, data):
+    chain, stages, *rest = random_problem
+    schedule = compiled(chain, stages, *rest)
+    waits = [(found, event) for found in schedule.actions() for event in found.waits]
+    found, event = data.draw(st.sampled_from(waits))
+    mutant = edit(schedule, found.id, waits=tuple(other for other in found.waits if other != event))
+    assert rejects(mutant, chain, stages)
+
+
+def test_removing_any_record_is_caught(problem):
+    schedule, chain, stages = problem
+    for found in [found for found in schedule.actions() if found.records]:
+        message = rejects(edit(schedule, found.id, records=()), chain, stages)
+        assert message is not None
+        assert f"waits for event {found.records[0]}, which no action records" in message
+
+
+def test_redirecting_any_wait_is_caught_or_harmless(problem):
+    schedule, chain, stages = problem
+    pairs = required(schedule)
+    events = [event for found in schedule.actions() for event in found.records]
+    draw, equivalent = random.Random(0), 0
+    for found in [found for found in schedule.actions() if found.waits]:
+        for event in draw.sample(events, 4):
+            mutant = edit(schedule, found.id, waits=(event, *found.waits[1:]))
+            if mutant == schedule:
+                continue
+            if rejects(mutant, chain, stages) is None:
+                equivalent += 1
+                assert is_equivalent(mutant, pairs), f"{found.id} waiting for {event}"
+    assert equivalent < len(events)
+
+
+def test_moving_any_record_is_caught_or_harmless(problem):
+    schedule, chain, stages = problem
+    pairs = required(schedule)
+    names = [found.id for found in schedule.actions()]
+    draw = random.Random(1)
+    for found in [found for found in schedule.actions() if found.records]:
+        target = action(schedule, draw.choice([name for name in names if name != found.id]))
+        mutant = edit(schedule, found.id, records=())
+        mutant = edit(mutant, target.id, records=target.records + found.records)
+        if rejects(mutant, chain, stages) is None:
+            assert is_equivalent(mutant, pairs), f"{found.records} moved from {found.id} to {target.id}"
+
+
+def test_removing_any_action_is_caught(problem):
+    schedule, chain, stages = problem
+    for id in [found.id for found in schedule.actions()]:
+        assert rejects(without(schedule, id), chain, stages), id
+
+
+def test_removing_any_action_is_caught_even_if_events_are_made_anew(problem):
+    schedule, chain, stages = problem
+    for id in [found.id for found in schedule.actions()]:
+        mutant = without(schedule, id)
+        for found in mutant.actions():
+            mutant = edit(mutant, found.id, after=tuple(name for name in found.after if name != id))
+        try:
+            mutant = InsertEventWaits().run(mutant)
+        except ScheduleError:
+            continue
+        assert rejects(mutant, chain, stages), id
+
+
+def test_repeating_any_action_is_caught(problem):
+    schedule, chain, stages = problem
+    for found in schedule.actions():
+        copies = {found.id: found, "other": replace(found, id=f"{found.id.split('.')[0]}.99", records=())}
+        mutants = {
+            name: rewrite(schedule, lambda a, id=found.id, copy=copy: [a, copy] if a.id == id else [a])
+            for name, copy in copies.items()
+        }
+        assert f"{found.id}: 2 actions have this id" in (rejects(mutants[found.id], chain, stages) or "")
+        assert rejects(mutants["other"], chain, stages), found.id
+
+
+def test_swapping_neighbours_is_caught_or_harmless(problem):
+    schedule, chain, stages = problem
+    pairs = required(schedule)
+    verdicts: list[bool] = []
+    for number, queue in enumerate(schedule.queues):
+        for place in range(len(queue.actions) - 1):
+            actions = list(queue.actions)
+            actions[place : place + 2] = actions[place : place + 2][::-1]
+            queues = list(schedule.queues)
+            queues[number] = replace(queue, actions=tuple(actions))
+            mutant = replace(schedule, queues=tuple(queues))
+            message = rejects(mutant, chain, stages)
+            verdicts.append(message is None)
+            if message is None:
+                assert is_equivalent(mutant, pairs), f"{actions[place].id} {actions[place + 1].id}"
+            elif is_equivalent(mutant, pairs):
+                assert "is out of order" in message
+    assert any(verdicts)
+    assert not all(verdicts)
+
+
+def test_moving_actions_is_caught_or_harmless(problem):
+    schedule, chain, stages = problem
+    pairs = required(schedule)
+    draw = random.Random(2)
+    for found in schedule.actions():
+        number = next(n for n, queue in enumerate(schedule.queues) if found in queue.actions)
+        left = [list(queue.actions) for queue in schedule.queues]
+        left[number].remove(found)
+        target = draw.randrange(len(left))
+        left[target].insert(draw.randint(0, len(left[target])), found)
+        queues = (replace(q, actions=tuple(a)) for q, a in zip(schedule.queues, left, strict=True))
+        mutant = replace(schedule, queues=tuple(queues))
+        message = rejects(mutant, chain, stages)
+        if target != number:
+            assert message is not None
+            assert f"{found.id} is queued on" in message
+        elif message is None:
+            assert is_equivalent(mutant, pairs), found.id
+
+
+def test_redirecting_any_read_write_or_free_is_caught(problem):
+    schedule, chain, stages = problem
+    draw, names = random.Random(3), sorted(schedule.buffers)
+    for found in schedule.actions():
+        for field in ("reads", "writes", "frees"):
+            for place, old in enumerate(getattr(found, field)):
+                new = draw.choice([name for name in names if name != old])
+                changed = list(getattr(found, field))
+                changed[place] = new
+                mutant = edit(schedule, found.id, **{field: tuple(changed)})
+                assert rejects(mutant, chain, stages), f"{found.id} {field} {new} for {old}"
+
+
+def test_changing_any_size_is_caught(problem):
+    schedule, chain, stages = problem
+    for found in schedule.actions():
+        if found.nbytes:
+            message = rejects(edit(schedule, found.id, nbytes=found.nbytes + 1), chain, stages)
+            assert message is not None
+            assert message.startswith(f"{found.id} moves {found.nbytes + 1} bytes; what it writes has")
+
+
+# --------------------------------------------------------------------------- messages
+
+CHAIN = chain(3, STATE)
+VALID = compiled(CHAIN, STAGES, 2, 2)
+
+
+def again(schedule: Schedule) -> Schedule:
+    """The same schedule with events that fit its reads and writes."""
+    return InsertEventWaits().run(schedule)
+
+
+def swapped(schedule: Schedule, left: str, right: str) -> Schedule:
+    first, second = action(schedule, left), action(schedule, right)
+    return rewrite(schedule, lambda a: [second if a is first else first if a is second else a])
+
+
+@pytest.mark.parametrize(
+    ("mutant", "message"),
+    [
+        (
+            replace(VALID, queues=(*VALID.queues, VALID.queues[0])),
+            "gpu0 has 2 compute queues; it must have one",
+        ),
+        (edit(VALID, "0F0", stage=1), "0F0: its stage, op, microbatch or job differ from its id"),
+        (edit(VALID, "0P@0.1", job=2), "0P@0.1: its stage, op, microbatch or job differ from its id"),
+        (edit(VALID, "0F0", gpu=1), "0F0 is queued on gpu0 compute; it belongs on gpu1 compute"),
+        (edit(VALID, "0F0", job=2), "0F0: no job 2 runs stage 0 on gpu0"),
+        (edit(VALID, "0F0", job=77), "0F0: no job 77 runs stage 0 on gpu0"),
+        (edit(VALID, "0F0", id="0F5", microbatch=5), "0F5: job 0 has no microbatch 5"),
+        (edit(VALID, "0L0", frees=("gpu0:loss.m0",)), "0L0: FREE, and nothing else, frees buffers"),
+        (edit(VALID, "0X0.0", frees=()), "0X0.0: FREE, and nothing else, frees buffers"),
+        (edit(VALID, "0F0", reads=("gpu0:x.s9.j0.m0",)), "0F0 uses gpu0:x.s9.j0.m0, which has no size"),
+        (
+            edit(VALID, "0F0", reads=("gpu1:loss.m0",)),
+            "0F0 runs on gpu0 and cannot reach gpu1:loss.m0",
+        ),
+        (
+            edit(VALID, "0F1", id="0F9", microbatch=0),
+            "0F9: its stage, op, microbatch or job differ from its id",
+        ),
+        (
+            edit(VALID, "0F1", id="0F0.1", microbatch=0),
+            "segment 0, microbatch 0 has 2 forwards (0F0, 0F0.1); it must have one",
+        ),
+        (
+            edit(VALID, "1FB0", id="1F0", op=Op.FORWARD),
+            "1F0 runs stage 1, which is of kind FB",
+        ),
+        (
+            without(VALID, "2B1"),
+            "segment 1, microbatch 1 has 0 backwards (no action); it must have one",
+        ),
+        (swapped(VALID, "0F0", "0F1"), "0F1 is out of order: job 0 runs (0, 1)"),
+        (
+            edit(VALID, "2B0", reads=action(VALID, "2B0").reads[1:]),
+            "2B0 must read gpu0:weights (segment 1, job 2)",
+        ),
+        (
+            edit(VALID, "1FB0", reads=(*action(VALID, "1FB0").reads, "gpu1:dx.s1.j1.m0")),
+            "1FB0 must not read gpu1:dx (segment 1, microbatch 0)",
+        ),
+        (
+            edit(VALID, "1FB0", writes=action(VALID, "1FB0").writes[:-1]),
+            "1FB0 must write gpu1:loss (microbatch 0)",
+        ),
+        (
+            edit(VALID, "2B0", writes=(*action(VALID, "2B0").writes, "gpu0:weights.j2.s1")),
+            "2B0 must not write gpu0:weights (segment 1, job 2)",
+        ),
+        (edit(VALID, "0L0", writes=()), "0L0 copies 1 buffers into 0"),
+        (
+            edit(VALID, "0H0", reads=("host:x.s1.m0",), writes=("gpu0:x.s1.j0.m0",)),
+            "0H0 copies host:x.s1.m0 to gpu0:x.s1.j0.m0 on the d2h stream",
+        ),
+        (
+            edit(VALID, "0H0", reads=("gpu0:inputs.j0.m0",)),
+            "0H0 copies gpu0:inputs.j0.m0 to host:x.s1.m0; HANDOFF does not do that",
+        ),
+        (
+            edit(VALID, "0H0", reads=("gpu0:x.s0.j0.m0",)),
+            "0H0 copies gpu0:x.s0.j0.m0 to host:x.s1.m0, which is something else",
+        ),
+        (
+            replace(VALID, buffers={**VALID.buffers, "host:x.s1.m0": 2}),
+            "0H0 copies gpu0:x.s1.j0.m0 to host:x.s1.m0, which have 1 and 2 bytes",
+        ),
+        (
+            edit(
+                replace(VALID, buffers={**VALID.buffers, "host:gradients.j1.s1": 4}),
+                "2G@2.1",
+                writes=("host:gradients.j1.s1",),
+            ),
+            "2G@2.1 copies gpu0:gradients.j2.s1 to host:gradients.j1.s1, which is something else",
+        ),
+        (edit(VALID, "0H0", nbytes=5), "0H0 moves 5 bytes; what it writes has 1"),
+        (
+            edit(VALID, "2P@2.1", after=("7X@7.0",)),
+            "2P@2.1 must come after 7X@7.0, which the schedule does not have",
+        ),
+        (edit(VALID, "0F0", waits=("e99",)), "0F0 waits for event e99, which no action records"),
+        (edit(VALID, "1V0", waits=()), "1V0 does not wait for 0H0, which writes host:x.s1.m0"),
+        (
+            edit(VALID, "2B0", waits=action(VALID, "2B0").waits[:1]),
+            "2B0 does not wait for 0X0.2, which frees the memory it needs",
+        ),
+        (
+            swapped(VALID, "0X@0.0", "0F1"),
+            "0X@0.0 does not wait for 0F1, which uses gpu0:weights.j0.s0 that it frees",
+        ),
+        (
+            again(edit(VALID, "2X0.1", frees=("host:x.s0.m0",))),
+            "host:dx.s1.j1.m0, written by 1H0, is freed by no action; one action must",
+        ),
+        (
+            again(edit(VALID, "2X0.1", frees=(*action(VALID, "2X0.1").frees, "host:loss.m0"))),
+            "host:loss.m0, written by 1O0, is freed by 2X0.1; it is a result and stays",
+        ),
+        (
+            again(edit(VALID, "2X0.1", frees=(*action(VALID, "2X0.1").frees, "host:inputs.m0"))),
+            "2X0.1 writes or frees host:inputs.m0, which the caller owns",
+        ),
+        (
+            again(without(VALID, "2G@2.1")),
+            "gpu0:gradients.j2.s1 is downloaded by no action; one GRADIENT must",
+        ),
+        (
+            again(without(VALID, "0O@0.1")),
+            "gpu0:weights.j0.s1 is downloaded by no action; one OFFLOAD must",
+        ),
+        (
+            again(without(VALID, "1O1")),
+            "the loss of microbatch 1 never reaches the host",
+        ),
+    ],
+)
+def test_messages(mutant, message):
+    found = rejects(mutant, CHAIN)
+    assert found is not None
+    assert message in found
+
+
+def test_a_gradient_downloaded_before_its_last_contribution():
+    download = action(VALID, "2G@2.1")
+    early = rewrite(without(VALID, "2G@2.1"), lambda found: [download] * (found.id == "2H1") + [found])
+    message = rejects(early, CHAIN)
+    assert message == "2G@2.1 does not wait for 2B1, the last to update gpu0:gradients.j2.s1 that it reads"
+
+
+def test_a_third_jobs_weights():
+    """Without `after` every event that remains is about data, so a third upload may come too early."""
+    crowded = rewrite(
+        with_transfers(CHAIN, STAGES, gpus=1, microbatches=2), lambda found: [replace(found, after=())]
+    )
+    message = rejects(again(crowded), CHAIN)
+    assert message == (
+        "gpu0 may hold the weights of jobs 0, 1 and 2 at once; 2P@2.1 must wait until those of two "
+        "are freed down to one"
+    )
+
+
+def test_a_peak_over_the_limit():
+    tight = partition("F0-1", "FB2-2", "B1-1", "B0-0", memory_limit_bytes=20)
+    message = rejects(VALID, CHAIN, tight)
+    assert message is not None
+    assert re.fullmatch(
+        r"gpu0 needs \d+ bytes at its peak, over the limit of 20; use smaller stages or microbatches", message
+    )
+
+
+def test_a_deadlock():
+    mutant = edit(VALID, "0H0", waits=(*action(VALID, "0H0").waits, *action(VALID, "2H0").records))
+    message = rejects(mutant, CHAIN)
+    assert message is not None
+    assert message == (
+        "deadlock: 0H0 (gpu0 d2h) waits for 2H0 (gpu0 d2h), which is queued behind 0H0 (gpu0 d2h)"
+    )
