@@ -23,7 +23,7 @@ from rpcompile.errors import (
     PlanMismatch,
 )
 from rpcompile.huggingface import infer_example_inputs
-from rpcompile.ir import Capture, Hardware, Program, SegmentChain
+from rpcompile.ir import Capture, Hardware, Partition, Program, Schedule, SegmentChain
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs, symbol_dims
@@ -37,7 +37,7 @@ from rpcompile.passes.schedule_round_robin import ScheduleRoundRobin
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.batches import largest_divisor
 from rpcompile.runtime.engine import Engine
-from rpcompile.simulate import simulate
+from rpcompile.simulate import Timeline, simulate
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
+_MEMORY_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 _log = logging.getLogger("rpcompile")
 
 
@@ -147,17 +148,9 @@ def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | 
         _log.info("priced by bytes only, no FLOP formula: %s", ", ".join(costed.unknown))
     _announce(bar, BindChain.name)
     chain = BindChain(dict(capture.example_sizes), options.hardware).run(costed)
-    _announce(bar, PartitionStages.name)
-    partition = PartitionStages(
-        options.gpus, options.microbatches, time_limit_s=options.solver_time_s, seed=options.seed, mode=mode
-    ).run(chain)
-    schedule = ScheduleRoundRobin(chain, options.gpus, options.microbatches, mode).run(partition)
-    for step in (InsertTransfers(chain), InsertEventWaits()):
-        _announce(bar, step.name)
-        schedule = step.run(schedule)
+    partition, schedule, timeline = _schedule(chain, options, mode, bar)
     _announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
-    timeline = simulate(schedule)
     tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
     prediction = Prediction(
         iteration_s=timeline.makespan_s,
@@ -179,6 +172,45 @@ def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | 
         schedule=schedule,
         prediction=prediction,
         provenance=_provenance(options),
+    )
+
+
+def _schedule(
+    chain: SegmentChain, options: _Options, mode: str, bar: tqdm[Any] | None
+) -> tuple[Partition, Schedule, Timeline]:
+    """Stages and schedule whose simulated peak fits.
+
+    The partition counts one copy of what a job needs; the schedule overlaps the copies of two. Where
+    that exceeds the memory, the partition is made again for less.
+    """
+    usable, excess = chain.hardware.usable_bytes, 0
+    for share in _MEMORY_SHARES:
+        _announce(bar, PartitionStages.name)
+        stages = PartitionStages(
+            options.gpus,
+            options.microbatches,
+            memory_limit_bytes=int(share * usable),
+            time_limit_s=options.solver_time_s,
+            seed=options.seed,
+            mode=mode,
+        )
+        try:
+            partition = stages.run(chain)
+        except PartitionError:
+            if excess:
+                break
+            raise
+        schedule = ScheduleRoundRobin(chain, options.gpus, options.microbatches, mode).run(partition)
+        for step in (InsertTransfers(chain), InsertEventWaits()):
+            _announce(bar, step.name)
+            schedule = step.run(schedule)
+        timeline = simulate(schedule)
+        excess = max(timeline.gpu_peak_bytes) - usable
+        if excess <= 0:
+            return replace(partition, memory_limit_bytes=usable), schedule, timeline
+    raise PartitionError(
+        f"no schedule was found whose peak fits in the {usable:,} usable bytes of {chain.hardware.name}: the "
+        f"last one needs {usable + excess:,}. Use more microbatches (smaller ones) or GPUs with more memory"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from rpcompile.errors import (
     PartitionError,
     PlanFileError,
     PlanMismatch,
+    StageTooLarge,
     UnsupportedModel,
 )
 from tests import models
@@ -288,3 +290,18 @@ def test_program_prints_as_python_per_gpu() -> None:
     assert "\ndef gpu1(gpu):" in text
     assert "gpu.forward('0F0', stage = 0, microbatch = 0, reads = (" in text
     compile(text, "program", "exec")
+
+
+def test_tight_memory_gives_a_plan_that_fits_or_names_the_segment() -> None:
+    case = models.make("qwen3-lora")
+    roomy = rpcompile.compile(case.model, example_inputs=case.batch, **QUICK).plan
+    peak = max(roomy.prediction.gpu_peak_bytes)
+    tight = replace(models.SLOW_GPU, usable_bytes=int(0.75 * peak))
+    plan = rpcompile.compile(case.model, example_inputs=case.batch, **{**QUICK, "gpu": tight}).plan
+    assert max(plan.prediction.gpu_peak_bytes) <= tight.usable_bytes == plan.partition.memory_limit_bytes
+    assert plan.partition.stages != roomy.partition.stages
+    none = replace(models.SLOW_GPU, usable_bytes=10_000)
+    with pytest.raises(
+        StageTooLarge, match=r"needs .* for one microbatch of batch=2, sequence=12 but slow has"
+    ):
+        rpcompile.compile(case.model, example_inputs=case.batch, **{**QUICK, "gpu": none})
