@@ -1,6 +1,6 @@
 """Prints the plan of a Qwen3-1.7B on eight RTX 4090, without weights. Shown in the README.
 
-    python benchmarks/plan_example.py
+python benchmarks/plan_example.py
 """
 
 from __future__ import annotations
