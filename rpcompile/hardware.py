@@ -33,7 +33,7 @@ def names() -> tuple[str, ...]:
     return tuple(_catalogue())
 
 
-def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
+def lookup(name: str, dtype: str = "bfloat16", *, accumulate: str = "fp32") -> Hardware:
     """One GPU of the catalogue.
 
     Memory is what the card is sold as, in GiB: a "24 GB" card has 24 x 2**30 bytes (drivers report up to
@@ -42,11 +42,14 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
     Args:
         name: Catalogue name; case does not matter.
         dtype: Training dtype: "bfloat16", "float16" or "float32". The catalogue has 16-bit tensor-core
-            throughput with 32-bit accumulation only; for float32 it is returned as it is, which is an
-            optimistic bound, and `sources` says so.
+            throughput only; for float32 it is returned as it is, which is an optimistic bound, and
+            `sources` says so.
+        accumulate: What matrix products are summed in: "fp32", or "fp16", which consumer cards do twice
+            as fast and less exactly, for float16 only
+            (`torch.backends.cuda.matmul.allow_fp16_accumulation`).
 
     Raises:
-        InvalidArgument: No such GPU or dtype.
+        InvalidArgument: No such GPU, dtype or accumulation.
     """
     key = name.lower()
     catalogue = _catalogue()
@@ -56,7 +59,12 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
         raise InvalidArgument(f"hardware {name!r} is not in the catalogue; {hint}")
     if dtype not in _DTYPES:
         raise InvalidArgument(f"dtype {dtype!r} has no throughput; choose one of {', '.join(_DTYPES)}")
+    if accumulate not in ("fp32", "fp16") or (accumulate == "fp16" and dtype != "float16"):
+        raise InvalidArgument(
+            f"accumulate={accumulate!r} with dtype {dtype!r}; choose 'fp32', or 'fp16' with dtype 'float16'"
+        )
     entry = catalogue[key]
+    efficiency, reached = _efficiency(entry, accumulate)
     compute, link = _source(entry["status"]["compute"]), _source(entry["status"]["link"])
     if dtype == "float32":
         compute += "; 16-bit tensor-core figure, an optimistic bound for float32"
@@ -65,7 +73,7 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
         name=key,
         memory_bytes=memory_bytes,
         usable_bytes=memory_bytes - _RESERVE_BYTES,
-        flops_per_s=entry["tflops_fp32_acc"] * 1e12,
+        flops_per_s=entry[f"tflops_{accumulate}_acc"] * 1e12,
         memory_bytes_per_s=entry["memory_gb_per_s"] * 1e9,
         h2d_bytes_per_s=entry["h2d_gb_per_s"] * 1e9,
         d2h_bytes_per_s=entry["d2h_gb_per_s"] * 1e9,
@@ -78,7 +86,9 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
             "h2d_bytes_per_s": link,
             "d2h_bytes_per_s": link,
             "latency_s": "assumed: 10 us to start a transfer",
+            "efficiency": reached,
         },
+        efficiency=efficiency,
     )
 
 
@@ -90,15 +100,33 @@ def detect() -> str | None:
     return next((name for name, entry in _catalogue().items() if device in entry["cuda_names"]), None)
 
 
-@functools.cache
 def _catalogue() -> dict[str, dict[str, Any]]:
+    return _data()["gpus"]
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
     text = resources.files("rpcompile").joinpath("data/hardware.json").read_text(encoding="utf-8")
-    return json.loads(text)["gpus"]
+    return json.loads(text)
+
+
+def _efficiency(entry: dict[str, Any], accumulate: str) -> tuple[dict[str, float], str]:
+    """Shares of `flops_per_s` and of the memory bandwidth that kernels reach, and where they are from."""
+    section = _data()["efficiency"]
+    slower = entry["tflops_fp32_acc"] < entry["tflops_fp16_acc"]
+    attention_rate = "half_rate" if slower else "full_rate"
+    rate = attention_rate if accumulate == "fp32" else "full_rate"
+    # Attention's share is of the throughput with 32-bit accumulation, which it always has.
+    attention = section[attention_rate]["attention"] * entry["tflops_fp32_acc"]
+    shares = {**section[rate], "memory": section["memory"]}
+    shares["attention"] = attention / entry[f"tflops_{accumulate}_acc"]
+    status = section["status"]
+    return shares, f"{_source(status[rate])}; memory {status['memory']}"
 
 
 def _source(status: str) -> str:
     """`quoted; sustained 158` -> `quoted: sustained 158`; a status alone gets its usual reason."""
-    match = re.fullmatch(r"(measured|quoted|assumed)[;: ]*(.*)", status)
+    match = re.fullmatch(r"(measured|calibrated|quoted|assumed)[;: ]*(.*)", status)
     assert match is not None, status  # a test reads the whole catalogue
     kind, reason = match.groups()
     return f"{kind}: {reason or _DEFAULT_REASON[kind]}"
