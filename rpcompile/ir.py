@@ -235,6 +235,7 @@ class Segment:
         peak_bytes: Largest transient need on top of weights and saved tensors.
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
+        chunks: Into how many equal chunks of tokens it may be divided at most.
     """
 
     name: str
@@ -257,6 +258,7 @@ class Segment:
     peak_bytes: int
     needs_backward: bool
     source: str
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
