@@ -68,7 +68,7 @@ def compile(
     *,
     example_inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor | None = None,
     microbatches: int | None = None,
-    gpu: str | None = None,
+    gpu: str | Hardware | None = None,
     devices: Sequence[str] | None = None,
     mode: str = "sync",
     plan: Plan | str | PathLike[str] | None = None,
@@ -89,8 +89,8 @@ def compile(
             the sequence length of integer inputs, may differ.
         microbatches: Parts that each batch is split into. Default: the largest divisor of the example's
             batch size up to twice the number of GPUs.
-        gpu: Kind of GPU to plan for, a name from `rpcompile.hardware.names()`. Default: the one that is
-            found, else "rtx4090".
+        gpu: Kind of GPU to plan for: a name from `rpcompile.hardware.names()`, or a `Hardware` with
+            figures of your own. Default: the one that is found, else "rtx4090".
         devices: One device name per GPU. Only "cpu" (a virtual GPU on a thread of its own) so far.
         mode: "sync": the gradients of an iteration are complete when `forward_backward` returns.
         plan: A plan, or the path of one saved by `plan.save`, to use without solving.
@@ -233,9 +233,11 @@ def _check_modes(mode: str, devices: Sequence[str] | None, gpus: int) -> None:
         raise NotBuiltYet(f"device {other[0]!r} cannot run programs yet; use devices={['cpu'] * gpus!r}")
 
 
-def _hardware(gpu: str | None, plan: Plan | None) -> Hardware:
+def _hardware(gpu: str | Hardware | None, plan: Plan | None) -> Hardware:
     if plan is not None:
         return plan.chain.hardware
+    if isinstance(gpu, Hardware):
+        return gpu
     return catalogue.lookup(gpu or catalogue.detect() or DEFAULT_GPU)
 
 
@@ -310,7 +312,7 @@ def _provenance(options: _Options) -> dict[str, str]:
 
     return {
         "rpcompile": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "solver_seed": str(options.seed),
     }

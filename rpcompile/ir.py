@@ -20,7 +20,7 @@ from rpcompile.errors import ScheduleError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import sympy
+    import sympy  # pyright: ignore[reportMissingTypeStubs]
     import torch
 
 # --------------------------------------------------------------------------- capture
@@ -490,7 +490,7 @@ class Schedule:
     microbatches: int
     jobs: tuple[Job, ...]
     queues: tuple[Queue, ...]
-    buffers: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict[str, int])
 
     def actions(self) -> Iterator[Action]:
         """Every action, queue by queue."""

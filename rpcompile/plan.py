@@ -1,0 +1,342 @@
+"""The plan: everything decided before training, to print, check, save and reuse.
+
+The file is JSON, made and read by msgspec against these types; nothing in it is executed. Its
+schema is `rpcompile/data/plan.schema.json`, written by `python -m rpcompile.plan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rpcompile import stage_bytes
+from rpcompile.errors import PlanFileError, ScheduleError
+from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
+from rpcompile.simulate import Timeline, simulate
+from rpcompile.trace import write_trace
+from rpcompile.verify import verify_schedule
+
+VERSION = 1
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the simulator says about one iteration of a schedule.
+
+    Attributes:
+        iteration_s: Makespan.
+        tokens_per_s: Tokens of all microbatches over the makespan; None where there are no tokens.
+        bubble: Share of the GPUs' compute time that is idle.
+        gpu_peak_bytes: Peak memory of each GPU.
+        host_peak_bytes: Peak of weights, gradients and boundaries on the host; no optimizer state.
+    """
+
+    iteration_s: float
+    tokens_per_s: float | None
+    bubble: float
+    gpu_peak_bytes: tuple[int, ...]
+    host_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `rpcompile.compile` decided for one model, hardware and batch size.
+
+    Attributes:
+        model_name: Class of the model.
+        fingerprint: Hash of its parameters' names, shapes, dtypes and of its graph.
+        dtype: Of most parameters.
+        gpus: Number of GPUs.
+        microbatches: Parts that each batch is split into.
+        mode: "sync", or "forward" for evaluation.
+        chain: The segments and their prices.
+        partition: The stages.
+        schedule: What every stream does.
+        prediction: What the simulator says about it.
+        provenance: Versions that made it.
+    """
+
+    model_name: str
+    fingerprint: str
+    dtype: str
+    gpus: int
+    microbatches: int
+    mode: str
+    chain: SegmentChain
+    partition: Partition
+    schedule: Schedule
+    prediction: Prediction
+    provenance: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        """Eight hex digits of the content; how long the solver took is left out."""
+        content = replace(self, partition=replace(self.partition, solve_s=0.0), provenance={})
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:8]
+
+    def simulate(self) -> Timeline:
+        """The timeline of one iteration."""
+        return simulate(self.schedule)
+
+    def verify(self) -> None:
+        """Proves that the schedule is complete, ordered, free of deadlocks and within memory.
+
+        Raises:
+            ScheduleError: Naming the action and the property that fails.
+        """
+        verify_schedule(self.schedule, self.chain, self.partition)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, all or nothing.
+
+        Raises:
+            PlanFileError: The file cannot be written.
+        """
+        target = Path(path)
+        data = msgspec.json.encode(_PlanFile("rpcompile.plan", VERSION, self), order="sorted")
+        try:
+            _write(target, data)
+        except OSError as error:
+            raise PlanFileError(f"{target}: cannot write the plan: {error.strerror}") from error
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan that `save` wrote.
+
+        Raises:
+            PlanFileError: The file is missing, is no plan, is newer than this version reads, or is damaged;
+                says where.
+        """
+        source = Path(path)
+        try:
+            data = source.read_bytes()
+        except OSError as error:
+            raise PlanFileError(f"{source}: cannot read the plan: {error.strerror}") from error
+        return _decode(source, data)
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing."""
+        write_trace(self.schedule, self.simulate(), Path(path))
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
+    format: Literal["rpcompile.plan"]
+    version: int
+    plan: Plan
+
+
+class _Header(msgspec.Struct):
+    format: str
+    version: int
+
+
+# ------------------------------------------------------------------- the file
+
+
+def _write(target: Path, data: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _decode(source: Path, data: bytes) -> Plan:
+    try:
+        header = msgspec.json.decode(data, type=_Header)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanFileError(f"{source} is no plan file: {error}") from error
+    if header.format != "rpcompile.plan":
+        raise PlanFileError(
+            f"{source} is no plan file: its format is {header.format!r}, not 'rpcompile.plan'"
+        )
+    if header.version != VERSION:
+        what = "a newer rpcompile" if header.version > VERSION else "an unknown rpcompile"
+        raise PlanFileError(
+            f"{source} was made by {what}: its version is {header.version}, this one reads {VERSION}"
+        )
+    try:
+        plan = msgspec.json.decode(data, type=_PlanFile).plan
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanFileError(f"{source} is damaged: {error}") from error
+    problem = _problem(plan)
+    if problem is not None:
+        raise PlanFileError(f"{source} is damaged: {problem}")
+    try:
+        plan.verify()
+    except ScheduleError as error:
+        raise PlanFileError(f"{source} is damaged: its schedule does not hold: {error}") from error
+    return plan
+
+
+def _problem(plan: Plan) -> str | None:
+    """The first reference or number in a plan that cannot be, so that later code need not ask."""
+    segments, stages, jobs = plan.chain.segments, plan.partition.stages, plan.schedule.jobs
+    if not _finite(msgspec.to_builtins(plan)):
+        return "it holds a number that is not finite"
+    if plan.gpus < 1 or plan.microbatches < 1 or not segments or not stages:
+        return "it has no GPUs, microbatches, segments or stages"
+    if (plan.schedule.gpus, plan.schedule.microbatches) != (plan.gpus, plan.microbatches):
+        return "its schedule is for another number of GPUs or microbatches"
+    for index, stage in enumerate(stages):
+        if stage.index != index or not 0 <= stage.first <= stage.last < len(segments):
+            return f"stage {stage.index} at place {index} has segments {stage.first}..{stage.last}"
+    for index, job in enumerate(jobs):
+        if job.index != index or not 0 <= job.stage < len(stages) or not 0 <= job.gpu < plan.gpus:
+            return f"job {job.index} at place {index} names stage {job.stage} and GPU {job.gpu}"
+    for tied in plan.chain.tied:
+        if any(not 0 <= segment < len(segments) for segment in tied.segments):
+            return f"tied weight {tied.name!r} names a segment that does not exist"
+    for action in plan.schedule.actions():
+        unknown = {*action.reads, *action.writes, *action.frees} - plan.schedule.buffers.keys()
+        if unknown:
+            return f"action {action.id} names the unknown buffer {min(unknown)!r}"
+        if not 0 <= action.job < len(jobs) or action.stage != jobs[action.job].stage:
+            return f"action {action.id} names job {action.job} and stage {action.stage}"
+    return None
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list | tuple) else True
+
+
+# ------------------------------------------------------------------- the printed form
+
+
+def _format(plan: Plan) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=_WIDTH, highlight=False, soft_wrap=True)
+    for label, value in _header(plan):
+        console.print(f"{label:<11}{value}", markup=False)
+    console.print(_table(plan))
+    return text.getvalue().rstrip() + "\n"
+
+
+def _header(plan: Plan) -> list[tuple[str, str]]:
+    hardware, predicted, partition = plan.chain.hardware, plan.prediction, plan.partition
+    sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
+    link = hardware.sources.get("h2d_bytes_per_s", "assumed").partition(":")[0]
+    rate = "" if predicted.tokens_per_s is None else f" · {predicted.tokens_per_s:,.0f} tok/s"
+    return [
+        (
+            f"Plan {plan.id}  ",
+            f"{plan.model_name} · {plan.dtype} · {plan.microbatches} microbatches of {sizes} · {plan.mode}",
+        ),
+        (
+            "Hardware",
+            f"{plan.gpus} x {hardware.name} {hardware.memory_bytes / 2**30:.0f} GiB · "
+            f"h2d {hardware.h2d_bytes_per_s / 1e9:.1f} GB/s ({link})",
+        ),
+        (
+            "Simulated",
+            f"{seconds(predicted.iteration_s)}/step{rate} · bubble {100 * predicted.bubble:.1f} % · "
+            f"GPU peak {size(max(predicted.gpu_peak_bytes))} · host peak {size(predicted.host_peak_bytes)}",
+        ),
+        (
+            "Solver",
+            f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "
+            f"{partition.solve_s:.1f} s",
+        ),
+    ]
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("stage", "kind", "gpu"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("segments", no_wrap=True, overflow="ellipsis", max_width=40)
+    for name in ("weights", "boundary", "compute", "upload", "bound by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    gpus: dict[int, list[int]] = {}
+    for job in plan.schedule.jobs:
+        gpus.setdefault(job.stage, []).append(job.gpu)
+    for stage in plan.partition.stages:
+        table.add_row(*_row(plan, stage, gpus.get(stage.index, [])))
+    return table
+
+
+def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
+    segments = [plan.chain.segments[index] for index in stage.segments]
+    names = [segment.name for segment in segments]
+    shared = _shared_path(plan)
+    names = [_without(name, shared) for name in names]
+    weights = sum(stage_bytes.weight_bytes(plan.chain, stage.segments).values())
+    compute_s = sum(segment.forward_s for segment in segments)
+    if stage.kind is not StageKind.F:
+        compute_s += sum(segment.backward_s for segment in segments)
+    upload_s = weights / plan.chain.hardware.h2d_bytes_per_s
+    return (
+        str(stage.index),
+        stage.kind.value,
+        ",".join(map(str, sorted(set(gpus)))),
+        names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
+        size(weights),
+        size(segments[-1].boundary_bytes),
+        seconds(compute_s),
+        seconds(upload_s),
+        "compute" if plan.microbatches * compute_s >= upload_s else "upload",
+    )
+
+
+def _shared_path(plan: Plan) -> list[str]:
+    """The modules that hold all segments but the last (the head)."""
+    paths = [segment.name.split(".")[:-1] for segment in plan.chain.segments[:-1]]
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return [level[0] for level in levels]
+
+
+def _without(name: str, shared: list[str]) -> str:
+    parts = name.split(".")
+    same = list(takewhile(lambda pair: pair[0] == pair[1], zip(parts[:-1], shared, strict=False)))
+    return ".".join(parts[len(same) :])
+
+
+def size(nbytes: float) -> str:
+    """Decimal bytes with a unit: 2.9 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """Seconds with a unit: 0.31 s, 12.0 ms, 8 us."""
+    if value >= 0.1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.1f} ms" if value >= 1e-4 else f"{value * 1e6:.0f} us"
+
+
+def schema() -> bytes:
+    """The JSON Schema of a plan file."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(_PlanFile), order="sorted")) + b"\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "data" / "plan.schema.json").write_bytes(schema())
