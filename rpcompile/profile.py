@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,9 +32,11 @@ import msgspec
 
 from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, ProfileFileError
+from rpcompile.files import write_in_one_step
 from rpcompile.ir import Hardware, Segment, SegmentChain, TiedWeight
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
 FORMAT, VERSION = "rpcompile.profile", 1
@@ -151,9 +152,16 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return SegmentChain(segments, {"batch": 1, "sequence": tokens} if tokens else {}, hardware, tied)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file, in one step."""
+        """Writes the file, all or nothing.
+
+        Raises:
+            ProfileFileError: It cannot be written.
+        """
         text = json.dumps(msgspec.to_builtins(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_in_one_step(Path(path), text)
+        try:
+            write_in_one_step(Path(path), text)
+        except OSError as error:
+            raise ProfileFileError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -259,17 +267,6 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 def schema() -> dict[str, Any]:
     """The file's JSON Schema."""
     return json.loads(msgspec.json.encode(msgspec.json.schema(Profile)))
-
-
-def write_in_one_step(path: Path, text: str) -> None:
-    """Writes a file that nobody sees half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _hop_bytes(hop_s: float, hardware: Hardware) -> int:
