@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import sympy
 import torch
@@ -21,11 +17,30 @@ from rpcompile.files import cache_folder, write_in_one_step
 from rpcompile.ir import Capture, Partition, SegmentChain, Stage, StageGraph, StageKind
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.random_streams import seeded
-from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 from rpcompile.sizes import Sizes, symbol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Timer(Protocol):
+    """What runs the stages: `rpcompile.runtime.stopwatch.Stopwatch`, which documents the methods."""
+
+    def machine(self) -> dict[str, str]: ...
+
+    def seconds(
+        self,
+        graph: StageGraph,
+        loss: str,
+        weights: Tensors,
+        inputs: Tensors,
+        values: Tensors,
+        gradients: Tensors,
+        sizes: Mapping[str, int],
+    ) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -34,23 +49,19 @@ class MeasureChain:
 
     A segment runs alone on made-up tensors of the right shapes, so the model may be on the meta device.
     Its forward is timed without autograd; its backward is the difference between recompute with backward
-    and that forward. Both are medians behind a warm-up. Segments that run the same operators on the same
-    shapes are timed once, and once for all on one machine: times are kept on disk.
+    and that forward. Segments that run the same operators on the same shapes are timed once, and once
+    for all on one machine: times are kept on disk.
 
     Args:
         capture: The graph that the chain's segments are of.
-        device: Where to run, e.g. "cpu" or "cuda:0".
-        repeats: Timed runs of each segment.
-        warmup: Runs before those.
+        timer: Runs and times stages.
         cache: Folder for times, `$XDG_CACHE_HOME/rpcompile/measurements` by default.
         progress: Show a progress bar behind two seconds; default: if standard error is a terminal.
     """
 
     name: ClassVar[str] = "measure-chain"
     capture: Capture
-    device: str = "cpu"
-    repeats: int = 5
-    warmup: int = 1
+    timer: Timer
     cache: Path | None = None
     progress: bool | None = None
 
@@ -68,18 +79,18 @@ class MeasureChain:
         disable = None if self.progress is None else not self.progress
         for index in tqdm(range(len(chain.segments)), "measure", delay=2, leave=False, disable=disable):
             forward_s, backward_s = bench.times(index)
-            changed = {"forward_s": forward_s, "backward_s": backward_s, "source": "measured"}
-            segments.append(replace(chain.segments[index], **changed))
+            segment = chain.segments[index]
+            segments.append(replace(segment, forward_s=forward_s, backward_s=backward_s, source="measured"))
         return replace(chain, segments=tuple(segments))
 
 
 class _Bench:
     def __init__(self, options: MeasureChain, chain: SegmentChain) -> None:
-        self._options, self._chain = options, chain
-        self._device = torch.device(options.device)
+        self._capture, self._timer, self._chain = options.capture, options.timer, chain
+        self._machine = options.timer.machine()
         self._extract = ExtractStages(options.capture, chain)
         self._sizes = Sizes(options.capture.graph_module.meta.get("symbols", {}))
-        self._values = {symbol(name): sympy.Integer(size) for name, size in chain.bindings.items()}
+        self._bindings = {symbol(name): sympy.Integer(size) for name, size in chain.bindings.items()}
         self._nodes = {node.name: node for node in options.capture.graph_module.graph.nodes}
         self._folder = options.cache or cache_folder() / "measurements"
         self._known: dict[str, tuple[float, float]] = {}
@@ -94,20 +105,20 @@ class _Bench:
         graphs = self._extract.run(Partition(tuple(stages), 0, 0.0, 0.0, "GIVEN", 0.0, "none"))
         key = self._fingerprint(graphs)
         if key not in self._known:
-            self._known[key] = self._load(key) or self._measured(segment.name, graphs, key)
+            self._known[key] = self._load(key) or self._measure(segment.name, graphs, key)
         return self._known[key]
 
-    def _measured(self, name: str, graphs: tuple[StageGraph, ...], key: str) -> tuple[float, float]:
+    def _measure(self, name: str, graphs: tuple[StageGraph, ...], key: str) -> tuple[float, float]:
         try:
-            forward_s, *both = [self._seconds(self._prepare(graph)) for graph in graphs]
+            forward_s, *both = [self._seconds(graph) for graph in graphs]
         except RuntimeError as error:
             raise ExecutionError(
-                f"segment {name} cannot be measured on {self._device} at {self._chain.bindings}: {error}; "
-                "measure smaller sizes, or use estimated seconds"
+                f"segment {name} cannot be measured on {self._machine['device']} at {self._chain.bindings}: "
+                f"{error}; measure smaller sizes, or use estimated seconds"
             ) from error
         # Noise can make a tiny segment's backward come out below nothing.
         times = forward_s, max(0.0, both[0] - forward_s) if both else 0.0
-        content = {"forward_s": times[0], "backward_s": times[1], **_machine(self._device)}
+        content = {"forward_s": times[0], "backward_s": times[1], **self._machine}
         write_in_one_step(self._folder / f"{key}.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
         return times
 
@@ -118,64 +129,37 @@ class _Bench:
         except (OSError, ValueError, KeyError, TypeError):
             return None  # it was not measured yet, or the file is damaged: measure
 
-    def _seconds(self, run: Callable[[], object]) -> float:
-        times: list[float] = []
-        for _ in range(self._options.warmup + self._options.repeats):
-            self._synchronize()
-            start = time.perf_counter()
-            run()
-            self._synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[self._options.warmup :])
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    # ---------------------------------------------------------------------- made-up tensors
-
-    def _prepare(self, graph: StageGraph) -> Callable[[], object]:
-        """A call of the stage; its tensors live as long as the call."""
-        capture = self._options.capture
-        specs = {
-            spec.name: spec.placeholder for spec in (*capture.parameters, *capture.buffers, *capture.inputs)
-        }
-        weights = [{name: self._tensor(specs[name]) for name in (*graph.parameters, *graph.buffers)}]
-        inputs = {name: self._tensor(specs[name]) for name in graph.inputs}
-        values = {name: self._tensor(name) for name in graph.values}
-        microbatch = Microbatch(0, self._chain.bindings, 1.0)
-        moved = replace(graph, graph_module=_on_device(graph.graph_module, self._device))
-        runner = StageRunner(moved, capture.outputs[0])
-        if graph.stage.kind is StageKind.F:
-            return lambda: runner.forward(weights, inputs, values, microbatch)
-        if graph.stage.kind is StageKind.FB:
-            return lambda: runner.fused(weights, inputs, values, microbatch)
-        gradients: Tensors = {name: self._tensor(name) for name in graph.gradients_in}
-        return lambda: runner.backward(weights, inputs, values, gradients, microbatch)
+    def _seconds(self, graph: StageGraph) -> float:
+        capture = self._capture
+        tensors = (*capture.parameters, *capture.buffers, *capture.inputs)
+        placeholders = {spec.name: spec.placeholder for spec in tensors}
+        return self._timer.seconds(
+            graph,
+            capture.outputs[0],
+            {name: self._tensor(placeholders[name]) for name in (*graph.parameters, *graph.buffers)},
+            {name: self._tensor(placeholders[name]) for name in graph.inputs},
+            {name: self._tensor(name) for name in graph.values},
+            {name: self._tensor(name) for name in graph.gradients_in},
+            self._chain.bindings,
+        )
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Small random numbers; zeros for integers, which are valid positions in any table."""
-        like: torch.Tensor = self._nodes[name].meta["val"]
-        shape = self._shape(like)
-        if like.dtype.is_floating_point or like.dtype.is_complex:
-            return torch.randn(shape, dtype=like.dtype, device=self._device).mul_(0.02)
-        return torch.zeros(shape, dtype=like.dtype, device=self._device)
+        """Shape and dtype of a node's value."""
+        value: torch.Tensor = self._nodes[name].meta["val"]
+        return torch.empty(self._shape(value), dtype=value.dtype, device="meta")
 
     def _shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        return tuple(int(sympy.Integer(size.xreplace(self._values))) for size in self._sizes.shape(tensor))
-
-    # ---------------------------------------------------------------------- what makes segments equal
+        return tuple(int(sympy.Integer(size.xreplace(self._bindings))) for size in self._sizes.shape(tensor))
 
     def _fingerprint(self, graphs: tuple[StageGraph, ...]) -> str:
         """Hash of everything that a segment's times depend on."""
-        content: list[object] = [sorted(_machine(self._device).items()), self._options.repeats]
-        for graph in graphs:
-            content.append((graph.stage.kind, self._text(graph)))
+        content: list[object] = [sorted(self._machine.items())]
+        content += [(graph.stage.kind, self._text(graph)) for graph in graphs]
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def _text(self, graph: StageGraph) -> list[object]:
         """The stage's graph with numbers instead of names."""
-        capture = self._options.capture
+        capture = self._capture
         leaves = {s.placeholder for s in capture.parameters if s.name in graph.trainable}
         leaves.update(graph.gradients_out)
         changed = {s.placeholder for s in capture.buffers if s.name in graph.mutated}
@@ -200,22 +184,3 @@ def _target(module: GraphModule, node: Node) -> str:
     """The operator, or the code of the graph that a higher-order operator calls."""
     inner = getattr(module, node.target, None) if isinstance(node.target, str) else None
     return inner.code if isinstance(inner, GraphModule) else str(node.target)
-
-
-def _machine(device: torch.device) -> dict[str, str]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = (
-            f"{device.type}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        )
-    return {"device": name, "torch": torch.__version__}
-
-
-def _on_device(module: GraphModule, device: torch.device) -> GraphModule:
-    """The graph with the tensors that it makes itself on `device`, not where it was captured."""
-    for node in module.graph.nodes:
-        if node.kwargs.get("device") is not None:
-            node.update_kwarg("device", device)
-    module.recompile()
-    return module

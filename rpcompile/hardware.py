@@ -11,8 +11,10 @@ import functools
 import json
 import re
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from rpcompile.errors import InvalidArgument
@@ -28,19 +30,55 @@ _DEFAULT_REASON = {
 }
 
 
+FORMAT, VERSION = "rpcompile.hardware", 1
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Rate = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class HardwareNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One GPU and its link as files hold them; fields as in `ir.Hardware`.
+
+    `flops_per_s` and `memory_bytes_per_s` do not matter to a plan whose times are given.
+    """
+
+    name: str
+    memory_bytes: Bytes
+    usable_bytes: Bytes
+    h2d_bytes_per_s: Rate
+    d2h_bytes_per_s: Rate
+    latency_s: Seconds = 0.0
+    flops_per_s: Rate = 1.0
+    memory_bytes_per_s: Rate = 1.0
+    sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    efficiency: dict[str, Rate] = msgspec.field(default_factory=dict[str, float])
+
+
+class HardwareFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A hardware file, as `rpcompile.probe` writes it; fields as in `HardwareProbe`."""
+
+    format: str
+    version: int
+    hardware: HardwareNumbers
+    host_memory_bytes_per_s: Rate | None = None
+    h2d_both_bytes_per_s: Rate | None = None
+    d2h_both_bytes_per_s: Rate | None = None
+
+
 def names() -> tuple[str, ...]:
     """Catalogue names, e.g. "rtx4090"."""
     return tuple(_catalogue())
 
 
 def lookup(name: str, dtype: str = "bfloat16", *, accumulate: str = "fp32") -> Hardware:
-    """One GPU of the catalogue.
+    """One GPU of the catalogue, or of a hardware file.
 
     Memory is what the card is sold as, in GiB: a "24 GB" card has 24 x 2**30 bytes (drivers report up to
     1 % less). 1.5 GiB of it is reserved for the CUDA context and the allocator's fragmentation.
 
     Args:
-        name: Catalogue name; case does not matter.
+        name: Catalogue name, case does not matter; or the path of a file ending in .json, whose
+            figures are for the dtype that they were measured with, whatever `dtype` is.
         dtype: Training dtype: "bfloat16", "float16" or "float32". The catalogue has 16-bit tensor-core
             throughput only; for float32 it is returned as it is, which is an optimistic bound, and
             `sources` says so.
@@ -49,8 +87,10 @@ def lookup(name: str, dtype: str = "bfloat16", *, accumulate: str = "fp32") -> H
             (`torch.backends.cuda.matmul.allow_fp16_accumulation`).
 
     Raises:
-        InvalidArgument: No such GPU, dtype or accumulation.
+        InvalidArgument: No such GPU, dtype or accumulation, or the file is damaged.
     """
+    if name.endswith(".json"):
+        return _load(Path(name))
     key = name.lower()
     catalogue = _catalogue()
     if key not in catalogue:
@@ -98,6 +138,19 @@ def detect() -> str | None:
         return None
     device = torch.cuda.get_device_name(0)
     return next((name for name, entry in _catalogue().items() if device in entry["cuda_names"]), None)
+
+
+def _load(path: Path) -> Hardware:
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=HardwareFile)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidArgument(f"hardware file {path} cannot be read: {error}; probe the machine") from error
+    if (file.format, file.version) != (FORMAT, VERSION):
+        raise InvalidArgument(
+            f"{path} has format {file.format!r} version {file.version}; this rpcompile reads {FORMAT!r} "
+            f"version {VERSION}"
+        )
+    return Hardware(**msgspec.structs.asdict(file.hardware))
 
 
 def _catalogue() -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ A JSON object; `rpcompile/data/profile.schema.json` is its JSON Schema. Unknown 
     {
       "format": "rpcompile.profile", "version": 1,
       "source": "where the figures are from",
-      "hardware": "rtx4090",                  a catalogue name, or an object of numbers (`ProfileHardware`)
+      "hardware": "rtx4090",                  a catalogue name or hardware file, or numbers
       "gpu_memory_bytes": 23000000000,        optional: what a plan may use of each GPU's memory
       "tokens_per_microbatch": 8192,          optional
       "hop_s": 0.0016,                        optional: one boundary from one GPU to the next
@@ -33,6 +33,7 @@ import msgspec
 from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, ProfileFileError
 from rpcompile.files import write_in_one_step
+from rpcompile.hardware import Bytes, HardwareNumbers, Seconds
 from rpcompile.ir import Hardware, Segment, SegmentChain, TiedWeight
 
 if TYPE_CHECKING:
@@ -41,29 +42,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "rpcompile.profile", 1
 
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-Bytes = Annotated[int, msgspec.Meta(ge=0)]
-Rate = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
-
-
-class ProfileHardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One GPU and its link, in numbers; fields as in `ir.Hardware`.
-
-    `flops_per_s` and `memory_bytes_per_s` do not matter to a plan whose times are given.
-    """
-
-    name: str
-    memory_bytes: Bytes
-    usable_bytes: Bytes
-    h2d_bytes_per_s: Rate
-    d2h_bytes_per_s: Rate
-    latency_s: Seconds = 0.0
-    flops_per_s: Rate = 1.0
-    memory_bytes_per_s: Rate = 1.0
-    sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
-    efficiency: dict[str, Share] = msgspec.field(default_factory=dict[str, float])
 
 
 class ProfileSegment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -109,7 +88,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     format: str
     version: int
-    hardware: str | ProfileHardware
+    hardware: str | HardwareNumbers
     segments: Annotated[tuple[ProfileSegment, ...], msgspec.Meta(min_length=1)]
     source: str = ""
     gpu_memory_bytes: Bytes | None = None
@@ -120,7 +99,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     @classmethod
     def from_chain(cls, chain: SegmentChain, source: str = "") -> Profile:
         """The profile of any chain; node, parameter and tensor names are left out."""
-        hardware = {name: getattr(chain.hardware, name) for name in ProfileHardware.__struct_fields__}
+        hardware = {name: getattr(chain.hardware, name) for name in HardwareNumbers.__struct_fields__}
         fields = ProfileSegment.__struct_fields__
         segments = [ProfileSegment(**{name: getattr(s, name) for name in fields}) for s in chain.segments]
         tokens = math.prod(chain.bindings.values()) if "sequence" in chain.bindings else None
@@ -128,7 +107,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return cls(
             format=FORMAT,
             version=VERSION,
-            hardware=ProfileHardware(**hardware),
+            hardware=HardwareNumbers(**hardware),
             segments=tuple(segments),
             source=source or ", ".join(sorted({segment.source for segment in chain.segments})),
             tokens_per_microbatch=tokens,

@@ -11,11 +11,12 @@ from torch import nn
 
 from rpcompile import hardware
 from rpcompile.errors import ExecutionError
-from rpcompile.passes import measure_chain
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.measure_chain import MeasureChain
+from rpcompile.runtime import stopwatch
 from rpcompile.runtime.stage_runner import StageRunner
+from rpcompile.runtime.stopwatch import Stopwatch
 from tests import models, staged
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Clock:
         self.calls: list[str] = []
         for name, cost_s in (("forward", 2.0), ("backward", 7.0), ("fused", 11.0)):
             monkeypatch.setattr(StageRunner, name, self._timed(name, cost_s, getattr(StageRunner, name)))
-        monkeypatch.setattr(measure_chain.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: self.now)
 
     def _timed(self, name: str, cost_s: float, run: Any) -> Any:
         def timed(runner: StageRunner, *args: Any) -> Any:
@@ -60,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_equal_segments_are_timed_once(clock: Clock, tmp_path: Path):
     graph = captured()
     chain = bound(graph)
-    measured = MeasureChain(graph, cache=tmp_path, repeats=3, warmup=2).run(chain)
+    measured = MeasureChain(graph, Stopwatch(repeats=3, warmup=2), tmp_path).run(chain)
     # The first layer's input needs no gradient; the next two are alike; the last has the loss.
     assert (
         clock.calls
@@ -83,7 +84,7 @@ def test_the_median_behind_the_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path
     # forwards take 102, 3, 2, 52: the median of the last three is 3
     clock = Clock(monkeypatch, extra=(100.0, 1.0, 0.0, 50.0))
     graph = captured()
-    measured = MeasureChain(graph, cache=tmp_path, repeats=3, warmup=1).run(bound(graph))
+    measured = MeasureChain(graph, Stopwatch(repeats=3), tmp_path).run(bound(graph))
     assert (measured.segments[0].forward_s, measured.segments[0].backward_s) == (3, 4)
     assert clock.calls.count("fused") == 4
 
@@ -91,7 +92,7 @@ def test_the_median_behind_the_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_times_are_kept_on_disk(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     graph = captured()
-    first = MeasureChain(graph).run(bound(graph))
+    first = MeasureChain(graph, Stopwatch()).run(bound(graph))
     files = sorted((tmp_path / "rpcompile" / "measurements").iterdir())
     assert len(files) == 3
     content = json.loads(files[0].read_text("utf-8"))
@@ -99,20 +100,20 @@ def test_times_are_kept_on_disk(clock: Clock, tmp_path: Path, monkeypatch: pytes
     assert content["device"].startswith("cpu, ")
 
     calls = len(clock.calls)
-    assert MeasureChain(captured()).run(bound(graph)) == first
+    assert MeasureChain(captured(), Stopwatch()).run(bound(graph)) == first
     assert len(clock.calls) == calls
 
     files[0].write_text('{"forward_s": 1')  # damaged: it is measured again
-    assert MeasureChain(graph).run(bound(graph)) == first
+    assert MeasureChain(graph, Stopwatch()).run(bound(graph)) == first
     assert len(clock.calls) == calls + 2 * 6
     assert json.loads(files[0].read_text("utf-8")) == content
 
 
 def test_other_sizes_are_other_segments(clock: Clock, tmp_path: Path):
     graph = captured()
-    MeasureChain(graph, cache=tmp_path).run(bound(graph))
+    MeasureChain(graph, Stopwatch(), tmp_path).run(bound(graph))
     calls = len(clock.calls)
-    MeasureChain(graph, cache=tmp_path).run(bound(graph, batch=3))
+    MeasureChain(graph, Stopwatch(), tmp_path).run(bound(graph, batch=3))
     assert len(clock.calls) == 2 * calls
 
 
@@ -122,7 +123,7 @@ def test_frozen_layers_have_no_backward(clock: Clock, tmp_path: Path):
     layers[0].requires_grad_(False)
     layers[2].weight.requires_grad_(False)
     graph = captured(model)
-    measured = MeasureChain(graph, cache=tmp_path).run(bound(graph))
+    measured = MeasureChain(graph, Stopwatch(), tmp_path).run(bound(graph))
     assert [(s.forward_s, s.backward_s) for s in measured.segments] == [(2, 0), (2, 5), (2, 5), (2, 9)]
     assert clock.calls.count("backward") == 2 * 6  # alike but for what they train: each timed
 
@@ -130,7 +131,7 @@ def test_frozen_layers_have_no_backward(clock: Clock, tmp_path: Path):
 def test_a_backward_is_never_less_than_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     Clock(monkeypatch, extra=(10.0,) * 6)
     graph = captured()
-    assert MeasureChain(graph, cache=tmp_path).run(bound(graph)).segments[0].backward_s == 0
+    assert MeasureChain(graph, Stopwatch(), tmp_path).run(bound(graph)).segments[0].backward_s == 0
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -139,7 +140,7 @@ def test_every_family_runs(family: str, tmp_path: Path):
     graph = staged.capture(case.model, case.batch)
     chain = bound(graph)
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
-    measured = MeasureChain(graph, cache=tmp_path, repeats=1, warmup=0).run(chain)
+    measured = MeasureChain(graph, Stopwatch(repeats=1, warmup=0), tmp_path).run(chain)
     for segment in measured.segments:
         assert segment.forward_s > 0
         assert segment.needs_backward or segment.backward_s == 0
@@ -157,7 +158,7 @@ def test_a_model_without_weights_on_another_device(tmp_path: Path):
 
         model = Qwen3ForCausalLM(models.qwen3_config()).train()
     graph = staged.capture(model, models.make("qwen3-tied").batch)
-    measured = MeasureChain(graph, device="meta", cache=tmp_path).run(bound(graph))
+    measured = MeasureChain(graph, Stopwatch("meta"), tmp_path).run(bound(graph))
     assert len(list(tmp_path.iterdir())) == 5
     assert all(segment.source == "measured" for segment in measured.segments)
     assert json.loads(next(tmp_path.iterdir()).read_text("utf-8"))["device"].startswith("meta, ")
@@ -171,7 +172,7 @@ def test_a_segment_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     graph = captured()
     with pytest.raises(
         ExecutionError,
-        match=r"^segment \S+ cannot be measured on cpu at \{'batch': 2\}: out of memory, tried 3 GiB; "
-        r"measure smaller sizes, or use estimated seconds$",
+        match=r"^segment \S+ cannot be measured on cpu, .* threads at \{.batch.: 2\}: out of memory, "
+        r"tried 3 GiB; measure smaller sizes, or use estimated seconds$",
     ):
-        MeasureChain(graph, cache=tmp_path).run(bound(graph))
+        MeasureChain(graph, Stopwatch(), tmp_path).run(bound(graph))
