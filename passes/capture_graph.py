@@ -283,7 +283,9 @@ def _to_capture(
             )
             (parameters if spec.kind is InputKind.PARAMETER else buffers).append(entry)
             if spec.kind is InputKind.CONSTANT_TENSOR:
-                constants[names[0]] = exported.constants[str(spec.target)]
+                constant = exported.constants[str(spec.target)]
+                assert isinstance(constant, torch.Tensor)
+                constants[names[0]] = constant
         else:
             raise UnsupportedModel(f"{type(model).__name__} has an input of kind {spec.kind.name}: {name}")
     inputs, ranges, symbol_text = _inputs(user, placeholders, values, symbols, exported)

@@ -117,7 +117,7 @@ class ExtractStages:
             copies[node.name] = graph.node_copy(node, lambda arg: copies[arg.name])
             if is_random(node):
                 copy = copies[node.name]
-                copy.args = (node.target, streams[node.name], *copy.args)
+                copy.args = (node.target, streams[node.name], *copy.args)  # type: ignore[assignment]
                 copy.target = seeded
         graph.output(tuple(copies[name] for name in outputs))
         return GraphModule(self.capture.graph_module, graph), used

@@ -62,6 +62,18 @@ def parse(buffer: str) -> BufferName:
     return BufferName(match["space"], match["kind"], numbers.get("s"), numbers.get("j"), numbers.get("m"))
 
 
+def segment_of(buffer: str) -> int:
+    """The segment in a buffer's name: `gpu1:x.s6.j2.m0` -> 6.
+
+    Raises:
+        ScheduleError: The name has none.
+    """
+    segment = parse(buffer).segment
+    if segment is None:
+        raise ScheduleError(f"{buffer!r} belongs to no segment")
+    return segment
+
+
 def space_of(buffer: str) -> str:
     """`host` or `gpu<k>`."""
     return buffer.partition(":")[0]

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import msgspec
 from rich import box
@@ -218,12 +218,14 @@ def _problem(plan: Plan) -> str | None:
     return None
 
 
-def _finite(value: object) -> bool:
+def _finite(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return all(map(_finite, value)) if isinstance(value, list | tuple) else True
+        return all(_finite(item) for item in cast("dict[str, Any]", value).values())
+    return (
+        all(_finite(item) for item in cast("list[Any]", value)) if isinstance(value, list | tuple) else True
+    )
 
 
 # ------------------------------------------------------------------- the printed form
@@ -235,7 +237,7 @@ def _format(plan: Plan) -> str:
     for label, value in _header(plan):
         console.print(f"{label:<11}{value}", markup=False)
     console.print(_table(plan))
-    return text.getvalue().rstrip() + "\n"
+    return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines()).rstrip("\n") + "\n"
 
 
 def _header(plan: Plan) -> list[tuple[str, str]]:

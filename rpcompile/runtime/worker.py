@@ -13,7 +13,6 @@ from rpcompile.runtime.streams import Iteration, StreamThread
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from rpcompile.buffers import BufferName
     from rpcompile.ir import Program
     from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 
@@ -103,10 +102,10 @@ class CpuWorker:
             weights, inputs, values, _ = self._gather(reads)
             outputs = runner.forward(weights, inputs, values, self._microbatches[microbatch])
             for name in writes:
-                parsed = buffers.parse(name)
-                if parsed.kind == "x":
-                    self._store[name] = _pick(outputs, runner.graph.emits[parsed.segment])
-                elif parsed.kind == "loss":
+                kind = buffers.parse(name).kind
+                if kind == "x":
+                    self._store[name] = _pick(outputs, runner.graph.emits[buffers.segment_of(name)])
+                elif kind == "loss":
                     self._store[name] = outputs
 
         self._enqueue("compute", action, task)
@@ -154,21 +153,21 @@ class CpuWorker:
         def task() -> None:
             for source, target in zip(reads, writes, strict=True):
                 tensors: Tensors = self._space(source)[source]
-                names = self._what_moves(buffers.parse(target), stage, tensors)
+                names = self._what_moves(target, stage, tensors)
                 self._space(target)[target] = {name: tensors[name].detach().clone() for name in names}
 
         self._enqueue(stream, action, task)
 
-    def _what_moves(self, target: BufferName, stage: int, tensors: Tensors) -> Sequence[str]:
+    def _what_moves(self, target: str, stage: int, tensors: Tensors) -> Sequence[str]:
         """The names of the tensors that a copy into `target` takes along."""
-        runner = self._runners[stage]
-        if target.kind == "inputs":
+        runner, kind = self._runners[stage], buffers.parse(target).kind
+        if kind == "inputs":
             return runner.graph.inputs
-        if target.kind == "state" and target.segment is not None:
-            return self._states[target.segment]
-        if target.kind == "weights" and target.segment is not None:
+        if kind == "state":
+            return self._states[buffers.segment_of(target)]
+        if kind == "weights":
             # A tensor that several segments of a stage read comes with the first.
-            earlier = range(runner.graph.stage.first, target.segment)
+            earlier = range(runner.graph.stage.first, buffers.segment_of(target))
             there = {name for segment in earlier for name in self._weights[segment]}
             return [name for name in tensors if name not in there]
         return list(tensors)
@@ -192,14 +191,13 @@ class CpuWorker:
         weights: list[Tensors],
         incoming: Tensors,
     ) -> None:
-        parsed = [buffers.parse(name) for name in reads]
-        order = [name.segment for name in parsed if name.kind == "weights"]
+        order = [buffers.segment_of(name) for name in reads if buffers.parse(name).kind == "weights"]
         accumulated = dict(zip(order, runner.weight_gradients(weights), strict=True))
         for name in writes:
-            target = buffers.parse(name)
-            if target.kind == "gradients":
-                self._store[name] = accumulated[target.segment]
-            elif target.kind == "dx":
+            kind = buffers.parse(name).kind
+            if kind == "gradients":
+                self._store[name] = accumulated[buffers.segment_of(name)]
+            elif kind == "dx":
                 self._store[name] = incoming
 
 

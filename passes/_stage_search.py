@@ -1,0 +1,184 @@
+"""Good stages fast: greedy partitions of many shapes, the best of them annealed.
+
+On transformer chains, stages should be small at both ends of an iteration, where GPUs wait for the
+first and the last microbatch, and large in the middle; beyond that the time is flat in many
+directions, so several starts with different stage counts are worth more than one long search.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, NamedTuple
+
+from rpcompile.round_robin_time import run_jobs, stages_between
+
+if TYPE_CHECKING:
+    from rpcompile.round_robin_time import StageCosts
+
+_STARTS = 6
+_STAGES_PER_S = 500_000  # stages of moves that are tried in about a second
+# As parts of the iteration time; a segment more or less in a stage changes it by about 3e-3.
+_HOT, _COLD = 1.5e-3, 5e-5
+
+
+class Candidate(NamedTuple):
+    """A partition. Less is better: bytes over the memory limit first, then predicted seconds."""
+
+    excess_bytes: int
+    iteration_s: float
+    cuts: tuple[int, ...]
+
+
+class _Cost(NamedTuple):
+    compute_s: float
+    upload_s: float
+    hop_s: float
+    weight_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class StageSearch:
+    """A search over cuts of the unrolled line (see `rpcompile.round_robin_time.stages_between`).
+
+    Attributes:
+        costs: Prices stages.
+        segments: Number of segments, n.
+        line: Length of the unrolled line: 2n - first backward segment, or n for forward only.
+        gpus: GPUs.
+        microbatches: Microbatches.
+        limit_bytes: What a job and the weights prefetched behind it may use.
+        seed: Of the annealing.
+    """
+
+    costs: StageCosts
+    segments: int
+    line: int
+    gpus: int
+    microbatches: int
+    limit_bytes: int
+    seed: int
+    _known: dict[tuple[int, int], _Cost] = field(default_factory=dict)
+
+    def run(self, effort: float) -> Candidate:
+        """The best partition found; its `excess_bytes` is 0 unless none was found that fits.
+
+        Args:
+            effort: Work to do, in about a second each; counted in moves, so the result is repeatable.
+        """
+        best: dict[int, Candidate] = {}
+        for candidate in map(self.rate, self._greedy()):
+            band = len(candidate.cuts) // 4  # neighbours in stage count are neighbours in shape
+            best[band] = min(candidate, best.get(band, candidate))
+        starts = sorted(best.values())[:_STARTS]
+        return min(
+            self._anneal(start, effort, random.Random(self.seed + i)) for i, start in enumerate(starts)
+        )
+
+    def finest(self) -> tuple[int, ...]:
+        """Cuts of the partition with one segment a stage."""
+        return tuple(u for u in range(self.line + 1) if u != self.segments or u == self.line)
+
+    def rate(self, cuts: tuple[int, ...]) -> Candidate:
+        """Price the stages between the cuts."""
+        compute_s, upload_s, hop_s, weights, memory = zip(*map(self._cost, pairwise(cuts)), strict=True)
+        _, ends = run_jobs(compute_s, upload_s, (0.0, *hop_s[:-1]), self.gpus, self.microbatches)
+        following = (*weights[self.gpus :], *[0] * self.gpus)
+        resident = max(map(sum, zip(memory, following, strict=False)))
+        return Candidate(max(0, resident - self.limit_bytes), ends[-1], cuts)
+
+    def _cost(self, run: tuple[int, int]) -> _Cost:
+        known = self._known.get(run)
+        if known is None:
+            (stage,), costs = stages_between(run, self.segments), self.costs
+            hop_s = costs.hop_s(stage) if self.gpus > 1 else 0.0
+            weights, memory = costs.weight_bytes(stage), costs.memory_bytes(stage)
+            known = _Cost(costs.compute_s(stage), costs.upload_s(stage), hop_s, weights, memory)
+            self._known[run] = known
+        return known
+
+    def _mirror(self, fused: int) -> int:
+        """Where the fused stage that begins at this position ends."""
+        return min(2 * self.segments - fused, self.line)
+
+    # ------------------------------------------------------------------ greedy
+
+    def _greedy(self) -> set[tuple[int, ...]]:
+        """Stages up to a cap in seconds; the cap grows from both ends of the line towards the middle."""
+        total_s = sum(self._cost((u, u + 1)).compute_s for u in range(self.line))
+        found = {self.finest()}
+        counts = range(1, min(self.line, 12 * self.gpus) + 1)
+        shapes = [(1.0, 1.0), *product((1.25, 1.6), (0.25, 0.0625))]
+        for count, (growth, start), fused_part in product(counts, shapes, (1.0, 0.5)):
+            cap_s = total_s / count * 1.0001
+            fused = self._fuse(cap_s * fused_part)
+            up = self._pack(0, fused[0], cap_s, cap_s * start, growth)
+            down = self._pack(self.line, fused[1], cap_s, cap_s * start, growth)
+            found.add(tuple(sorted({*up, *fused, *down})))
+        return found
+
+    def _fuse(self, cap_s: float) -> tuple[int, int]:
+        """Ends of the largest fused stage within the cap that fits, or of the smallest there is."""
+        if self.line == self.segments:
+            return self.line, self.line
+        begin = self.segments - 1
+        while begin and self._fits((begin - 1, self._mirror(begin - 1)), cap_s):
+            begin -= 1
+        return begin, self._mirror(begin)
+
+    def _pack(self, outer: int, inner: int, cap_s: float, first_cap_s: float, growth: float) -> list[int]:
+        """Cuts from `outer` towards `inner`, the latter left out."""
+        cuts, step = [outer], 1 if inner > outer else -1
+        now_s = first_cap_s
+        for position in range(outer + step, inner, step):
+            begin, end = sorted((cuts[-1], position + step))
+            if not self._fits((begin, end), now_s):
+                cuts.append(position)
+                now_s = min(cap_s, now_s * growth)
+        return cuts
+
+    def _fits(self, run: tuple[int, int], cap_s: float) -> bool:
+        # The next job's weights are not known yet; they are about as large as this one's.
+        cost = self._cost(run)
+        return cost.compute_s <= cap_s and cost.memory_bytes + cost.weight_bytes <= self.limit_bytes
+
+    # ------------------------------------------------------------------ annealing
+
+    def _anneal(self, start: Candidate, effort: float, rng: random.Random) -> Candidate:
+        """Move, add and remove cuts; worse partitions are accepted ever more rarely."""
+        best = now = start
+        moves = min(100 * self.line, int(effort * _STAGES_PER_S / _STARTS / len(start.cuts)))
+        for move in range(moves):
+            cuts = self._neighbour(now.cuts, rng)
+            if cuts == now.cuts:
+                continue
+            then = self.rate(cuts)
+            temperature_s = start.iteration_s * _HOT * (_COLD / _HOT) ** (move / moves)
+            worse_s = self._energy_s(then) - self._energy_s(now)
+            if worse_s <= temperature_s * rng.expovariate(1.0):
+                now = then
+                best = min(best, now)
+        return best
+
+    def _energy_s(self, candidate: Candidate) -> float:
+        # A tenth of the memory too much weighs as much as twice the time.
+        return candidate.iteration_s * (1 + 10 * candidate.excess_bytes / self.limit_bytes)
+
+    def _neighbour(self, cuts: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
+        forward_only = self.line == self.segments
+        begin = self.line if forward_only else cuts[bisect_left(cuts, self.segments) - 1]
+        kind, step = rng.random(), rng.choice((-2, -1, 1, 2))
+        inner = set(cuts)
+        if kind < 0.1 and not forward_only:
+            begin = min(max(0, begin + step), self.segments - 1)
+        elif kind < 0.35:
+            inner ^= {rng.randrange(self.line)}
+        else:
+            cut = rng.choice(cuts)
+            inner ^= {cut, cut + step}
+        end = self.line if forward_only else self._mirror(begin)
+        inner = {u for u in inner if 0 < u < begin or end < u < self.line}
+        return tuple(sorted(inner | {0, begin, end, self.line}))

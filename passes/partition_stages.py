@@ -1,0 +1,252 @@
+"""Partition: which segments form which stage; forward and backward are cut independently.
+
+A search proposes stages (`_stage_search`), CP-SAT improves on them and bounds what any other choice
+could reach (`_stage_model`). Both minimise the iteration time of `rpcompile.round_robin_time`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ortools
+
+from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
+from rpcompile.ir import Partition, Stage, StageKind
+from rpcompile.passes._stage_model import Answer, StageModel
+from rpcompile.passes._stage_search import StageSearch
+from rpcompile.round_robin_time import StageCosts, stages_between
+
+if TYPE_CHECKING:
+    from rpcompile.ir import SegmentChain
+    from rpcompile.passes._stage_search import Candidate
+
+_MODES = ("sync", "forward")
+_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class PartitionStages:
+    """Choose the stages with the shortest predicted iteration.
+
+    In execution order, forward stages tile segments 0..t-1 upwards, one fused stage runs t..n-1
+    forward and backward, and backward stages with recompute tile t-1..g downwards, g being the first
+    segment with a backward. In mode "forward", forward stages tile everything.
+
+    "OPTIMAL" holds over all partitions. The bound of a "FEASIBLE" one holds over those with at most 8
+    forward and 8 backward stages, or two more than the search found useful if that is more; if CP-SAT
+    finishes with them, it goes on with twice as many.
+
+    Attributes:
+        gpus: Number of GPUs, N.
+        microbatches: Number of microbatches, M; each job runs all of them.
+        memory_limit_bytes: What one job and the weights prefetched behind it may use; None for
+            `chain.hardware.usable_bytes`.
+        time_limit_s: Limit of CP-SAT's wall time; the search before it works for about as long.
+        seed: Of the search and of CP-SAT. The same seed gives the same stages, unless the wall clock
+            ends CP-SAT (see `StageModel.solve`).
+        mode: "sync" to train, "forward" to evaluate.
+    """
+
+    gpus: int
+    microbatches: int
+    memory_limit_bytes: int | None = None
+    time_limit_s: float = 3.0
+    seed: int = 0
+    mode: str = "sync"
+
+    name = "partition-stages"
+
+    def run(self, chain: SegmentChain) -> Partition:
+        """Partition the chain.
+
+        Raises:
+            InvalidArgument: An option is out of range, or a time or rate of the chain is not one.
+            PartitionError: More GPUs than segments, nothing to train, or no partition fits.
+            StageTooLarge: One segment alone does not fit.
+        """
+        began = time.monotonic()
+        self._check_options()
+        self._check_chain(chain)
+        costs, n = StageCosts(chain), len(chain.segments)
+        limit = chain.hardware.usable_bytes if self.memory_limit_bytes is None else self.memory_limit_bytes
+        self._check_segments(costs, limit)
+
+        line = n if self.mode == "forward" else 2 * n - chain.first_backward
+        search = StageSearch(costs, n, line, self.gpus, self.microbatches, limit, self.seed)
+        best, answer = self._improve(search, search.run(effort=self.time_limit_s))
+        if best.excess_bytes:
+            raise self._nothing_fits(search, answer.status)
+        return Partition(
+            stages=stages_between(best.cuts, n),
+            memory_limit_bytes=limit,
+            objective_s=best.iteration_s,
+            bound_s=min(answer.bound_s, best.iteration_s),
+            status="OPTIMAL" if answer.status == "OPTIMAL" else "FEASIBLE",
+            solve_s=time.monotonic() - began,
+            solver=f"CP-SAT {'.'.join(ortools.__version__.split('.')[:2])}",
+        )
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_options(self) -> None:
+        if self.mode not in _MODES:
+            raise InvalidArgument(f"mode={self.mode!r} is unknown; use one of {', '.join(_MODES)}")
+        for option, value in (("gpus", self.gpus), ("microbatches", self.microbatches)):
+            if value < 1:
+                raise InvalidArgument(f"{option}={value} must be at least 1")
+        if not self.time_limit_s >= 0:
+            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+
+    def _check_chain(self, chain: SegmentChain) -> None:
+        segments, hardware = chain.segments, chain.hardware
+        for segment in segments:
+            for field, seconds in (("forward_s", segment.forward_s), ("backward_s", segment.backward_s)):
+                if not 0 <= seconds < math.inf:
+                    raise InvalidArgument(
+                        f"{field} of segment {segment.name} is {seconds}; give a finite time >= 0"
+                    )
+        for field in ("h2d_bytes_per_s", "d2h_bytes_per_s"):
+            if not getattr(hardware, field) > 0:
+                raise InvalidArgument(
+                    f"{field} of {hardware.name} is {getattr(hardware, field)}; give a rate > 0"
+                )
+        if not 0 <= hardware.latency_s < math.inf:
+            raise InvalidArgument(
+                f"latency_s of {hardware.name} is {hardware.latency_s}; give a finite time >= 0"
+            )
+        if self.gpus > len(segments):
+            raise PartitionError(
+                f"gpus={self.gpus} is more than the {len(segments)} segments of the model; use"
+                f" gpus={len(segments)} or fewer"
+            )
+        if self.mode != "forward" and chain.first_backward == len(segments):
+            raise PartitionError(
+                f"none of the {len(segments)} segments has a backward, so there is nothing to train; set"
+                ' requires_grad on some parameters, or use mode="forward"'
+            )
+
+    def _check_segments(self, costs: StageCosts, limit: int) -> None:
+        """Every segment fits on a GPU in some stage, before any prefetch."""
+        chain, forward_only = costs.chain, self.mode == "forward"
+        if limit < 1:
+            raise InvalidArgument(
+                f"the memory limit of {limit} bytes must be at least 1; set memory_limit_bytes"
+            )
+        for index, segment in enumerate(chain.segments):
+            if _alone_bytes(costs, index, forward_only) <= limit:
+                continue
+            needed = _least_bytes(costs, index, forward_only)
+            if needed > limit:
+                size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
+                raise StageTooLarge(
+                    f"{segment.name} needs {_gb(needed)} for one microbatch of {size} but"
+                    f" {chain.hardware.name} has {_gb(limit)} usable. Use more microbatches (smaller ones),"
+                    " shorter sequences or GPUs with more memory."
+                )
+
+    # ------------------------------------------------------------------ solver
+
+    def _improve(self, search: StageSearch, best: Candidate) -> tuple[Candidate, Answer]:
+        """Solve with few stages allowed first, then with more, as long as there is time."""
+        n, training = search.segments, self.mode != "forward"
+        most_forward, most_backward = (n - 1, max(0, search.line - n - 1)) if training else (n, 0)
+        ends, work = time.monotonic() + self.time_limit_s, self.time_limit_s / 2
+        kinds = [stage.kind for stage in stages_between(best.cuts, n)]
+        forward = max(_SLOTS, kinds.count(StageKind.F) + 2)
+        backward = max(_SLOTS, kinds.count(StageKind.B) + 2)
+        while True:
+            if best.excess_bytes:
+                forward, backward = n, n
+            every = forward >= most_forward and backward >= most_backward
+            model = self._model(search, best, min(forward, most_forward), min(backward, most_backward))
+            answer = model.solve(max(0.0, ends - time.monotonic()), work, self.seed)
+            if answer.cuts is not None:
+                best = min(best, search.rate(answer.cuts))
+            work = max(0.0, work - answer.work)
+            if every or answer.status != "OPTIMAL":
+                return best, answer
+            forward, backward = 2 * forward, 2 * backward
+
+    def _model(self, search: StageSearch, best: Candidate, forward: int, backward: int) -> StageModel:
+        costs = search.costs
+        if best.excess_bytes:
+            # One job after the other, with every upload, hop and recompute there can be.
+            stages = stages_between(search.finest(), search.segments)
+            each_s = (
+                costs.upload_s(s) + costs.hop_s(s) + self.microbatches * costs.compute_s(s) for s in stages
+            )
+            horizon_s, hint = sum(each_s), None
+        else:
+            horizon_s, hint = best.iteration_s, best.cuts
+        return StageModel(
+            costs=costs,
+            gpus=self.gpus,
+            microbatches=self.microbatches,
+            limit_bytes=search.limit_bytes,
+            forward_only=self.mode == "forward",
+            forward_slots=forward,
+            backward_slots=backward,
+            horizon_s=horizon_s,
+            hint=hint,
+        )
+
+    def _nothing_fits(self, search: StageSearch, status: str) -> PartitionError:
+        costs, limit = search.costs, _gb(search.limit_bytes)
+        if status != "INFEASIBLE":
+            return PartitionError(
+                f"no partition that fits in {limit} was found in time_limit_s={self.time_limit_s}, nor a"
+                " proof that there is none; raise time_limit_s, or use more microbatches (smaller ones)"
+            )
+        stages = stages_between(search.finest(), search.segments)
+        resident = costs.resident_bytes(stages, self.gpus)
+        worst = max(range(len(stages)), key=resident.__getitem__)
+        needs = f"{stages[worst].kind} of {_name(costs, stages[worst])} needs"
+        needs += f" {_gb(costs.memory_bytes(stages[worst]))}"
+        if worst + self.gpus < len(stages):
+            behind = stages[worst + self.gpus]
+            needs += f" and the weights prefetched behind it, of {_name(costs, behind)},"
+            needs += f" {_gb(costs.weight_bytes(behind))}"
+        return PartitionError(
+            f"no partition fits in {limit}, not even with one segment a stage: {needs}. Use more microbatches"
+            " (smaller ones), another number of GPUs or GPUs with more memory."
+        )
+
+
+def _alone_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
+    """Bytes in which the segment can run all its passes in stages of its own."""
+    kinds = [StageKind.F]
+    if not forward_only and segment == len(costs.chain.segments) - 1:
+        kinds = [StageKind.FB]
+    elif not forward_only and segment >= costs.chain.first_backward:
+        kinds.append(StageKind.B)
+    return max(costs.memory_bytes(Stage(0, kind, segment, segment)) for kind in kinds)
+
+
+def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
+    """Least bytes in which the segment can run all its passes, over all stages around it."""
+    last = len(costs.chain.segments) - 1
+
+    def least(kind: StageKind, lowest: int, highest: int) -> int:
+        firsts, lasts = range(lowest, segment + 1), range(segment, highest + 1)
+        return min(costs.memory_bytes(Stage(0, kind, i, k)) for i in firsts for k in lasts)
+
+    if forward_only:
+        return least(StageKind.F, 0, last)
+    fused = min(costs.memory_bytes(Stage(0, StageKind.FB, first, last)) for first in range(segment + 1))
+    if segment == last:
+        return fused
+    apart = least(StageKind.F, 0, last - 1)
+    if segment >= costs.chain.first_backward:
+        apart = max(apart, least(StageKind.B, costs.chain.first_backward, last - 1))
+    return min(fused, apart)
+
+
+def _name(costs: StageCosts, stage: Stage) -> str:
+    return costs.chain.segments[stage.first].name
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"
