@@ -15,8 +15,10 @@ from benchmarks import make_profiles
 from rpcompile import hardware
 from rpcompile.errors import ProfileFileError
 from rpcompile.ir import TiedWeight
+from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.profile import Profile, schema
 from rpcompile.simulate import simulate
+from rpcompile.verify import verify_schedule
 from tests import chains
 
 if TYPE_CHECKING:
@@ -222,6 +224,15 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ProfileFileError, match=r"binary\.json: cannot be read: .*utf-8"):
         Profile.load(tmp_path / "binary.json")
+
+
+def test_a_plan_from_a_profile():
+    chain = parse(gpu_memory_bytes=400).to_chain()
+    stages = PartitionStages(gpus=2, microbatches=2, time_limit_s=2.0).run(chain)
+    schedule = chains.compiled(chain, stages, 2, 2)
+    verify_schedule(schedule, chain, stages)
+    # two microbatches, and at least the work of one GPU's share: (4 x 1.5 + 2.5 + 3.5) x 2 / 2
+    assert simulate(schedule).makespan_s >= 12
 
 
 def test_tied_weights_come_through():
