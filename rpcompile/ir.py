@@ -192,7 +192,7 @@ class Hardware:
         sources: Field -> "measured: ...", "calibrated: ...", "quoted: ..." or "assumed: ...".
         efficiency: Share of a peak that kernels reach, 1 where it is missing. Of `flops_per_s`: "matmul",
             "matmul_backward" (weights and gradients are read in slower layouts), "matmul_sustained"
-            (products alone, without pauses, at the card's power limit), "attention". Of
+            (products alone, without pauses), "attention". Of
             `memory_bytes_per_s`: "memory". See `rpcompile/roofline.py`.
     """
 

@@ -1,8 +1,8 @@
 """How long a piece of work takes on a GPU: roofline with achieved shares of the peaks.
 
 A node takes max(FLOPs / throughput reached, bytes / bandwidth reached); a segment takes the sum over
-its nodes, but no less than its matrix products take at the rate that the card's power limit lets it
-keep up. Shares are in `Hardware.efficiency`; one that is missing counts as 1.
+its nodes, but no less than its matrix products take at the rate that they reach without pauses. (LM
+heads are published to run slower than layers at every width; a power limit would explain it.) Shares are in `Hardware.efficiency`; one that is missing counts as 1.
 
 Ignored: launch times (a microbatch worth dispatching keeps the queue full), caches, fusion, the sizes
 and layouts of matrices.
