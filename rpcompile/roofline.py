@@ -2,7 +2,8 @@
 
 A node takes max(FLOPs / throughput reached, bytes / bandwidth reached); a segment takes the sum over
 its nodes, but no less than its matrix products take at the rate that they reach without pauses. (LM
-heads are published to run slower than layers at every width; a power limit would explain it.) Shares are in `Hardware.efficiency`; one that is missing counts as 1.
+heads are published to run slower than layers at every width; a power limit would explain it.) Shares are
+in `Hardware.efficiency`; one that is missing counts as 1.
 
 Ignored: launch times (a microbatch worth dispatching keeps the queue full), caches, fusion, the sizes
 and layouts of matrices.
