@@ -11,6 +11,7 @@ import sympy
 
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Segment, SegmentChain, TiedWeight
+from rpcompile.roofline import Work, seconds
 from rpcompile.sizes import Sizes, is_view, storage, symbol, tensors
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 class BindChain:
     """Prices segments for one microbatch size on one kind of GPU, by roofline.
 
-    A node takes max(FLOPs / throughput, bytes / memory bandwidth); a segment takes the sum over its
-    nodes. That is a lower bound: kernels reach neither limit, and launching them takes time as well.
+    `rpcompile/roofline.py` says how; the shares of the peaks that kernels reach come with the hardware.
 
     Args:
         bindings: Symbol name -> size of one microbatch, e.g. {"batch": 4, "sequence": 2048}.
@@ -120,10 +120,8 @@ class _Binder:
             inputs=tuple(self._inputs[name].name for name in inputs),
             boundary=boundary,
             boundary_gradients=gradients,
-            forward_s=sum(self._seconds(c.forward_flops, c.read_bytes, c.write_bytes) for c in costs),
-            backward_s=sum(
-                self._seconds(c.backward_flops, c.backward_read_bytes, c.backward_write_bytes) for c in costs
-            ),
+            forward_s=seconds((self._forward(cost) for cost in costs), self._hardware),
+            backward_s=seconds((self._backward(cost) for cost in costs), self._hardware),
             forward_flops=sum(self._evaluate.number(cost.forward_flops) for cost in costs),
             backward_flops=sum(self._evaluate.number(cost.backward_flops) for cost in costs),
             weight_bytes=sum(spec.nbytes for spec in weights),
@@ -184,10 +182,15 @@ class _Binder:
     def _nbytes(self, names: Iterable[str]) -> int:
         return sum(self._evaluate.nbytes(self._sizes.nbytes(self._nodes[name])) for name in names)
 
-    def _seconds(self, flops: sympy.Expr, *moved: sympy.Expr) -> float:
-        compute_s = self._evaluate.number(flops) / self._hardware.flops_per_s
-        memory_s = sum(map(self._evaluate.number, moved)) / self._hardware.memory_bytes_per_s
-        return max(compute_s, memory_s)
+    def _forward(self, cost: NodeCost) -> Work:
+        number = self._evaluate.number
+        nbytes = number(cost.read_bytes) + number(cost.write_bytes)
+        return Work(cost.op_class, number(cost.forward_flops), nbytes)
+
+    def _backward(self, cost: NodeCost) -> Work:
+        number = self._evaluate.number
+        nbytes = number(cost.backward_read_bytes) + number(cost.backward_write_bytes)
+        return Work(cost.op_class, number(cost.backward_flops), nbytes, backward=True)
 
     def _state_bytes(self, names: Iterable[str]) -> int:
         inside = set(names)

@@ -46,6 +46,10 @@ class PlanFileError(RpcompileError):
     """A plan file cannot be read or written."""
 
 
+class ProfileFileError(RpcompileError):
+    """A profile file cannot be read, or something in it is wrong."""
+
+
 class PlanMismatch(RpcompileError):
     """A plan was made for another model or another arrangement."""
 

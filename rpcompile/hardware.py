@@ -11,8 +11,10 @@ import functools
 import json
 import re
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from rpcompile.errors import InvalidArgument
@@ -28,26 +30,67 @@ _DEFAULT_REASON = {
 }
 
 
+FORMAT, VERSION = "rpcompile.hardware", 1
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Rate = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class HardwareNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One GPU and its link as files hold them; fields as in `ir.Hardware`.
+
+    `flops_per_s` and `memory_bytes_per_s` do not matter to a plan whose times are given.
+    """
+
+    name: str
+    memory_bytes: Bytes
+    usable_bytes: Bytes
+    h2d_bytes_per_s: Rate
+    d2h_bytes_per_s: Rate
+    latency_s: Seconds = 0.0
+    flops_per_s: Rate = 1.0
+    memory_bytes_per_s: Rate = 1.0
+    sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    efficiency: dict[str, Rate] = msgspec.field(default_factory=dict[str, float])
+
+
+class HardwareFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A hardware file, as `rpcompile.probe` writes it; fields as in `HardwareProbe`."""
+
+    format: str
+    version: int
+    hardware: HardwareNumbers
+    host_memory_bytes_per_s: Rate | None = None
+    h2d_both_bytes_per_s: Rate | None = None
+    d2h_both_bytes_per_s: Rate | None = None
+
+
 def names() -> tuple[str, ...]:
     """Catalogue names, e.g. "rtx4090"."""
     return tuple(_catalogue())
 
 
-def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
-    """One GPU of the catalogue.
+def lookup(name: str, dtype: str = "bfloat16", *, accumulate: str = "fp32") -> Hardware:
+    """One GPU of the catalogue, or of a hardware file.
 
     Memory is what the card is sold as, in GiB: a "24 GB" card has 24 x 2**30 bytes (drivers report up to
     1 % less). 1.5 GiB of it is reserved for the CUDA context and the allocator's fragmentation.
 
     Args:
-        name: Catalogue name; case does not matter.
+        name: Catalogue name, case does not matter; or the path of a file ending in .json, whose
+            figures are for the dtype that they were measured with, whatever `dtype` is.
         dtype: Training dtype: "bfloat16", "float16" or "float32". The catalogue has 16-bit tensor-core
-            throughput with 32-bit accumulation only; for float32 it is returned as it is, which is an
-            optimistic bound, and `sources` says so.
+            throughput only; for float32 it is returned as it is, which is an optimistic bound, and
+            `sources` says so.
+        accumulate: What matrix products are summed in: "fp32", or "fp16", which consumer cards do twice
+            as fast and less exactly, for float16 only
+            (`torch.backends.cuda.matmul.allow_fp16_accumulation`).
 
     Raises:
-        InvalidArgument: No such GPU or dtype.
+        InvalidArgument: No such GPU, dtype or accumulation, or the file is damaged.
     """
+    if name.endswith(".json"):
+        return _load(Path(name))
     key = name.lower()
     catalogue = _catalogue()
     if key not in catalogue:
@@ -56,7 +99,12 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
         raise InvalidArgument(f"hardware {name!r} is not in the catalogue; {hint}")
     if dtype not in _DTYPES:
         raise InvalidArgument(f"dtype {dtype!r} has no throughput; choose one of {', '.join(_DTYPES)}")
+    if accumulate not in ("fp32", "fp16") or (accumulate == "fp16" and dtype != "float16"):
+        raise InvalidArgument(
+            f"accumulate={accumulate!r} with dtype {dtype!r}; choose 'fp32', or 'fp16' with dtype 'float16'"
+        )
     entry = catalogue[key]
+    efficiency, reached = _efficiency(entry, accumulate)
     compute, link = _source(entry["status"]["compute"]), _source(entry["status"]["link"])
     if dtype == "float32":
         compute += "; 16-bit tensor-core figure, an optimistic bound for float32"
@@ -65,7 +113,7 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
         name=key,
         memory_bytes=memory_bytes,
         usable_bytes=memory_bytes - _RESERVE_BYTES,
-        flops_per_s=entry["tflops_fp32_acc"] * 1e12,
+        flops_per_s=entry[f"tflops_{accumulate}_acc"] * 1e12,
         memory_bytes_per_s=entry["memory_gb_per_s"] * 1e9,
         h2d_bytes_per_s=entry["h2d_gb_per_s"] * 1e9,
         d2h_bytes_per_s=entry["d2h_gb_per_s"] * 1e9,
@@ -78,7 +126,9 @@ def lookup(name: str, dtype: str = "bfloat16") -> Hardware:
             "h2d_bytes_per_s": link,
             "d2h_bytes_per_s": link,
             "latency_s": "assumed: 10 us to start a transfer",
+            "efficiency": reached,
         },
+        efficiency=efficiency,
     )
 
 
@@ -90,15 +140,46 @@ def detect() -> str | None:
     return next((name for name, entry in _catalogue().items() if device in entry["cuda_names"]), None)
 
 
-@functools.cache
+def _load(path: Path) -> Hardware:
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=HardwareFile)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidArgument(f"hardware file {path} cannot be read: {error}; probe the machine") from error
+    if (file.format, file.version) != (FORMAT, VERSION):
+        raise InvalidArgument(
+            f"{path} has format {file.format!r} version {file.version}; this rpcompile reads {FORMAT!r} "
+            f"version {VERSION}"
+        )
+    return Hardware(**msgspec.structs.asdict(file.hardware))
+
+
 def _catalogue() -> dict[str, dict[str, Any]]:
+    return _data()["gpus"]
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
     text = resources.files("rpcompile").joinpath("data/hardware.json").read_text(encoding="utf-8")
-    return json.loads(text)["gpus"]
+    return json.loads(text)
+
+
+def _efficiency(entry: dict[str, Any], accumulate: str) -> tuple[dict[str, float], str]:
+    """Shares of `flops_per_s` and of the memory bandwidth that kernels reach, and where they are from."""
+    section = _data()["efficiency"]
+    slower = entry["tflops_fp32_acc"] < entry["tflops_fp16_acc"]
+    attention_rate = "half_rate" if slower else "full_rate"
+    rate = attention_rate if accumulate == "fp32" else "full_rate"
+    # Attention's share is of the throughput with 32-bit accumulation, which it always has.
+    attention = section[attention_rate]["attention"] * entry["tflops_fp32_acc"]
+    shares = {**section[rate], "memory": section["memory"]}
+    shares["attention"] = attention / entry[f"tflops_{accumulate}_acc"]
+    status = section["status"]
+    return shares, f"{_source(status[rate])}; memory {status['memory']}"
 
 
 def _source(status: str) -> str:
     """`quoted; sustained 158` -> `quoted: sustained 158`; a status alone gets its usual reason."""
-    match = re.fullmatch(r"(measured|quoted|assumed)[;: ]*(.*)", status)
+    match = re.fullmatch(r"(measured|calibrated|quoted|assumed)[;: ]*(.*)", status)
     assert match is not None, status  # a test reads the whole catalogue
     kind, reason = match.groups()
     return f"{kind}: {reason or _DEFAULT_REASON[kind]}"

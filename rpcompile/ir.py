@@ -189,7 +189,11 @@ class Hardware:
         h2d_bytes_per_s: Host to device, one way.
         d2h_bytes_per_s: Device to host, one way.
         latency_s: Fixed time of one transfer.
-        sources: Field -> "measured: ...", "quoted: ..." or "assumed: ...".
+        sources: Field -> "measured: ...", "calibrated: ...", "quoted: ..." or "assumed: ...".
+        efficiency: Share of a peak that kernels reach, 1 where it is missing. Of `flops_per_s`: "matmul",
+            "matmul_backward" (weights and gradients are read in slower layouts), "matmul_sustained"
+            (products alone, without pauses), "attention". Of
+            `memory_bytes_per_s`: "memory". See `rpcompile/roofline.py`.
     """
 
     name: str
@@ -201,6 +205,7 @@ class Hardware:
     d2h_bytes_per_s: float
     latency_s: float
     sources: dict[str, str]
+    efficiency: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ class Segment:
         peak_bytes: Largest transient need on top of weights and saved tensors.
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
+        chunks: Into how many equal chunks of tokens it may be divided at most.
     """
 
     name: str
@@ -252,6 +258,7 @@ class Segment:
     peak_bytes: int
     needs_backward: bool
     source: str
+    chunks: int = 1
 
 
 @dataclass(frozen=True)

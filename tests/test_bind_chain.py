@@ -81,6 +81,18 @@ def test_every_field_of_two_segments():
     assert last.peak_bytes == 64 + 256 + 256
 
 
+def test_the_shares_that_kernels_reach_lengthen_times():
+    shares = {"matmul": 0.5, "matmul_backward": 0.25, "memory": 0.1}
+    costed = EstimateCosts().run(two_layers())
+    first, last = BindChain({"batch": 4}, replace(TOY, efficiency=shares)).run(costed).segments
+    assert first.forward_s == pytest.approx(10.24 / 0.5 + 0.512 / 0.1)
+    assert first.backward_s == pytest.approx(10.24 / 0.25 + 0.768 / 0.1)
+    limited = replace(TOY, efficiency={"matmul_sustained": 0.05})
+    # 512 FLOPs at 5 FLOP/s, which leaves the sum time enough
+    assert BindChain({"batch": 4}, limited).run(costed).segments[1].forward_s == pytest.approx(102.4)
+    assert last.forward_s == pytest.approx(5.12 / 0.5 + 0.068 / 0.1)
+
+
 def test_forward_peak_counts_what_is_still_needed():
     class Residual(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def test_every_field_of_every_entry_has_a_source(name: str):
     assert set(gpu.sources) == figures
     for source in gpu.sources.values():
         kind, _, reason = source.partition(": ")
-        assert kind in {"measured", "quoted", "assumed"}
+        assert kind in {"measured", "calibrated", "quoted", "assumed"}
         assert reason
     assert 0 < gpu.usable_bytes < gpu.memory_bytes
 

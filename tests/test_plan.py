@@ -188,7 +188,7 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan 05652286  Toy · float32 · 2 microbatches of the given size · sync
+Plan fb15af17  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  45.00 s/step · bubble 57.8 % · GPU peak 37 B · host peak 32 B
 Solver     by hand FEASIBLE · gap 0.0 % · 0.0 s
