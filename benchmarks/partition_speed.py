@@ -86,7 +86,7 @@ def measure(layers: int, gpus: int, microbatches: int, time_limit_s: float) -> d
     """Partition one chain; `greedy_s` is what the search finds before any move is tried."""
     chain = decoder(layers)
     n, limit = len(chain.segments), chain.hardware.usable_bytes
-    greedy = StageSearch(StageCosts(chain), n, 2 * n, gpus, microbatches, limit, seed=0).run(effort=0.0)
+    greedy = StageSearch(StageCosts(chain, gpus, microbatches), 2 * n, limit, seed=0).run(effort=0.0)
     partition = PartitionStages(gpus, microbatches, time_limit_s=time_limit_s).run(chain)
     return {
         "layers": layers,

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
-from rpcompile.round_robin_time import run_jobs, stages_between
+from rpcompile.round_robin_time import stages_between
 
 if TYPE_CHECKING:
-    from rpcompile.round_robin_time import StageCosts
+    from rpcompile.round_robin_time import StageCost, StageCosts
 
 _STARTS = 6
-_STAGES_PER_S = 500_000  # stages of moves that are tried in about a second
+_STAGES_PER_S = 300_000  # stages of moves that are tried in about a second
 # As parts of the iteration time; a segment more or less in a stage changes it by about 3e-3.
 _HOT, _COLD = 1.5e-3, 5e-5
 
@@ -32,36 +32,27 @@ class Candidate(NamedTuple):
     cuts: tuple[int, ...]
 
 
-class _Cost(NamedTuple):
-    compute_s: float
-    upload_s: float
-    hop_s: float
-    weight_bytes: int
-    memory_bytes: int
-
-
 @dataclass(frozen=True)
 class StageSearch:
     """A search over cuts of the unrolled line (see `rpcompile.round_robin_time.stages_between`).
 
     Attributes:
         costs: Prices stages.
-        segments: Number of segments, n.
         line: Length of the unrolled line: 2n - first backward segment, or n for forward only.
-        gpus: GPUs.
-        microbatches: Microbatches.
-        limit_bytes: What a job and the weights prefetched behind it may use.
+        limit_bytes: Memory that a plan may use on each GPU.
         seed: Of the annealing.
     """
 
     costs: StageCosts
-    segments: int
     line: int
-    gpus: int
-    microbatches: int
     limit_bytes: int
     seed: int
-    _known: dict[tuple[int, int], _Cost] = field(default_factory=dict)
+    _known: dict[tuple[int, int], StageCost] = field(default_factory=dict)
+
+    @property
+    def segments(self) -> int:
+        """n."""
+        return len(self.costs.chain.segments)
 
     def run(self, effort: float) -> Candidate:
         """The best partition found; its `excess_bytes` is 0 unless none was found that fits.
@@ -84,20 +75,16 @@ class StageSearch:
 
     def rate(self, cuts: tuple[int, ...]) -> Candidate:
         """Price the stages between the cuts."""
-        compute_s, upload_s, hop_s, weights, memory = zip(*map(self._cost, pairwise(cuts)), strict=True)
-        _, ends = run_jobs(compute_s, upload_s, (0.0, *hop_s[:-1]), self.gpus, self.microbatches)
-        following = (*weights[self.gpus :], *[0] * self.gpus)
-        resident = max(map(sum, zip(memory, following, strict=False)))
-        return Candidate(max(0, resident - self.limit_bytes), ends[-1], cuts)
+        costs = [self.cost(run) for run in pairwise(cuts)]
+        excess = max(self.costs.resident_bytes(cuts, costs)) - self.limit_bytes
+        return Candidate(max(0, excess), self.costs.iteration_s(costs), cuts)
 
-    def _cost(self, run: tuple[int, int]) -> _Cost:
+    def cost(self, run: tuple[int, int]) -> StageCost:
+        """Price the stage of a run of the line."""
         known = self._known.get(run)
         if known is None:
-            (stage,), costs = stages_between(run, self.segments), self.costs
-            hop_s = costs.hop_s(stage) if self.gpus > 1 else 0.0
-            weights, memory = costs.weight_bytes(stage), costs.memory_bytes(stage)
-            known = _Cost(costs.compute_s(stage), costs.upload_s(stage), hop_s, weights, memory)
-            self._known[run] = known
+            (stage,) = stages_between(run, self.segments)
+            known = self._known[run] = self.costs.of(stage)
         return known
 
     def _mirror(self, fused: int) -> int:
@@ -108,9 +95,9 @@ class StageSearch:
 
     def _greedy(self) -> set[tuple[int, ...]]:
         """Stages up to a cap in seconds; the cap grows from both ends of the line towards the middle."""
-        total_s = sum(self._cost((u, u + 1)).compute_s for u in range(self.line))
+        total_s = sum(self.cost((u, u + 1)).compute_s for u in range(self.line))
         found = {self.finest()}
-        counts = range(1, min(self.line, 12 * self.gpus) + 1)
+        counts = range(1, min(self.line, 12 * self.costs.gpus) + 1)
         shapes = [(1.0, 1.0), *product((1.25, 1.6), (0.25, 0.0625))]
         for count, (growth, start), fused_part in product(counts, shapes, (1.0, 0.5)):
             cap_s = total_s / count * 1.0001
@@ -142,7 +129,7 @@ class StageSearch:
 
     def _fits(self, run: tuple[int, int], cap_s: float) -> bool:
         # The next job's weights are not known yet; they are about as large as this one's.
-        cost = self._cost(run)
+        cost = self.cost(run)
         return cost.compute_s <= cap_s and cost.memory_bytes + cost.weight_bytes <= self.limit_bytes
 
     # ------------------------------------------------------------------ annealing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import ortools
@@ -42,8 +43,8 @@ class PartitionStages:
     Attributes:
         gpus: Number of GPUs, N.
         microbatches: Number of microbatches, M; each job runs all of them.
-        memory_limit_bytes: What one job and the weights prefetched behind it may use; None for
-            `chain.hardware.usable_bytes`.
+        memory_limit_bytes: What may be used on each GPU, by the rules of
+            `StageCosts.resident_bytes`; None for `chain.hardware.usable_bytes`.
         time_limit_s: Limit of CP-SAT's wall time; the search before it works for about as long.
         seed: Of the search and of CP-SAT. The same seed gives the same stages, unless the wall clock
             ends CP-SAT (see `StageModel.solve`).
@@ -70,12 +71,12 @@ class PartitionStages:
         began = time.monotonic()
         self._check_options()
         self._check_chain(chain)
-        costs, n = StageCosts(chain), len(chain.segments)
+        costs, n = StageCosts(chain, self.gpus, self.microbatches), len(chain.segments)
         limit = chain.hardware.usable_bytes if self.memory_limit_bytes is None else self.memory_limit_bytes
         self._check_segments(costs, limit)
 
         line = n if self.mode == "forward" else 2 * n - chain.first_backward
-        search = StageSearch(costs, n, line, self.gpus, self.microbatches, limit, self.seed)
+        search = StageSearch(costs, line, limit, self.seed)
         best, answer = self._improve(search, search.run(effort=self.time_limit_s))
         if best.excess_bytes:
             raise self._nothing_fits(search, answer.status)
@@ -129,7 +130,7 @@ class PartitionStages:
             )
 
     def _check_segments(self, costs: StageCosts, limit: int) -> None:
-        """Every segment fits on a GPU in some stage, before any prefetch."""
+        """Every segment fits on a GPU in some stage, other jobs left aside."""
         chain, forward_only = costs.chain, self.mode == "forward"
         if limit < 1:
             raise InvalidArgument(
@@ -142,8 +143,8 @@ class PartitionStages:
             if needed > limit:
                 size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
                 raise StageTooLarge(
-                    f"{segment.name} needs {_gb(needed)} for one microbatch of {size} but"
-                    f" {chain.hardware.name} has {_gb(limit)} usable. Use more microbatches (smaller ones),"
+                    f"{segment.name} needs {_size(needed)} for one microbatch of {size} but"
+                    f" {chain.hardware.name} has {_size(limit)} usable. Use more microbatches (smaller ones),"
                     " shorter sequences or GPUs with more memory."
                 )
 
@@ -171,20 +172,15 @@ class PartitionStages:
             forward, backward = 2 * forward, 2 * backward
 
     def _model(self, search: StageSearch, best: Candidate, forward: int, backward: int) -> StageModel:
-        costs = search.costs
         if best.excess_bytes:
             # One job after the other, with every upload, hop and recompute there can be.
-            stages = stages_between(search.finest(), search.segments)
-            each_s = (
-                costs.upload_s(s) + costs.hop_s(s) + self.microbatches * costs.compute_s(s) for s in stages
-            )
-            horizon_s, hint = sum(each_s), None
+            stages = map(search.cost, pairwise(search.finest()))
+            horizon_s = sum(s.upload_s + s.hop_s + self.microbatches * s.compute_s for s in stages)
+            hint = None
         else:
             horizon_s, hint = best.iteration_s, best.cuts
         return StageModel(
-            costs=costs,
-            gpus=self.gpus,
-            microbatches=self.microbatches,
+            costs=search.costs,
             limit_bytes=search.limit_bytes,
             forward_only=self.mode == "forward",
             forward_slots=forward,
@@ -194,24 +190,23 @@ class PartitionStages:
         )
 
     def _nothing_fits(self, search: StageSearch, status: str) -> PartitionError:
-        costs, limit = search.costs, _gb(search.limit_bytes)
+        costs, limit = search.costs, _size(search.limit_bytes)
         if status != "INFEASIBLE":
             return PartitionError(
                 f"no partition that fits in {limit} was found in time_limit_s={self.time_limit_s}, nor a"
                 " proof that there is none; raise time_limit_s, or use more microbatches (smaller ones)"
             )
-        stages = stages_between(search.finest(), search.segments)
-        resident = costs.resident_bytes(stages, self.gpus)
+        finest = search.finest()
+        stages, each = stages_between(finest, search.segments), [search.cost(run) for run in pairwise(finest)]
+        resident = costs.resident_bytes(finest, each)
         worst = max(range(len(stages)), key=resident.__getitem__)
-        needs = f"{stages[worst].kind} of {_name(costs, stages[worst])} needs"
-        needs += f" {_gb(costs.memory_bytes(stages[worst]))}"
-        if worst + self.gpus < len(stages):
-            behind = stages[worst + self.gpus]
-            needs += f" and the weights prefetched behind it, of {_name(costs, behind)},"
-            needs += f" {_gb(costs.weight_bytes(behind))}"
+        stage, own = stages[worst], each[worst].memory_bytes
+        others = _size(resident[worst] - own)
         return PartitionError(
-            f"no partition fits in {limit}, not even with one segment a stage: {needs}. Use more microbatches"
-            " (smaller ones), another number of GPUs or GPUs with more memory."
+            f"no partition fits in {limit}, not even with one segment a stage: the {stage.kind} job of"
+            f" {costs.chain.segments[stage.first].name} needs {_size(own)}, and {others} on the same GPU"
+            " belong to the jobs before and behind it (weights prefetched, gradients on their way down). Use"
+            " more microbatches (smaller ones), another number of GPUs or GPUs with more memory."
         )
 
 
@@ -222,7 +217,7 @@ def _alone_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
         kinds = [StageKind.FB]
     elif not forward_only and segment >= costs.chain.first_backward:
         kinds.append(StageKind.B)
-    return max(costs.memory_bytes(Stage(0, kind, segment, segment)) for kind in kinds)
+    return max(costs.of(Stage(0, kind, segment, segment)).memory_bytes for kind in kinds)
 
 
 def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
@@ -231,11 +226,11 @@ def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
 
     def least(kind: StageKind, lowest: int, highest: int) -> int:
         firsts, lasts = range(lowest, segment + 1), range(segment, highest + 1)
-        return min(costs.memory_bytes(Stage(0, kind, i, k)) for i in firsts for k in lasts)
+        return min(costs.of(Stage(0, kind, i, k)).memory_bytes for i in firsts for k in lasts)
 
     if forward_only:
         return least(StageKind.F, 0, last)
-    fused = min(costs.memory_bytes(Stage(0, StageKind.FB, first, last)) for first in range(segment + 1))
+    fused = min(costs.of(Stage(0, StageKind.FB, i, last)).memory_bytes for i in range(segment + 1))
     if segment == last:
         return fused
     apart = least(StageKind.F, 0, last - 1)
@@ -244,9 +239,7 @@ def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
     return min(fused, apart)
 
 
-def _name(costs: StageCosts, stage: Stage) -> str:
-    return costs.chain.segments[stage.first].name
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
+def _size(nbytes: int) -> str:
+    if nbytes >= 100_000_000:
+        return f"{nbytes / 1e9:.1f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"

@@ -1,4 +1,4 @@
-"""Time and memory of round-robin stages in closed form: what `partition-stages` minimises.
+"""Time and memory of round-robin stages in closed form: what `partition-stages` goes by.
 
 Job j runs stage j on GPU j mod N, on all M microbatches in order. With c_j the compute seconds of
 one microbatch, h_j the hop into job j, u_j the upload of its weights, s_j the start of its first
@@ -12,23 +12,26 @@ This equals the recurrence over every microbatch, start(j, m) = max(end(j-1, m) 
 end(j-N, M-1), upload_end_j): by induction over j, end(j, m) is convex in m, so what delays the last
 microbatch of a job is the first or the last microbatch of the job before.
 
-Left out: downloads of gradients and of inputs kept for recompute, links shared by GPUs, the
-optimizer. The simulator has those.
+Left out of the time: downloads of gradients and of inputs kept for recompute, links shared by GPUs,
+the optimizer. The simulator has those. Memory is the most that can come together on a GPU under the
+rules of `insert-transfers`: weights of two jobs, gradients of two, and the copies to and from the
+host of two microbatches.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile.ir import Stage, StageKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcompile.ir import SegmentChain
+    from rpcompile.ir import SegmentChain, TiedWeight
 
-Number = TypeVar("Number", int, float)
+LOSS_BYTES = 4
 
 
 def run_jobs(
@@ -89,86 +92,151 @@ def stages_between(cuts: Sequence[int], segments: int) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-class StageCosts:
-    """What stages of one chain cost, per microbatch, from prefix sums: a search asks often."""
+class StageCost(NamedTuple):
+    """What one stage costs; times and copies are those of one microbatch.
 
-    def __init__(self, segment_chain: SegmentChain) -> None:
-        segments = segment_chain.segments
-        self.chain = segment_chain
+    Attributes:
+        compute_s: F forward, FB forward and backward, B recompute and both.
+        upload_s: Upload of the weights, in one transfer.
+        hop_s: From the end of a microbatch to its earliest start in the next stage on another GPU.
+        weight_bytes: Weights and buffers; a tensor tied inside the stage counts once.
+        gradient_bytes: Weight gradients it makes, by the same rule.
+        lingering_bytes: Weights of segments whose changed buffers are copied down after the job.
+        load_bytes: Copied up: user inputs, a boundary kept for recompute, what the stage before hands on.
+        store_bytes: Copied down, but for boundaries inside the stage that are kept for recompute.
+        memory_bytes: All that one job of the stage can have on its GPU, those boundaries left out.
+    """
+
+    compute_s: float
+    upload_s: float
+    hop_s: float
+    weight_bytes: int
+    gradient_bytes: int
+    lingering_bytes: int
+    load_bytes: int
+    store_bytes: int
+    memory_bytes: int
+
+
+NO_JOB = StageCost(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0)
+
+
+class StageCosts:
+    """Prices the stages of one chain on N GPUs with M microbatches, from prefix sums.
+
+    Attributes:
+        chain: The segments.
+        gpus: N.
+        microbatches: M.
+        sets: Microbatches whose copies a GPU holds at once: one is copied while one is computed.
+    """
+
+    def __init__(self, chain: SegmentChain, gpus: int, microbatches: int) -> None:
+        segments = chain.segments
+        self.chain, self.gpus, self.microbatches = chain, gpus, microbatches
+        self.sets = min(2, microbatches)
         self._forward_s = list(accumulate((s.forward_s for s in segments), initial=0.0))
         self._backward_s = list(accumulate((s.backward_s for s in segments), initial=0.0))
         self._weights = list(accumulate((s.weight_bytes for s in segments), initial=0))
         self._gradients = list(accumulate((s.gradient_bytes for s in segments), initial=0))
         self._saved = list(accumulate((s.saved_bytes for s in segments), initial=0))
+        self._states = list(accumulate((s.state_bytes for s in segments), initial=0))
+        changed = (s.weight_bytes if s.state_bytes else 0 for s in segments)
+        self._changed = list(accumulate(changed, initial=0))
         self._inputs = list(accumulate((s.input_bytes for s in segments), initial=0))
         self._peaks = [s.peak_bytes for s in segments]
+        # What crosses the cut in front of each segment; nothing crosses the ends.
+        self.crossing = [0, *(s.boundary_bytes for s in segments[:-1]), 0]
+        self.crossing_gradients = [0, *(s.boundary_gradient_bytes for s in segments[:-1]), 0]
 
-    def compute_s(self, stage: Stage) -> float:
-        """Seconds of compute: F forward, FB forward and backward, B recompute and backward."""
-        seconds = _between(self._forward_s, stage)
-        return seconds if stage.kind is StageKind.F else seconds + _between(self._backward_s, stage)
+    def of(self, stage: Stage) -> StageCost:
+        """The cost of one stage."""
+        kind, low, high = stage.kind, stage.first, stage.last + 1
+        hardware, n = self.chain.hardware, len(self.chain.segments)
+        into = self.crossing_gradients[high] if kind is StageKind.B else self.crossing[low]
+        out = self.crossing[high] if kind is StageKind.F else self.crossing_gradients[low]
+        hop_s = out / hardware.d2h_bytes_per_s + out / hardware.h2d_bytes_per_s + 2 * hardware.latency_s
 
-    def weight_bytes(self, stage: Stage) -> int:
-        """Weights and buffers to upload; a tensor tied inside the stage counts once."""
-        again = sum(_duplicates(tied.segments, stage) * tied.weight_bytes for tied in self.chain.tied)
-        return _between(self._weights, stage) - again
+        compute_s, workspace = self._forward_s[high] - self._forward_s[low], max(self._peaks[low:high])
+        weights, gradients = self._weights[high] - self._weights[low], 0
+        lingering = self._changed[high] - self._changed[low]
+        load, store = self._inputs[high] - self._inputs[low], LOSS_BYTES if high == n else 0
+        for tied in self.chain.tied:
+            weights -= _duplicates(tied, low, high) * tied.weight_bytes
+        if kind is not StageKind.F:
+            compute_s += self._backward_s[high] - self._backward_s[low]
+            workspace += self._saved[high] - self._saved[low]
+            gradients += self._gradients[high] - self._gradients[low]
+            for tied in self.chain.tied:
+                gradients -= _duplicates(tied, low, high) * tied.gradient_bytes
+        if kind is StageKind.B:
+            # Its recompute runs on scratch copies of the buffers, and changes none.
+            workspace += self._states[high] - self._states[low]
+            load, lingering = load + self.crossing[low], 0
+        if self.gpus > 1:
+            load, store = load + into, store + out
+        else:
+            # What one job hands to the next stays on the GPU, for all microbatches.
+            workspace += max(self.microbatches * into + out, into + self.microbatches * out)
+        return StageCost(
+            compute_s=compute_s,
+            upload_s=weights / hardware.h2d_bytes_per_s + hardware.latency_s,
+            hop_s=hop_s if self.gpus > 1 else 0.0,
+            weight_bytes=weights,
+            gradient_bytes=gradients,
+            lingering_bytes=lingering,
+            load_bytes=load,
+            store_bytes=store,
+            memory_bytes=weights + gradients + workspace + self.sets * (load + store),
+        )
 
-    def gradient_bytes(self, stage: Stage) -> int:
-        """Weight gradients that the stage makes; a tensor tied inside the stage counts once."""
-        if stage.kind is StageKind.F:
-            return 0
-        again = sum(_duplicates(tied.segments, stage) * tied.gradient_bytes for tied in self.chain.tied)
-        return _between(self._gradients, stage) - again
+    def iteration_s(self, costs: Sequence[StageCost]) -> float:
+        """Predicted seconds of one iteration of these stages."""
+        compute_s, upload_s, hop_s = zip(*((c.compute_s, c.upload_s, c.hop_s) for c in costs), strict=True)
+        return run_jobs(compute_s, upload_s, (0.0, *hop_s[:-1]), self.gpus, self.microbatches)[1][-1]
 
-    def upload_s(self, stage: Stage) -> float:
-        """Seconds to upload the stage's weights in one transfer."""
-        hardware = self.chain.hardware
-        return self.weight_bytes(stage) / hardware.h2d_bytes_per_s + hardware.latency_s
+    def resident_bytes(self, cuts: Sequence[int], costs: Sequence[StageCost]) -> list[int]:
+        """The most that each job's GPU can hold while the job runs.
 
-    def boundary_bytes(self, stage: Stage) -> int:
-        """What the stage hands to the next one: an activation going up, a gradient going down."""
-        if stage.kind is StageKind.F:
-            return self.chain.segments[stage.last].boundary_bytes
-        return self.chain.segments[stage.first - 1].boundary_gradient_bytes if stage.first else 0
+        Beside the job itself: the weights prefetched for the GPU's next job, or those that the job
+        before lingers with; the gradients of the job before, on their way down; one microbatch's
+        copies up for the next job and down for the job before, as far as they are larger than the
+        second set of the job itself.
 
-    def hop_s(self, stage: Stage) -> float:
-        """Seconds from this stage to the next one on another GPU, by way of the host."""
-        hardware, nbytes = self.chain.hardware, self.boundary_bytes(stage)
-        return nbytes / hardware.d2h_bytes_per_s + nbytes / hardware.h2d_bytes_per_s + 2 * hardware.latency_s
-
-    def memory_bytes(self, stage: Stage) -> int:
-        """What a job of the stage needs on its GPU, besides the weights prefetched for the next job.
-
-        F keeps its input, its output and the largest transient of a segment; FB and B add what
-        every segment saves and the gradients of weights and boundaries. User inputs are summed
-        over segments, so one that several segments read errs upwards.
+        Args:
+            cuts: Of the unrolled line.
+            costs: Of the stages between them.
         """
-        nbytes = self.weight_bytes(stage) + _between(self._inputs, stage)
-        nbytes += max(self._peaks[stage.first : stage.last + 1])
-        cuts = [self.chain.segments[cut] for cut in (stage.first - 1, stage.last) if cut >= 0]
-        nbytes += sum(cut.boundary_bytes for cut in cuts)
-        if stage.kind is not StageKind.F:
-            nbytes += self.gradient_bytes(stage) + _between(self._saved, stage)
-            nbytes += sum(cut.boundary_gradient_bytes for cut in cuts)
-        return nbytes
+        stores = [cost.store_bytes for cost in costs]
+        for job, kept in self._kept_bytes(cuts).items():
+            stores[job] += kept
+        found: list[int] = []
+        for j, own in enumerate(costs):
+            before = costs[j - self.gpus] if j >= self.gpus else NO_JOB
+            after = costs[j + self.gpus] if j + self.gpus < len(costs) else NO_JOB
+            store_before = stores[j - self.gpus] if j >= self.gpus else 0
+            found.append(
+                own.memory_bytes
+                + self.sets * (stores[j] - own.store_bytes)
+                + max(after.weight_bytes, before.lingering_bytes)
+                + before.gradient_bytes
+                + max(0, after.load_bytes - (self.sets - 1) * own.load_bytes)
+                + max(0, store_before - (self.sets - 1) * stores[j])
+            )
+        return found
 
-    def iteration_s(self, stages: Sequence[Stage], gpus: int, microbatches: int) -> float:
-        """Predicted seconds of one iteration."""
-        compute_s = [self.compute_s(stage) for stage in stages]
-        upload_s = [self.upload_s(stage) for stage in stages]
-        hop_s = [0.0, *(self.hop_s(stage) if gpus > 1 else 0.0 for stage in stages[:-1])]
-        return run_jobs(compute_s, upload_s, hop_s, gpus, microbatches)[1][-1]
-
-    def resident_bytes(self, stages: Sequence[Stage], gpus: int) -> list[int]:
-        """What each job needs on its GPU together with the weights of the next job there."""
-        following = [self.weight_bytes(stage) for stage in stages[gpus:]] + [0] * gpus
-        return [self.memory_bytes(stage) + after for stage, after in zip(stages, following, strict=False)]
-
-
-def _between(prefix: list[Number], stage: Stage) -> Number:
-    return prefix[stage.last + 1] - prefix[stage.first]
+    def _kept_bytes(self, cuts: Sequence[int]) -> dict[int, int]:
+        """By forward job, the boundaries inside its stage from which a backward stage recomputes."""
+        n = len(self.chain.segments)
+        found: dict[int, int] = {}
+        for begin, end in pairwise(cuts):
+            first = 2 * n - end
+            job = bisect_left(cuts, first) - 1
+            if begin > n and first and cuts[job + 1] > first:
+                found[job] = found.get(job, 0) + self.crossing[first]
+        return found
 
 
-def _duplicates(users: tuple[int, ...], stage: Stage) -> int:
-    """Users of a tied tensor inside the stage that need no copy of their own."""
-    return max(0, sum(stage.first <= user <= stage.last for user in users) - 1)
+def _duplicates(tied: TiedWeight, low: int, high: int) -> int:
+    """Users of a tied tensor among the segments `low <= s < high` that need no copy of their own."""
+    return max(0, sum(low <= user < high for user in tied.segments) - 1)

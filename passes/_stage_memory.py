@@ -1,0 +1,167 @@
+"""Memory constraints of the stage model: `StageCosts.resident_bytes`, exactly, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ortools.sat.python import cp_model
+
+from rpcompile.ir import StageKind
+from rpcompile.round_robin_time import LOSS_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rpcompile.ir import Segment
+    from rpcompile.passes._stage_slots import Slot, StageSlots
+    from rpcompile.round_robin_time import StageCost, StageCosts
+
+
+_ZERO = cp_model.LinearExpr.constant(0)
+
+
+@dataclass
+class MemoryRows:
+    """Adds one constraint a slot, left out where no stages there can be could break it.
+
+    Attributes:
+        costs: Prices stages.
+        layout: The slots.
+        limit_bytes: Memory that a plan may use on each GPU.
+    """
+
+    costs: StageCosts
+    layout: StageSlots
+    limit_bytes: int
+    _known_kept: dict[int, list[cp_model.IntVar]] = field(default_factory=dict[int, list[cp_model.IntVar]])
+
+    def add(self, largest: Mapping[StageKind, StageCost]) -> None:
+        """Add the constraints; `largest` has the most of every figure of any stage of a kind."""
+        slots, gpus = self.layout.slots, self.costs.gpus
+        for j, slot in enumerate(slots):
+            before = slots[j - gpus] if j >= gpus else None
+            after = slots[j + gpus] if j + gpus < len(slots) else None
+            most = largest[slot.kind].memory_bytes
+            lingering = prefetched = 0
+            if before:
+                most += largest[before.kind].gradient_bytes + largest[before.kind].store_bytes
+                lingering = largest[before.kind].lingering_bytes
+            if after:
+                most += largest[after.kind].load_bytes
+                prefetched = largest[after.kind].weight_bytes
+            if most + max(lingering, prefetched) > self.limit_bytes:
+                self._add(slot, before, after)
+
+    def _add(self, slot: Slot, before: Slot | None, after: Slot | None) -> None:
+        model, second_set = self.layout.model, self.costs.sets - 1
+        need = self._memory(slot)
+        weights = model.new_int_var(0, self.limit_bytes, "")
+        copies_up = model.new_int_var(0, self.limit_bytes, "")
+        copies_down = model.new_int_var(0, self.limit_bytes, "")
+        if after:
+            model.add(weights >= self._weights(after)).only_enforce_if(slot.used)
+            more = self._load(after) - second_set * self._load(slot)
+            model.add(copies_up >= more).only_enforce_if(slot.used, after.used)
+        if before:
+            need += self._gradients(before)
+            model.add(weights >= self._lingering(before)).only_enforce_if(slot.used)
+            more = self._store(before) - second_set * self._store(slot)
+            model.add(copies_down >= more).only_enforce_if(slot.used, before.used)
+        total = need + weights + copies_up + copies_down
+        model.add(total <= self.limit_bytes).only_enforce_if(slot.used)
+
+    # ------------------------------------------------------------------ the figures of `StageCost`
+
+    def _memory(self, slot: Slot) -> cp_model.LinearExpr:
+        total = self._weights(slot) + self._gradients(slot) + self._workspace(slot)
+        return total + self.costs.sets * (self._load(slot) + self._store(slot))
+
+    def _weights(self, slot: Slot) -> cp_model.LinearExpr:
+        total = self.layout.share("weights", (s.weight_bytes for s in self._segments), slot)
+        for both, tied in slot.duplicates:
+            total -= tied.weight_bytes * both
+        return total
+
+    def _gradients(self, slot: Slot) -> cp_model.LinearExpr:
+        if slot.kind is StageKind.F:
+            return _ZERO
+        total = self.layout.share("gradients", (s.gradient_bytes for s in self._segments), slot)
+        for both, tied in slot.duplicates:
+            total -= tied.gradient_bytes * both
+        return total
+
+    def _lingering(self, slot: Slot) -> cp_model.LinearExpr:
+        if slot.kind is StageKind.B:
+            return _ZERO
+        changed = (s.weight_bytes if s.state_bytes else 0 for s in self._segments)
+        return self.layout.share("lingering", changed, slot)
+
+    def _workspace(self, slot: Slot) -> cp_model.LinearExpr:
+        total = self._peak(slot) + _ZERO
+        if slot.kind is not StageKind.F:
+            total += self.layout.share("saved", (s.saved_bytes for s in self._segments), slot)
+        if slot.kind is StageKind.B:
+            total += self.layout.share("scratch", (s.state_bytes for s in self._segments), slot)
+        if self.costs.gpus == 1:
+            m, (into, out) = self.costs.microbatches, self._handed(slot)
+            held = self.layout.model.new_int_var(0, self.limit_bytes, "")
+            self.layout.model.add(held >= m * into + out).only_enforce_if(slot.used)
+            self.layout.model.add(held >= into + m * out).only_enforce_if(slot.used)
+            total += held
+        return total
+
+    def _peak(self, slot: Slot) -> cp_model.IntVar:
+        """At least the largest transient of the slot's segments."""
+        peaks = [s.peak_bytes for s in self._segments]
+        peak = self.layout.model.new_int_var(min(peaks), max(peaks), "")
+        for segment, nbytes in enumerate(peaks):
+            if nbytes > min(peaks):
+                inside = (self.layout.at_most(slot.low, segment), ~self.layout.at_most(slot.high, segment))
+                self.layout.model.add(peak >= nbytes).only_enforce_if(*inside)
+        return peak
+
+    def _load(self, slot: Slot) -> cp_model.LinearExpr:
+        total = self.layout.share("inputs", (s.input_bytes for s in self._segments), slot)
+        if slot.kind is StageKind.B:
+            total += self._crossing(slot.low)
+        return total + self._handed(slot)[0] if self.costs.gpus > 1 else total
+
+    def _store(self, slot: Slot) -> cp_model.LinearExpr:
+        """Boundaries kept for backward stages included."""
+        last = slot.kind is StageKind.FB or (self.layout.forward_only and slot is self.layout.slots[-1])
+        total = _ZERO + (LOSS_BYTES if last else 0)
+        for kept in self._kept(slot):
+            total += kept
+        return total + self._handed(slot)[1] if self.costs.gpus > 1 else total
+
+    def _handed(self, slot: Slot) -> tuple[cp_model.IntVar, cp_model.IntVar]:
+        """What comes from the stage before, and what goes to the next."""
+        into = self._gradient(slot.high) if slot.kind is StageKind.B else self._crossing(slot.low)
+        return into, self._crossing(slot.high) if slot.kind is StageKind.F else self._gradient(slot.low)
+
+    def _kept(self, slot: Slot) -> list[cp_model.IntVar]:
+        """By backward slot, the boundary it begins from if that lies inside the slot."""
+        if slot.kind is not StageKind.F:
+            return []
+        if slot.high.index not in self._known_kept:
+            found: list[cp_model.IntVar] = []
+            for later in self.layout.slots:
+                if later.kind is StageKind.B:
+                    kept = self.layout.model.new_int_var(0, max(self.costs.crossing), "")
+                    inside = self.layout.less(slot.low, later.low), self.layout.less(later.low, slot.high)
+                    row = self.layout.model.add(kept >= self._crossing(later.low))
+                    row.only_enforce_if(later.used, *inside)
+                    found.append(kept)
+            self._known_kept[slot.high.index] = found
+        return self._known_kept[slot.high.index]
+
+    def _crossing(self, cut: cp_model.IntVar) -> cp_model.IntVar:
+        return self.layout.look_up("crossing", self.costs.crossing, cut)
+
+    def _gradient(self, cut: cp_model.IntVar) -> cp_model.IntVar:
+        return self.layout.look_up("crossing gradients", self.costs.crossing_gradients, cut)
+
+    @property
+    def _segments(self) -> tuple[Segment, ...]:
+        return self.costs.chain.segments

@@ -1,0 +1,182 @@
+"""Partitions by brute force, and what they cost straight from the definitions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from rpcompile.ir import Hardware, Segment, SegmentChain, StageKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rpcompile.ir import Stage, TiedWeight
+
+Spans = list[tuple[StageKind, int, int]]
+"""Stages as (kind, first, last)."""
+
+F, FB, B = StageKind.F, StageKind.FB, StageKind.B
+SLOW_LINK = Hardware(
+    name="toy",
+    memory_bytes=10_000,
+    usable_bytes=10_000,
+    flops_per_s=1.0,
+    memory_bytes_per_s=1.0,
+    h2d_bytes_per_s=1.0,
+    d2h_bytes_per_s=1.0,
+    latency_s=0.0,
+    sources={},
+)
+NOTHING: dict[str, Any] = {
+    "forward_flops": 0,
+    "backward_flops": 0,
+    "weight_bytes": 0,
+    "gradient_bytes": 0,
+    "state_bytes": 0,
+    "input_bytes": 0,
+    "boundary_bytes": 0,
+    "boundary_gradient_bytes": 0,
+    "saved_bytes": 0,
+    "peak_bytes": 0,
+}
+
+
+def segment(
+    name: str, forward_s: float, backward_s: float, *, needs_backward: bool = True, **sizes: Any
+) -> Segment:
+    """A segment of no bytes but the given ones."""
+    return Segment(
+        name=name,
+        nodes=(),
+        parameters=(),
+        inputs=(),
+        boundary=(),
+        boundary_gradients=(),
+        forward_s=forward_s,
+        backward_s=backward_s,
+        needs_backward=needs_backward,
+        source="given",
+        **(NOTHING | sizes),
+    )
+
+
+def make_chain(
+    *segments: Segment, hardware: Hardware = SLOW_LINK, tied: tuple[TiedWeight, ...] = ()
+) -> SegmentChain:
+    return SegmentChain(segments, {"batch": 4, "sequence": 2048}, hardware, tied)
+
+
+def text(stages: tuple[Stage, ...]) -> str:
+    """E.g. "F0-1 FB2-2 B0-1"."""
+    return " ".join(f"{stage.kind}{stage.first}-{stage.last}" for stage in stages)
+
+
+def every_microbatch_s(
+    compute: Sequence[float], upload: Sequence[float], hop: Sequence[float], gpus: int, microbatches: int
+) -> tuple[list[float], list[float]]:
+    """Start of the first and end of the last microbatch of each job, one microbatch at a time."""
+    end: dict[tuple[int, int], float] = {}
+    starts: list[float] = []
+    uploaded: list[float] = []
+    for j in range(len(compute)):
+        begin = uploaded[j - gpus] if j >= gpus else 0
+        begin = max(begin, end[j - 2 * gpus, microbatches - 1]) if j >= 2 * gpus else begin
+        uploaded.append(begin + upload[j])
+        for m in range(microbatches):
+            ready = [uploaded[j]]
+            if j:
+                ready.append(end[j - 1, m] + hop[j])
+            if m:
+                ready.append(end[j, m - 1])
+            if j >= gpus:
+                ready.append(end[j - gpus, microbatches - 1])
+            end[j, m] = max(ready) + compute[j]
+            if m == 0:
+                starts.append(max(ready))
+    return starts, [end[j, microbatches - 1] for j in range(len(compute))]
+
+
+def tilings(first: int, last: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """All ways to divide first..last into runs."""
+    if last < first:
+        yield ()
+        return
+    for cuts in itertools.product((False, True), repeat=last - first):
+        ends = [first + i for i, cut in enumerate(cuts) if cut] + [last]
+        begins = [first, *(end + 1 for end in ends[:-1])]
+        yield tuple(zip(begins, ends, strict=True))
+
+
+def all_partitions(chain: SegmentChain, mode: str) -> Iterator[Spans]:
+    """Every partition of the chain."""
+    n, g = len(chain.segments), chain.first_backward
+    if mode == "forward":
+        for up in tilings(0, n - 1):
+            yield [(F, *run) for run in up]
+        return
+    for t in range(n):
+        for up, down in itertools.product(tilings(0, t - 1), tilings(g, t - 1)):
+            yield [(F, *run) for run in up] + [(FB, t, n - 1)] + [(B, *run) for run in reversed(down)]
+
+
+def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> tuple[float, int]:
+    """Iteration seconds and largest residency, straight from the definitions."""
+    hw, segments, n = chain.hardware, chain.segments, len(chain.segments)
+    sets, backward_starts = min(2, microbatches), {first for kind, first, _ in stages if kind is B}
+    compute: list[float] = []
+    upload: list[float] = []
+    hop = [0.0]
+    weights: list[int] = []
+    gradients: list[int] = []
+    lingering: list[int] = []
+    load: list[int] = []
+    store: list[int] = []
+    alone: list[int] = []
+    for kind, first, last in stages:
+        inside = segments[first : last + 1]
+        again = [(t, max(0, sum(first <= s <= last for s in t.segments) - 1)) for t in chain.tied]
+        weights.append(sum(s.weight_bytes for s in inside) - sum(t.weight_bytes * k for t, k in again))
+        upload.append(weights[-1] / hw.h2d_bytes_per_s + hw.latency_s)
+        compute.append(sum(s.forward_s + (0 if kind is F else s.backward_s) for s in inside))
+        made = sum(s.gradient_bytes for s in inside) - sum(t.gradient_bytes * k for t, k in again)
+        gradients.append(0 if kind is F else made)
+        lingering.append(0 if kind is B else sum(s.weight_bytes for s in inside if s.state_bytes))
+
+        x_in = segments[first - 1].boundary_bytes if first else 0
+        dx_out = segments[first - 1].boundary_gradient_bytes if first else 0
+        x_out = segments[last].boundary_bytes if last < n - 1 else 0
+        dx_in = segments[last].boundary_gradient_bytes if last < n - 1 else 0
+        into, out = {F: (x_in, x_out), FB: (x_in, dx_out), B: (dx_in, dx_out)}[kind]
+        hop_s = out / hw.d2h_bytes_per_s + out / hw.h2d_bytes_per_s + 2 * hw.latency_s
+        hop.append(hop_s if gpus > 1 else 0.0)
+
+        load.append(sum(s.input_bytes for s in inside) + (x_in if kind is B else 0))
+        store.append(4 if last == n - 1 else 0)
+        if kind is F:
+            store[-1] += sum(
+                segments[s - 1].boundary_bytes for s in range(first + 1, last + 1) if s in backward_starts
+            )
+        held = max(m * into + (microbatches + 1 - m) * out for m in range(1, microbatches + 1))
+        if gpus > 1:
+            load[-1], store[-1], held = load[-1] + into, store[-1] + out, 0
+        workspace = max(s.peak_bytes for s in inside)
+        workspace += 0 if kind is F else sum(s.saved_bytes for s in inside)
+        workspace += sum(s.state_bytes for s in inside) if kind is B else 0
+        alone.append(weights[-1] + gradients[-1] + workspace + held)
+    resident: list[int] = []
+    for j, nbytes in enumerate(alone):
+        beside = [0]
+        if j + gpus < len(stages):
+            beside.append(weights[j + gpus])
+        if j >= gpus:
+            beside.append(lingering[j - gpus])
+            nbytes += gradients[j - gpus]
+        up = sorted([load[j]] * sets + [load[k] for k in [j + gpus] if k < len(stages)])[-2:]
+        down = sorted([store[j]] * sets + [store[k] for k in [j - gpus] if k >= 0])[-2:]
+        resident.append(nbytes + max(beside) + sum(up) + sum(down))
+    return every_microbatch_s(compute, upload, hop, gpus, microbatches)[1][-1], max(resident)
+
+
+def price_all(chain: SegmentChain, gpus: int, microbatches: int, mode: str) -> list[tuple[float, int]]:
+    """Seconds and residency of every partition there is."""
+    return [price(chain, stages, gpus, microbatches) for stages in all_partitions(chain, mode)]
