@@ -190,7 +190,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
         "floor_divide remainder __and__ __or__ __xor__ lift_fresh_copy one_hot "
         "arange zeros ones full empty linspace eye scalar_tensor rand randn randint randperm bernoulli "
         "zeros_like ones_like full_like empty_like rand_like randn_like "
-        "new_zeros new_ones new_full new_empty",
+        "new_zeros new_ones new_full new_empty fill",
     ),
     ("elementwise", "self", "silu gelu abs cos sin log log1p log2 leaky_relu hardtanh hardswish hardsigmoid"),
     (

@@ -53,12 +53,12 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         _decoder(4096, 32, (32, 8, 128), 14_336, 128_256, rope_parameters=LLAMA3_ROPE),
     ),
-    "Mistral-7B-v0.1": ("Mistral", _decoder(4096, 32, (32, 8, 128), 14_336, 32_000, sliding_window=4096)),
-    "Gemma-3-4B": (
+    "Mistral-7B-v0.3": ("Mistral", _decoder(4096, 32, (32, 8, 128), 14_336, 32_768, sliding_window=None)),
+    "Gemma-3-1B": (
         "Gemma3",
-        _decoder(2560, 34, (8, 4, 256), 10_240, 262_208, tie_word_embeddings=True, sliding_window=1024),
+        _decoder(1152, 26, (4, 1, 256), 6912, 262_144, tie_word_embeddings=True, sliding_window=512),
     ),
-    "Phi-3-mini": ("Phi3", _decoder(3072, 32, (32, 32, 96), 8192, 32_064, sliding_window=2047)),
+    "Phi-3-medium-128k": ("Phi3", _decoder(5120, 40, (40, 10, 128), 17_920, 32_064, sliding_window=None)),
     "Qwen3-235B-A22B": (
         "Qwen3Moe",
         _decoder(
@@ -70,6 +70,20 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
             num_experts=128,
             num_experts_per_tok=8,
             moe_intermediate_size=1536,
+            **GROUPED,
+        ),
+    ),
+    "Qwen3-30B-A3B": (
+        "Qwen3Moe",
+        _decoder(
+            2048,
+            48,
+            (32, 4, 128),
+            6144,
+            151_936,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
             **GROUPED,
         ),
     ),
@@ -123,10 +137,33 @@ def lora(checkpoint: str, modules: list[str], **options: Any) -> nn.Module:
         return get_peft_model(causal(checkpoint), config, autocast_adapter_dtype=False)
 
 
+def llava() -> nn.Module:
+    """Llava-1.5-7B: a CLIP-L/14 of 336 pixels before a Llama of 7B."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = transformers.LlamaConfig(**_decoder(4096, 32, (32, 32, 128), 11_008, 32_064))
+    return build(
+        "LlavaForConditionalGeneration", transformers.LlavaConfig(vision_config=vision, text_config=text)
+    ).to(torch.bfloat16)
+
+
 def build(architecture: str, config: Any) -> nn.Module:
     """Any other model of transformers, in float32."""
     with torch.device("meta"):
         return getattr(transformers, architecture)(config)
+
+
+def t5_config() -> Any:
+    """T5-base's."""
+    return transformers.T5Config(
+        d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0
+    )
 
 
 def unet() -> nn.Module:
@@ -135,13 +172,26 @@ def unet() -> nn.Module:
         return DiffusionUNet((320, 640, 1280, 1280), blocks=2, heads=8)
 
 
-def token_batch(batch: int = 1, sequence: int = SEQUENCE) -> dict[str, torch.Tensor]:
-    ids = torch.zeros(batch, sequence, dtype=torch.long)
-    return {"input_ids": ids, "labels": ids}
+Batch = dict[str, torch.Tensor]
 
 
-def image_batch(size: int = 224, batch: int = 1) -> dict[str, torch.Tensor]:
-    return {
-        "pixel_values": torch.zeros(batch, 3, size, size),
-        "labels": torch.zeros(batch, dtype=torch.long),
-    }
+def text_batch(sequence: int = SEQUENCE, targets: int | None = None) -> Batch:
+    """One row of `sequence` tokens, with `targets` labels."""
+    tokens = torch.zeros(1, sequence, dtype=torch.long)
+    return {"input_ids": tokens, "labels": tokens[:, :targets]}
+
+
+def image_batch(size: int = 224) -> Batch:
+    """One labelled image."""
+    return {"pixel_values": torch.zeros(1, 3, size, size), "labels": torch.zeros(1, dtype=torch.long)}
+
+
+def noise_batch(size: int = 64) -> Batch:
+    """One latent image with the noise to predict."""
+    image = torch.zeros(1, 3, size, size)
+    return {"x": image, "timesteps": torch.zeros(1, dtype=torch.long), "noise": image}
+
+
+def text_and_image_batch() -> Batch:
+    """One row that begins with one image."""
+    return {**text_batch(), "pixel_values": torch.zeros(1, 3, 336, 336, dtype=torch.bfloat16)}

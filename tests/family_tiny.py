@@ -25,6 +25,14 @@ DECODER = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
@@ -49,11 +57,11 @@ def packed(case: Case) -> Case:
     return Case(case.model, {**case.batch, "position_ids": positions})
 
 
-def lora(case: Case, modules: list[str], **options: Any) -> Case:
+def lora(case: Case, modules: list[str], dropout: float = 0.1, **options: Any) -> Case:
     """The case under LoRA with dropout, B matrices not zero."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, target_modules=modules, lora_dropout=0.1, task_type="CAUSAL_LM", **options)
+    config = LoraConfig(r=4, target_modules=modules, lora_dropout=dropout, task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(case.model, config)
@@ -64,9 +72,10 @@ def lora(case: Case, modules: list[str], **options: Any) -> Case:
     return Case(model, case.batch)
 
 
-def checkpointed(case: Case) -> Case:
+def checkpointed(case: Case, use_reentrant: bool) -> Case:
     """The case with gradient checkpointing switched on."""
-    case.model.gradient_checkpointing_enable()  # type: ignore[operator]
+    options = {"use_reentrant": use_reentrant}
+    case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
     return case
 
 
@@ -86,7 +95,8 @@ def t5() -> Case:
         decoder_start_token_id=0,
         pad_token_id=0,
     )
-    return Case(transformers.T5ForConditionalGeneration(config), tokens())
+    batch = tokens()
+    return Case(transformers.T5ForConditionalGeneration(config), {**batch, "labels": batch["labels"][:, 4:].contiguous()})
 
 
 def _images(size: int, labels: int) -> dict[str, torch.Tensor]:
@@ -128,6 +138,53 @@ def unet() -> Case:
     timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
     model = DiffusionUNet((8, 16), blocks=1, heads=2, dropout=0.1)
     return Case(model, {"x": images, "timesteps": timesteps, "noise": noise})
+
+
+def llava() -> Case:
+    """One image of four tokens at the beginning of each row."""
+    image_token = 5
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**DECODER),
+        image_token_index=image_token,
+        image_seq_length=4,
+    )
+    batch = tokens()
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == image_token, image_token + 1)
+    ids[:, :4] = image_token
+    images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    model = transformers.LlavaForConditionalGeneration(config)
+    return Case(model, {**batch, "input_ids": ids, "pixel_values": images})
+
+
+def qwen_vl() -> Case:
+    """Qwen2.5-VL with one image of 4 x 4 patches, two by two merged, in each row."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "patch_size": 4,
+        "window_size": 16,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision, text_config={**DECODER, "rope_parameters": rope}, image_token_id=5
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    patches = torch.zeros(BATCH * 16, 3 * 2 * 4 * 4)
+    grid = torch.tensor([[1, 4, 4]] * BATCH)
+    return Case(model, {**tokens(), "pixel_values": patches, "image_grid_thw": grid})
 
 
 def mamba() -> Case:

@@ -175,8 +175,13 @@ FAMILIES: dict[str, Callable[[], Case]] = {
 
 def make(family: str) -> Case:
     """The family's case with weights that depend on nothing else, in training mode."""
+    return build(FAMILIES[family])
+
+
+def build(factory: Callable[[], Case]) -> Case:
+    """A case with weights that depend on nothing else, in training mode."""
     torch.manual_seed(0)
-    case = FAMILIES[family]()
+    case = factory()
     case.model.train()
     # A key-value cache copies keys and values into another memory layout, which the matrix kernels
     # round differently; the captured graph has no cache, so neither has what it is compared with.
