@@ -35,6 +35,7 @@ class CanonicalizeGraph:
 
         _assert_tensor_metadata(x, ...)            ->  (gone)
         to(x, float32) of a float32 x; alias(x)    ->  x
+        set_(x, x)                                 ->  x
         wrap_with_set_grad_enabled(False, f, x)    ->  f's operators, where x carries no gradient
         sym_size(input_ids, 0)                     ->  the placeholder `sym_batch`
     """
@@ -65,14 +66,19 @@ def _drop_if_idle(graph: Graph, node: Node, plain: bool) -> None:
         return
     if node.target in _NO_EFFECT:
         graph.erase_node(node)
-    elif node.target is _ATEN.alias.default or (
-        # Under autocast a dtype depends on the device that the graph runs on.
-        plain and node.target in _CONVERSIONS and _converts_nothing(node)
-    ):
+    elif node.target is _ATEN.alias.default or _changes_nothing(node, plain):
         source = node.args[0]
         assert isinstance(source, Node)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+
+
+def _changes_nothing(node: Node, plain: bool) -> bool:
+    if node.target in _CONVERSIONS:
+        # Under autocast a dtype depends on the device that the graph runs on.
+        return plain and _converts_nothing(node)
+    # Removing a parametrization sets a parameter to itself.
+    return node.target is _ATEN.set_.source_Tensor and node.args[0] is node.args[1]
 
 
 def _converts_nothing(node: Node) -> bool:

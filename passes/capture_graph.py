@@ -5,29 +5,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 
-from rpcompile.errors import (
-    CaptureError,
-    InvalidArgument,
-    MissingExampleInputs,
-    RpcompileError,
-    UnsupportedModel,
-)
-from rpcompile.huggingface import capture_context, remedy_for
+from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
+from rpcompile.export_guards import capture_error, plain_autograd
+from rpcompile.huggingface import capture_context
 from rpcompile.ir import Capture, InputSpec, TensorSpec
 
 MAX_SIZE = 1 << 20
@@ -95,7 +86,7 @@ class CaptureGraph:
         autocast = _callers_autocast()
         with (
             capture_context(model, frozenset(named)),
-            _plain_autograd(model),
+            plain_autograd(model),
             _on_cpu(model) as mode,
             torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
         ):
@@ -124,10 +115,12 @@ class CaptureGraph:
             dynamic = dict(zip(entry.names, shapes, strict=True))
             try:
                 return torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
+            except RpcompileError:
+                raise
             except Exception as error:
                 refined = _refine(error, ranges)
                 if refined == ranges:
-                    raise _capture_error(model, error) from error
+                    raise capture_error(model, error) from error
                 ranges = refined
 
 
@@ -162,36 +155,6 @@ def _callers_autocast() -> torch.dtype | None:
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
-
-
-@contextmanager
-def _plain_autograd(model: torch.nn.Module) -> Iterator[None]:
-    """Keeps out what export would trace by its forward alone, dropping the backward it defines.
-
-    Reentrant checkpoints become plain calls, since stages recompute anyway; any other
-    autograd.Function is refused. (Export sees through checkpoints that are not reentrant.)
-    """
-    original = torch.autograd.Function.apply
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or cls.__module__.startswith("torch."):
-            return original.__func__(cls, *args, **kwargs)
-        raise UnsupportedModel(
-            f"{type(model).__name__} calls the autograd.Function {cls.__qualname__}, whose backward export "
-            f"would replace by that of its forward{_place(traceback.extract_stack())}\n  Write it with "
-            f"differentiable operators, or as a torch.library.custom_op with register_autograd."
-        )
-
-    class Call:
-        @staticmethod
-        def apply(function: Any, preserve: bool, *args: Any) -> Any:
-            return function(*args)
-
-    with (
-        patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        patch.object(torch.utils.checkpoint, "CheckpointFunction", Call),
-    ):
-        yield
 
 
 class _Entry(torch.nn.Module):
@@ -286,61 +249,6 @@ def _refine(error: Exception, ranges: dict[str, tuple[int, int] | None]) -> dict
             limits = {key: int(number) for key, number in re.findall(r"(min|max)=(\d+)", value)}
             result[name] = (limits.get("min", bounds[0]), limits.get("max", bounds[1]))
     return result
-
-
-def _capture_error(model: torch.nn.Module, error: Exception) -> RpcompileError:
-    if isinstance(error, RpcompileError):
-        return error
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    operator = _operator(error.__traceback__)
-    at = f"\n  in operator {operator}" if operator else ""
-    return CaptureError(
-        f"{type(model).__name__} cannot be captured by torch.export: {type(error).__name__}: {first}{at}"
-        f"{_place(traceback.extract_tb(error.__traceback__))}\n"
-        f"  {remedy_for(model, _code(error)) or _remedy(str(error))}"
-    )
-
-
-def _place(frames: Iterable[traceback.FrameSummary]) -> str:
-    """The last line of the caller's or the model's code."""
-    outside = [frame for frame in frames if not re.search(r"/torch/|/rpcompile/|/passes/", frame.filename)]
-    if not outside:
-        return ""
-    last = outside[-1]
-    return f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"
-
-
-def _code(error: Exception) -> str:
-    """The error's text with the source lines it passed through."""
-    lines = (frame.line or "" for frame in traceback.extract_tb(error.__traceback__))
-    return "\n".join([str(error), *lines])
-
-
-def _operator(trace: TracebackType | None) -> str:
-    """The operator that was being called, else the last one whose result is a number; "" if none."""
-    called = made = ""
-    while trace is not None:
-        for value in trace.tb_frame.f_locals.values():
-            if isinstance(value, torch._ops.OpOverload):
-                called = str(value)
-            elif isinstance(value, torch.fx.Tracer):
-                kinds = (torch.SymInt, torch.SymFloat, torch.SymBool)
-                numbers = [n for n in value.graph.nodes if isinstance(n.meta.get("val"), kinds)]
-                made = str(numbers[-1].target) if numbers else made
-        trace = trace.tb_next
-    return called or made
-
-
-def _remedy(text: str) -> str:
-    if any(hint in text for hint in ("data-dependent", "DataDependent", "Unbacked", ".item()")):
-        return (
-            "The forward branches on tensor values. Make the branch independent of data (torch.where, "
-            "a flag on the module), or move that code out of forward."
-        )
-    return (
-        "Make that line traceable: no branches on tensor values, no numpy or .item(), no Python side "
-        "effects; torch.export.export(model, args, strict=False) alone shows the full report."
-    )
 
 
 # ------------------------------------------------------------------- ExportedProgram -> Capture

@@ -91,9 +91,7 @@ class FindCuts:
             chosen.append(end)
         return chosen[:-1]
 
-    def _without_bumps(
-        self, graph: _Liveness, candidates: list[int], widths: dict[int, int]
-    ) -> list[int]:
+    def _without_bumps(self, graph: _Liveness, candidates: list[int], widths: dict[int, int]) -> list[int]:
         kept = candidates
         for width in sorted(set(widths.values()), reverse=True):
             runs = [list(run) for _, run in itertools.groupby(kept, key=widths.__getitem__)]

@@ -46,17 +46,17 @@ def infer_example_inputs(model: nn.Module, batch: int) -> dict[str, torch.Tensor
         lengths may differ later), or of shape (batch,) for classification.
 
     Raises:
-        MissingExampleInputs: The model reads text and images, whose number and sizes only its processor knows.
+        MissingExampleInputs: The model reads text and images, whose sizes only its processor knows.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     if base is None:
         return None
     architecture = type(base).__name__
-    config: Any = base.config
+    config = base.config
     if getattr(config, "vision_config", None) is not None:
         raise MissingExampleInputs(
-            f"{architecture} reads text and images, whose number and sizes cannot be inferred; pass one batch "
-            f"as its processor makes it, e.g. example_inputs={{'input_ids': ids, 'attention_mask': mask, "
+            f"{architecture} reads text and images, whose number and sizes cannot be inferred; pass one "
+            f"batch as its processor makes it: example_inputs={{'input_ids': ids, 'attention_mask': mask, "
             f"'pixel_values': images, 'labels': labels}}"
         )
     classes = torch.zeros(batch, dtype=torch.long)
@@ -69,9 +69,8 @@ def infer_example_inputs(model: nn.Module, batch: int) -> dict[str, torch.Tensor
         }
     if base.main_input_name != "input_ids":
         return None
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    limit = next((int(limit) for limit in limits if limit), DEFAULT_SEQUENCE)
-    tokens = torch.zeros(batch, min(DEFAULT_SEQUENCE, limit), dtype=torch.long)
+    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE
+    tokens = torch.zeros(batch, min(DEFAULT_SEQUENCE, int(limit)), dtype=torch.long)
     if config.is_encoder_decoder:
         if architecture.endswith(("ForConditionalGeneration", "ForSeq2SeqLM")):
             return {"input_ids": tokens, "labels": tokens[:, : tokens.shape[1] // 2].clone()}
@@ -116,14 +115,14 @@ def remedy_for(model: nn.Module, text: str) -> str | None:
     Args:
         text: The error, with the source lines that it passed through.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     if base is None:
         return None
     implementation = getattr(base.config.get_text_config(), "_experts_implementation", None)
     if "expert" in text and implementation != "grouped_mm":
         return (
-            f"Its experts run by experts_implementation={implementation!r}, which loops over the experts that "
-            f"were hit: load or configure the model with experts_implementation='grouped_mm'."
+            f"Its experts run by experts_implementation={implementation!r}, which loops over the experts "
+            f"that were hit: load or configure the model with experts_implementation='grouped_mm'."
         )
     if "grid_thw" in text or "grid_h" in text:
         return (

@@ -162,6 +162,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Mamba",
         tiny.mamba,
+        parity=TIED,
         note="without its CUDA kernels the scan is a Python loop: the graph holds one copy of it per token, "
         "the sequence length is fixed, and capture takes long",
     ),

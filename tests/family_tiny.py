@@ -96,7 +96,10 @@ def t5() -> Case:
         pad_token_id=0,
     )
     batch = tokens()
-    return Case(transformers.T5ForConditionalGeneration(config), {**batch, "labels": batch["labels"][:, 4:].contiguous()})
+    return Case(
+        transformers.T5ForConditionalGeneration(config),
+        {**batch, "labels": batch["labels"][:, 4:].contiguous()},
+    )
 
 
 def _images(size: int, labels: int) -> dict[str, torch.Tensor]:

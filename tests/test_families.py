@@ -212,7 +212,7 @@ def test_labels_of_another_length_have_a_size_of_their_own() -> None:
     ("item", "expected"),
     [
         ("Qwen3", {"input_ids": (3, 64), "labels": (3, 64)}),
-        ("T5", {"input_ids": (3, 512), "labels": (3, 256)}),
+        ("T5", {"input_ids": (3, 2048), "labels": (3, 1024)}),
         ("ViT", {"pixel_values": (3, 3, 16, 16), "labels": (3,)}),
         ("ResNet, BatchNorm", {"pixel_values": (3, 3, 224, 224), "labels": (3,)}),
     ],
@@ -227,5 +227,5 @@ def test_inputs_are_inferred(item: str, expected: dict[str, tuple[int, ...]]) ->
 
 def test_inputs_of_a_vision_language_model_are_asked_for() -> None:
     model = models.build(family_tiny.llava).model
-    with pytest.raises(MissingExampleInputs, match="as its processor makes it.*'pixel_values': images"):
+    with pytest.raises(MissingExampleInputs, match=r"as its processor makes it.*'pixel_values': images"):
         infer_example_inputs(model, 2)

@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn import functional
 
 
-def timestep_embedding(timesteps_B: torch.Tensor, channels: int) -> torch.Tensor:
-    """Sines and cosines of geometric frequencies, (B, channels)."""
+def timestep_embedding(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
+    """Sines and cosines of geometric frequencies: (B,) -> (B, channels)."""
     half = channels // 2
-    steps = torch.arange(half, device=timesteps_B.device, dtype=torch.float32)
-    angles = timesteps_B[:, None].float() * torch.exp(-math.log(10_000.0) * steps / half)
+    steps = torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10_000.0) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ResidualBlock(nn.Module):
-    """Norm, convolution, shift by the time embedding, norm, dropout, convolution."""
+    """Norm, convolution, shift by the time embedding, norm, dropout, convolution: (B, C, H, W) and (B, T)."""
 
     def __init__(self, inputs: int, outputs: int, time: int, dropout: float) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x_BCHW: torch.Tensor, time_BT: torch.Tensor) -> torch.Tensor:
-        hidden = self.conv1(functional.silu(self.norm1(x_BCHW)))
-        hidden = hidden + self.time(functional.silu(time_BT))[:, :, None, None]
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv1(functional.silu(self.norm1(x)))
+        hidden = hidden + self.time(functional.silu(time))[:, :, None, None]
         hidden = self.conv2(self.dropout(functional.silu(self.norm2(hidden))))
-        return self.skip(x_BCHW) + hidden
+        return self.skip(x) + hidden
 
 
 class AttentionBlock(nn.Module):
@@ -47,13 +47,13 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = x_BCHW.shape
-        tokens = self.norm(x_BCHW).flatten(2).transpose(1, 2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v)
         mixed = self.out(mixed.transpose(1, 2).flatten(2))
-        return x_BCHW + mixed.transpose(1, 2).reshape(batch, channels, height, width)
+        return x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
 
 
 class DiffusionUNet(nn.Module):

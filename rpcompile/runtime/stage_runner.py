@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -132,7 +132,7 @@ class StageRunner:
             weights[name] if keep_state or name not in graph.mutated else weights[name].clone()
             for name in graph.buffers
         ]
-        arguments = (
+        arguments: tuple[Any, ...] = (
             *(weights[name] for name in graph.parameters),
             *buffers,
             *(inputs[name] for name in graph.inputs),
