@@ -140,7 +140,7 @@ def test_checkpointed_function_is_captured_as_a_plain_call(reentrant: bool) -> N
 def test_checkpointing_stays_switched_on_after_capture() -> None:
     case = family_tiny.checkpointed(family_tiny.causal("Qwen3"), use_reentrant=True)
     staged.capture(case.model.train(), case.batch)
-    assert case.model.is_gradient_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in case.model.modules())
 
 
 class Mixed(nn.Module):
