@@ -202,7 +202,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
     ("elementwise", "result", "exp exp2 expm1 tanh sigmoid sqrt rsqrt reciprocal relu"),
     ("elementwise", "self other", "maximum minimum"),
     ("elementwise", "condition", "where"),
-    ("elementwise", "mask", "masked_fill"),
+    ("elementwise", "mask", "masked_fill masked_scatter"),
     (
         "reduction",
         "",
