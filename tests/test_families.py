@@ -43,7 +43,11 @@ def test_real_size_is_captured_without_weights(item: Family) -> None:
     assert sum(distinct.values()) == sum(p.numel() * p.element_size() for p in model.parameters())
     assert all(p.device.type == "meta" for p in model.parameters())
     assert costed.unknown == ()
-    assert {name for segment in chain.segments for name in segment.parameters} == distinct.keys()
+    # Llava does not use the last layer of its vision tower.
+    users = {node.name: node.users for node in captured.graph_module.graph.nodes}
+    read = {spec.name for spec in captured.parameters if users[spec.placeholder]}
+    assert {name for segment in chain.segments for name in segment.parameters} == read
+    assert read == distinct.keys() or item.name == "Llava"
     assert all(segment.forward_s > 0 for segment in chain.segments)
     forward = sum(segment.forward_flops for segment in chain.segments)
     backward = sum(segment.backward_flops for segment in chain.segments)
