@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 
 from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
-from rpcompile.exporting import deferred_code, renumber_nodes
+from rpcompile.exporting import deferred_code, renumber_nodes, share_sizes
 from rpcompile.huggingface import capture_context
 from rpcompile.ir import Capture, InputSpec, TensorSpec
 from rpcompile.repeated_blocks import repeated_blocks
@@ -116,6 +116,7 @@ class CaptureGraph:
                 repeat = repeat and refined != ranges
                 ranges = refined
             else:
+                share_sizes(exported.graph)
                 renumber_nodes(exported.graph_module)
                 exported.graph_module.recompile()
                 return exported

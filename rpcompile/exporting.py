@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from torch.fx import GraphModule
+import torch
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _Namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import sympy
 
 
 @contextmanager
@@ -23,6 +26,35 @@ def deferred_code() -> Iterator[None]:
     """
     with patch.object(GraphModule, "recompile", lambda _: None):
         yield
+
+
+def share_sizes(graph: Graph) -> None:
+    """Works out every symbolic size once, from the inputs, where it is first needed.
+
+    Before -> after::
+
+        size = sym_size(view_7, 0); size_1 = sym_size(add_9, 0)  ->  size = sym_size(input_ids, 0)
+
+    From which tensor torch.export reads a size depends on what it has cached.
+    """
+    sources: dict[sympy.Expr, tuple[Node, int]] = {}
+    first: dict[sympy.Expr, Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt):
+                    sources.setdefault(size.node.expr, (node, dim))
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            continue
+        expression = value.node.expr
+        if expression in first:
+            node.replace_all_uses_with(first[expression])
+            graph.erase_node(node)
+            continue
+        first[expression] = node
+        if expression in sources:
+            node.target, node.args = torch.ops.aten.sym_size.int, sources[expression]
 
 
 def renumber_nodes(module: GraphModule) -> None:

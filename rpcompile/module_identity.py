@@ -3,7 +3,9 @@
 Two blocks with equal descriptions have the same classes in the same places, the same attributes,
 the same shapes, dtypes and flags of parameters and buffers with the same sharing among them, and
 no hooks. What cannot be compared (foreign objects, functions, tensors that are not registered) is
-described by its identity, so it must be one object that both refer to.
+described by its identity, so it must be one object that both refer to. An attribute that holds the
+block's own number or path may differ; whoever relies on the description has to see to it that the
+forward does not read it (`noticed_reads`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import enum
 import functools
 import types
 from collections import OrderedDict, defaultdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.modules import module as _module
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# Attributes that number a layer. They may differ, provided that nothing reads them: see `WatchedIndex`.
+# Attributes that number a layer. They may differ, provided that nothing reads them.
 INDEX_ATTRIBUTES = frozenset(
     {"layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx", "block_id"}
 )
@@ -51,18 +56,66 @@ class Indescribable(Exception):
     """The thing cannot be compared with another one."""
 
 
-def describe_module(root: nn.Module) -> Hashable:
-    """A value that is equal for two modules only if their forwards are the same function.
+@dataclass(frozen=True)
+class Description:
+    """What decides on a module's forward.
 
-    Layer numbers (`INDEX_ATTRIBUTES`) are left out.
+    Attributes:
+        value: Equal for two modules only if their forwards are the same function, provided that
+            neither reads its `unread` attributes.
+        unread: (module, attribute) pairs that hold the module's own number or path.
+    """
+
+    value: Hashable
+    unread: tuple[tuple[nn.Module, str], ...]
+
+
+def describe_module(root: nn.Module, path: str) -> Description:
+    """Describes a module with everything below it.
 
     Args:
-        root: The module, with everything below it.
+        root: The module.
+        path: Its qualified name, e.g. "model.layers.3".
 
     Raises:
         Indescribable: It has hooks, or refers to too many objects to compare.
     """
-    return _Describer(root).modules()
+    describer = _Describer(root, path)
+    return Description(describer.modules(), tuple(describer.unread))
+
+
+class ReadWatch:
+    """Data descriptor that stands before an attribute of some modules of a class and notices reads."""
+
+    def __init__(self, name: str, modules: list[nn.Module], read: list[str]) -> None:
+        self._name, self._read = name, read
+        self._members = {id(vars(module)) for module in modules}
+
+    def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
+        if module is None or self._name not in vars(module):
+            raise AttributeError(self._name)
+        if id(vars(module)) in self._members:
+            self._read.append(self._name)
+        return vars(module)[self._name]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        vars(module)[self._name] = value
+
+
+@contextmanager
+def noticed_reads(unread: tuple[tuple[nn.Module, str], ...]) -> Iterator[list[str]]:
+    """While it is open, the names of the given attributes are appended to the list when they are read."""
+    read: list[str] = []
+    groups: dict[tuple[type, str], list[nn.Module]] = {}
+    for module, name in unread:
+        groups.setdefault((type(module), name), []).append(module)
+    with ExitStack() as stack:
+        for (kind, name), modules in groups.items():
+            if hasattr(kind, name):
+                raise Indescribable(f"{kind.__name__}.{name} is an attribute of the class, too")
+            watch = ReadWatch(name, modules, read)
+            stack.enter_context(patch.object(kind, name, watch, create=True))
+        yield read
 
 
 def describe_tensor(tensor: torch.Tensor) -> Hashable:
@@ -87,17 +140,18 @@ def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def is_index(name: str, value: object) -> bool:
-    """Whether an attribute is a layer's number."""
-    return name in INDEX_ATTRIBUTES and type(value) is int
-
-
 class _Describer:
     """Numbers modules, tensors and objects in the order met, so that sharing is part of the description."""
 
-    def __init__(self, root: nn.Module) -> None:
-        self._modules = list(root.modules())
+    def __init__(self, root: nn.Module, path: str) -> None:
+        named = list(root.named_modules())
+        self._modules = [module for _, module in named]
         self._numbers = {id(module): index for index, module in enumerate(self._modules)}
+        self._paths = [f"{path}.{name}" if name else path for name, _ in named]
+        self._shortest = len(path.rpartition(".")[0]) + 1
+        self.unread: list[tuple[nn.Module, str]] = []
+        self._path = ""
+        self._holds_path = False
         self._tensors: dict[int, int] = {}
         self._objects: dict[int, int] = {}
         self._count = 0
@@ -105,14 +159,17 @@ class _Describer:
     def modules(self) -> Hashable:
         if _module._has_any_global_hook():
             raise Indescribable("hooks on all modules")
-        return tuple(self._module(module) for module in self._modules)
+        return tuple(
+            self._module(module, path) for module, path in zip(self._modules, self._paths, strict=True)
+        )
 
-    def _module(self, module: nn.Module) -> Hashable:
+    def _module(self, module: nn.Module, path: str) -> Hashable:
+        self._path = path
         members = vars(module)
         if any(members.get(hooks) for hooks in _HOOKS):
             raise Indescribable(f"hooks on {type(module).__name__}")
         attributes = tuple(
-            (name, None if is_index(name, value) else self._value(value))
+            (name, self._attribute(module, name, value))
             for name, value in members.items()
             if name not in _SKIPPED
         )
@@ -127,6 +184,18 @@ class _Describer:
         )
         return (type(module), attributes, tensors, children)
 
+    def _attribute(self, module: nn.Module, name: str, value: Any) -> Hashable:
+        self._holds_path = name in INDEX_ATTRIBUTES and type(value) is int
+        described = None if self._holds_path else self._value(value)
+        if self._holds_path:
+            self.unread.append((module, name))
+        return described
+
+    def _is_own_path(self, text: str) -> bool:
+        # Long enough to hold the block's number; the model may be part of a larger one by now.
+        ending = self._path[self._shortest :]
+        return text.endswith(ending) and f".{self._path}".endswith(f".{text}")
+
     def _registered(self, tensor: torch.Tensor) -> Hashable:
         number = self._tensors.setdefault(id(tensor), len(self._tensors))
         return (number, describe_tensor(tensor))
@@ -137,6 +206,9 @@ class _Describer:
             raise Indescribable("it refers to too many objects")
         if value is None or isinstance(value, bool | int | float | complex | enum.Enum):
             return (type(value), repr(value))
+        if isinstance(value, str) and self._is_own_path(value):
+            self._holds_path = True
+            return "own path"
         if isinstance(value, _SCALARS):
             return (type(value), str(value))
         if id(value) in self._numbers:
@@ -166,43 +238,3 @@ class _Describer:
             if not isinstance(value, type | types.FunctionType | types.ModuleType | torch.nn.Module):
                 members = getattr(value, "__dict__", None)
                 yield self._value(members) if type(members) is dict else None
-
-
-class WatchedIndex:
-    """Stands in for a layer's number and notices whether anything computes with it."""
-
-    def __init__(self, value: int) -> None:
-        self._watched_value = value
-        self._watched_used = False
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return int
-
-
-def was_used(index: WatchedIndex) -> bool:
-    """Whether the number was compared, converted, formatted, hashed or computed with."""
-    return vars(index)["_watched_used"]
-
-
-def _watch(name: str) -> Any:
-    def method(self: WatchedIndex, *args: Any) -> Any:
-        members = vars(self)
-        members["_watched_used"] = True
-        return getattr(members["_watched_value"], name)(*args)
-
-    return method
-
-
-for _name in dir(int):
-    if callable(getattr(int, _name)) and _name not in (
-        "__class__",
-        "__new__",
-        "__init__",
-        "__getattribute__",
-        "__setattr__",
-        "__delattr__",
-        "__init_subclass__",
-        "__subclasshook__",
-    ):
-        setattr(WatchedIndex, _name, _watch(_name))

@@ -8,6 +8,8 @@ Two such calls are traced and their nodes compared; from then on the nodes are c
 block's own parameters and module paths, under the names that tracing would have given them.
 What cannot be compared, changes the block's attributes, or reads its number is traced.
 
+Sizes are one number in the whole graph, however they are worked out: copies read those of the blocks that
+they are copies of (`exporting.share_sizes` makes that the rule).
 The nodes' `val` is shared with those that they are copies of, and so is `torch_fn`, the running
 number of the call; everything else is as torch.export makes it.
 """
@@ -40,12 +42,10 @@ from torch.utils import _pytree as pytree
 
 from rpcompile.module_identity import (
     Indescribable,
-    WatchedIndex,
     describe_module,
     describe_tensor,
-    is_index,
+    noticed_reads,
     own_tensors,
-    was_used,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 SMALLEST_RUN = 3
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_SIZES = (bool, int, float, torch.SymInt, torch.SymBool, torch.SymFloat)
 _CONTAINERS = (None, tuple, list, dict)
 
 
@@ -92,6 +93,7 @@ class _Call:
         tensors: Role ("argument 0", or the name of an own parameter or buffer) -> tensor.
         roles: Node -> the roles that it stands for.
         key: Equal for calls that are the same.
+        unread: Attributes that may differ and so must not be read.
     """
 
     block: nn.Module
@@ -101,6 +103,7 @@ class _Call:
     tensors: dict[str, torch.Tensor]
     roles: dict[Node, list[str]]
     key: Hashable
+    unread: tuple[tuple[nn.Module, str], ...]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class _Trace:
 
     Attributes:
         call: The call.
-        nodes: In order.
+        nodes: In order, without those of sizes.
         paths: Per node, the module stack below the block, relative to its path.
         results: What it returned, flat.
         spec: How that is put together.
@@ -183,22 +186,17 @@ class _Blocks:
         if call is None or call.key in self._refused:
             return original(module, *args, **kwargs)
         start = tracer.graph._root.prev
-        with _watched(block) as indices:
+        with noticed_reads(call.unread) as read:
             output = original(module, *args, **kwargs)
         with torch._C.DisableTorchFunction():
-            self._learn(tracer, call, start, output, indices)
+            self._learn(tracer, call, start, output, read)
         return output
 
     def _learn(
-        self,
-        tracer: _ModuleStackTracer,
-        call: _Call,
-        start: Node,
-        output: Any,
-        indices: list[WatchedIndex],
+        self, tracer: _ModuleStackTracer, call: _Call, start: Node, output: Any, read: list[str]
     ) -> None:
         try:
-            _check_unchanged(call, indices)
+            _check_unchanged(call, read)
             trace = _traced(tracer, call, start, output)
         except Indescribable:
             self._refused.add(call.key)
@@ -228,15 +226,16 @@ def _entered(
     roles: dict[Node, list[str]] = {}
     for role, tensor in tensors.items():
         roles.setdefault(_node(tracer, tensor), []).append(role)
+    description = describe_module(block, path)
     key = (
-        describe_module(block),
+        description.value,
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
         tuple(tuple(names) for names in roles.values()),
         torch.is_grad_enabled(),
         _autocast_state(),
     )
-    return _Call(block, path, _named_stack(tracer), leaves, tensors, roles, key)
+    return _Call(block, path, _named_stack(tracer), leaves, tensors, roles, key, description.unread)
 
 
 def _path(tracer: _ModuleStackTracer, module: nn.Module) -> str | None:
@@ -292,32 +291,14 @@ def _autocast_state() -> Hashable:
 # ------------------------------------------------------------------- tracing a call
 
 
-@contextmanager
-def _watched(block: nn.Module) -> Iterator[list[WatchedIndex]]:
-    """Replaces the layer numbers in the block by ones that notice their use."""
-    found = [
-        (vars(module), name, value)
-        for module in block.modules()
-        for name, value in vars(module).items()
-        if is_index(name, value)
-    ]
-    indices = [WatchedIndex(value) for _, _, value in found]
-    try:
-        for (members, name, _), index in zip(found, indices, strict=True):
-            members[name] = index
-        yield indices
-    finally:
-        for members, name, value in found:
-            members[name] = value
-
-
-def _check_unchanged(call: _Call, indices: list[WatchedIndex]) -> None:
-    """Raises Indescribable if the call left more behind than its nodes."""
-    if any(was_used(index) for index in indices):
-        raise Indescribable("it computes with the layer's number")
+def _check_unchanged(call: _Call, read: list[str]) -> None:
+    """Raises Indescribable if the call left more behind than its nodes, or read what may differ."""
+    if read:
+        raise Indescribable(f"it reads {read[0]!r}")
     own = own_tensors(call.block)
     description, _, leaves, *_ = call.key  # type: ignore[misc]
-    if any(tensor is not call.tensors.get(name) for name, tensor in own.items()) or describe_module(call.block) != description:
+    replaced = any(tensor is not call.tensors.get(name) for name, tensor in own.items())
+    if replaced or describe_module(call.block, call.path).value != description:
         raise Indescribable("it changes the module's attributes")
     if tuple(_leaf(leaf) for leaf in call.leaves) != leaves:
         raise Indescribable("it changes an argument")
@@ -328,12 +309,13 @@ def _traced(tracer: _ModuleStackTracer, call: _Call, start: Node, output: Any) -
     nodes: list[Node] = []
     while (following := (nodes[-1] if nodes else start).next) is not tracer.graph._root:
         nodes.append(following)
+    if any(node.op != "call_function" or "unbacked_bindings" in node.meta for node in nodes):
+        raise Indescribable("it holds a constant, or sizes that depend on data")
+    nodes = [node for node in nodes if not _is_size(node)]
     made = set(nodes)
     for node in nodes:
         outside = [arg for arg in node.all_input_nodes if arg not in made and arg not in call.roles]
-        if node.op != "call_function" or "unbacked_bindings" in node.meta:
-            raise Indescribable(f"{node.op} {node.target}")
-        if any(_holds_tensor(arg.meta.get("val")) for arg in outside):
+        if not all(_is_size(arg) for arg in outside):
             raise Indescribable(f"{node.target} reads a tensor that is not passed to the block")
     after = {role: _node(tracer, tensor) for role, tensor in call.tensors.items()}
     changed = {role: node for role, node in after.items() if role not in call.roles.get(node, ())}
@@ -351,9 +333,8 @@ def _traced(tracer: _ModuleStackTracer, call: _Call, start: Node, output: Any) -
     )
 
 
-def _holds_tensor(value: Any) -> bool:
-    # What has no value (an entered context, for example) may stand for anything.
-    return value is None or any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), _SIZES)
 
 
 def _relative(node: Node, call: _Call) -> tuple[tuple[str, str, str], ...]:
@@ -406,8 +387,9 @@ def _same(first: _Trace, second: _Trace) -> bool:
     if len(first.nodes) != len(second.nodes) or (first.paths, first.calls) != (second.paths, second.calls):
         return False
     for a, b in zip(first.nodes, second.nodes, strict=True):
-        arguments = map_arg((a.args, a.kwargs), lambda node: mapping.get(node, node))
-        if a.target is not b.target or repr(arguments) != repr((b.args, b.kwargs)):
+        mine = map_arg((a.args, a.kwargs), lambda node: _size(node) or mapping.get(node, node))
+        theirs = map_arg((b.args, b.kwargs), lambda node: _size(node) or node)
+        if a.target is not b.target or repr(mine) != repr(theirs):
             return False
         if _values(a) != _values(b):
             return False
@@ -419,6 +401,10 @@ def _same(first: _Trace, second: _Trace) -> bool:
         == (b.argument, repr(b.constant), b.node, b.requires_grad)
         for a, b in zip(first.results, second.results, strict=True)
     )
+
+
+def _size(node: Node) -> str | None:
+    return str(node.meta["val"]) if _is_size(node) else None
 
 
 def _values(node: Node) -> list[Hashable]:
