@@ -84,16 +84,20 @@ def describe_module(root: nn.Module, path: str) -> Description:
     return Description(describer.modules(), tuple(describer.unread))
 
 
-class ReadWatch:
+class _ReadWatch:
     """Data descriptor that stands before an attribute of some modules of a class and notices reads."""
 
-    def __init__(self, name: str, modules: list[nn.Module], read: list[str]) -> None:
+    def __init__(self, kind: type, name: str, modules: list[nn.Module], read: list[str]) -> None:
         self._name, self._read = name, read
         self._members = {id(vars(module)) for module in modules}
+        # Blocks lie within blocks; what is read there is read by all of them.
+        self._outer = vars(kind).get(name)
 
     def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
         if module is None or self._name not in vars(module):
             raise AttributeError(self._name)
+        if self._outer is not None:
+            self._outer.__get__(module, kind)
         if id(vars(module)) in self._members:
             self._read.append(self._name)
         return vars(module)[self._name]
@@ -111,9 +115,7 @@ def noticed_reads(unread: tuple[tuple[nn.Module, str], ...]) -> Iterator[list[st
         groups.setdefault((type(module), name), []).append(module)
     with ExitStack() as stack:
         for (kind, name), modules in groups.items():
-            if hasattr(kind, name):
-                raise Indescribable(f"{kind.__name__}.{name} is an attribute of the class, too")
-            watch = ReadWatch(name, modules, read)
+            watch = _ReadWatch(kind, name, modules, read)
             stack.enter_context(patch.object(kind, name, watch, create=True))
         yield read
 
@@ -188,6 +190,8 @@ class _Describer:
         self._holds_path = name in INDEX_ATTRIBUTES and type(value) is int
         described = None if self._holds_path else self._value(value)
         if self._holds_path:
+            if hasattr(type(module), name):
+                raise Indescribable(f"{name} of {type(module).__name__} is an attribute of the class, too")
             self.unread.append((module, name))
         return described
 

@@ -229,6 +229,7 @@ def _entered(
     description = describe_module(block, path)
     key = (
         description.value,
+        tracer,
         str(spec),
         tuple(_leaf(leaf) for leaf in leaves),
         tuple(tuple(names) for names in roles.values()),
@@ -296,7 +297,7 @@ def _check_unchanged(call: _Call, read: list[str]) -> None:
     if read:
         raise Indescribable(f"it reads {read[0]!r}")
     own = own_tensors(call.block)
-    description, _, leaves, *_ = call.key  # type: ignore[misc]
+    description, _, _, leaves, *_ = call.key  # type: ignore[misc]
     replaced = any(tensor is not call.tensors.get(name) for name, tensor in own.items())
     if replaced or describe_module(call.block, call.path).value != description:
         raise Indescribable("it changes the module's attributes")

@@ -155,6 +155,13 @@ def test_meta_model_gives_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(copied) == 4
 
 
+def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _qwen3(5).train()
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    full, repeated, _ = graph_equality.captures(model, _tokens(), monkeypatch)
+    graph_equality.assert_equal(full, repeated)
+
+
 def test_hidden_states_are_collected_by_hooks_which_forbid_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _qwen3(output_hidden_states=True).train()
     full, repeated, copied = graph_equality.captures(model, _tokens(), monkeypatch)
@@ -486,6 +493,28 @@ def test_any_look_at_the_layer_number_is_noticed(use: str, monkeypatch: pytest.M
     assert _copied(model, monkeypatch) == []
     assert [layer.layer_idx for layer in model.layers] == list(range(6))
     assert all(type(layer.layer_idx) is int for layer in model.layers)
+
+
+def test_a_layer_number_read_in_a_block_within_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inner(Block):
+        layer_idx: int
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (2 if self.layer_idx == 4 else 1)
+
+    class Outer(nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(Inner() for _ in range(3))
+            for part in self.parts:
+                part.layer_idx = index  # type: ignore[assignment]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    assert _copied(Stack(*(Outer(index) for index in range(6))), monkeypatch) == []
 
 
 def test_a_layer_number_that_nothing_reads_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
