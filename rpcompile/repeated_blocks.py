@@ -1,7 +1,7 @@
 """Traces each distinct block of a model once and copies its nodes for the blocks that do the same.
 
 While torch.export traces the model, the forward of every block (a child of a ModuleList or
-Sequential with siblings of its class) passes through `_Blocks.call`. The model around the blocks is
+Sequential with siblings of its class) passes through `_Blocks`. The model around the blocks is
 traced as always, so whatever it does between and with them is seen. A call is *the same* as an
 earlier one if the blocks' descriptions (`module_identity`) and those of the arguments are equal.
 Two such calls are traced and their nodes compared; from then on the nodes are copied, with the

@@ -420,13 +420,33 @@ def test_a_block_that_returns_its_argument_or_a_tuple(monkeypatch: pytest.Monkey
     assert _copied(Model(*(Pair() for _ in range(6))), monkeypatch) == [2, 3, 4, 5]
 
 
+def test_arguments_that_are_one_tensor_are_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.linear(a) if a is b else self.linear(a + b)
+
+    class Model(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = x = self.first(x)
+            for index, layer in enumerate(self.layers):
+                x = layer(x, first if index in (3, 4, 6) else x)
+            return x.mean()
+
+    assert _copied(Model(*(Sum() for _ in range(7))), monkeypatch) == [2, 5, 6]
+
+
 def test_what_the_model_does_between_blocks_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     class Between(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             kept, x = [], self.first(x)
             for index, layer in enumerate(self.layers):
-                with torch.set_grad_enabled(index > 1):
+                with torch.set_grad_enabled(index > 2):
                     x = layer(x)
+                x = x * 2 if x.requires_grad else x
                 kept.append(x.view(x.shape[0], 2, -1).sum(1))
                 if index == 4:
                     x.mul_(2)
@@ -434,8 +454,8 @@ def test_what_the_model_does_between_blocks_is_traced(monkeypatch: pytest.Monkey
             return torch.cat(kept).mean() + x.mean()
 
     model = Between(*(Block() for _ in range(9)))
-    # 0 and 1 run without gradients, 2 reads what carries none.
-    assert _copied(model, monkeypatch) == [5, 6, 7, 8]
+    # 0, 1 and 2 run without gradients; 3 reads what carries none, as 1 and 2 do.
+    assert _copied(model, monkeypatch) == [6, 7, 8]
 
 
 def test_a_block_with_a_state_of_its_own_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
