@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +140,11 @@ class StageRunner:
             *(microbatch.sizes[name] for name in graph.sizes),
             *(values[name] for name in graph.values),
         )
-        device = next((item.device.type for item in arguments if isinstance(item, torch.Tensor)), "cpu")
-        # The cache would keep casts of weights that the next job overwrites.
-        autocast = torch.autocast(
-            device, graph.autocast, enabled=graph.autocast is not None, cache_enabled=False
-        )
+        autocast = nullcontext()
+        if graph.autocast is not None:
+            device = next((item.device.type for item in arguments if isinstance(item, torch.Tensor)), "cpu")
+            # The cache would keep casts of weights that the next job overwrites.
+            autocast = torch.autocast(device, graph.autocast, cache_enabled=False)
         with microbatch_seed(microbatch.seed), autocast:
             outputs = graph.graph_module(*arguments)
         return dict(zip(graph.outputs, outputs, strict=True))
