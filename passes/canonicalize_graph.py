@@ -35,6 +35,7 @@ class CanonicalizeGraph:
 
         _assert_tensor_metadata(x, ...)            ->  (gone)
         to(x, float32) of a float32 x; alias(x)    ->  x
+        set_(x, x)                                 ->  x
         wrap_with_set_grad_enabled(False, f, x)    ->  f's operators, where x carries no gradient
         sym_size(input_ids, 0)                     ->  the placeholder `sym_batch`
     """
@@ -48,10 +49,11 @@ class CanonicalizeGraph:
         module.meta.update(capture.graph_module.meta)
         graph = module.graph
         trainable = {spec.placeholder for spec in capture.parameters if spec.trainable}
-        while any(_inline(module, node, trainable) for node in list(graph.nodes)):
+        plain = capture.autocast is None
+        while any(_inline(module, node, trainable, plain) for node in list(graph.nodes)):
             pass
         for node in list(graph.nodes):
-            _drop_if_idle(graph, node)
+            _drop_if_idle(graph, node, plain)
         _name_sizes(graph, module.meta["symbols"])
         _remove_dead(graph)
         module.recompile()
@@ -59,16 +61,24 @@ class CanonicalizeGraph:
         return replace(capture, graph_module=module, outputs=renamed)
 
 
-def _drop_if_idle(graph: Graph, node: Node) -> None:
+def _drop_if_idle(graph: Graph, node: Node, plain: bool) -> None:
     if node.op != "call_function":
         return
     if node.target in _NO_EFFECT:
         graph.erase_node(node)
-    elif node.target is _ATEN.alias.default or (node.target in _CONVERSIONS and _converts_nothing(node)):
+    elif node.target is _ATEN.alias.default or _changes_nothing(node, plain):
         source = node.args[0]
         assert isinstance(source, Node)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+
+
+def _changes_nothing(node: Node, plain: bool) -> bool:
+    if node.target in _CONVERSIONS:
+        # Under autocast a dtype depends on the device that the graph runs on.
+        return plain and _converts_nothing(node)
+    # Removing a parametrization sets a parameter to itself.
+    return node.target is _ATEN.set_.source_Tensor and node.args[0] is node.args[1]
 
 
 def _converts_nothing(node: Node) -> bool:
@@ -85,8 +95,11 @@ def _converts_nothing(node: Node) -> bool:
 # ------------------------------------------------------------------- no-grad and autocast regions
 
 
-def _inline(module: GraphModule, node: Node, trainable: set[str]) -> bool:
-    """Replaces one region node by its operators; False where there is nothing to inline."""
+def _inline(module: GraphModule, node: Node, trainable: set[str], plain: bool) -> bool:
+    """Replaces one region node by its operators; False where there is nothing to inline.
+
+    `plain`: the graph does not run under autocast, so that a region without it is nothing special.
+    """
     if node.op != "call_function" or node.target not in (_GRAD_MODE, _AUTOCAST):
         return False
     region_node, arguments = _region(node)
@@ -94,8 +107,8 @@ def _inline(module: GraphModule, node: Node, trainable: set[str]) -> bool:
         live = gradient_nodes(module.graph.nodes, trainable)
         if node.args[0] is False and any(arg in live for arg in node.all_input_nodes):
             return False
-    elif node.args[1] is not None and node.args[2] is not False:
-        return False  # enters autocast: stays one operator, which runs under its own context
+    elif not plain or node.args[2] is not False:
+        return False  # changes autocast: stays one operator, which runs under its own context
     region = module.get_submodule(str(region_node.target))
     assert isinstance(region, GraphModule)
     results = _copy_region(module, region, node, arguments)

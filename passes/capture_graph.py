@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 
-from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
+from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
+from rpcompile.export_guards import capture_error, plain_autograd
+from rpcompile.exporting import deferred_code, renumber_nodes, share_sizes
 from rpcompile.huggingface import capture_context
 from rpcompile.ir import Capture, InputSpec, TensorSpec
+from rpcompile.repeated_blocks import repeated_blocks
 
 MAX_SIZE = 1 << 20
 
@@ -65,45 +67,77 @@ class CaptureGraph:
 
     Options:
         example: Tensors of one microbatch. Only shapes and dtypes matter.
+        repeat_blocks: Trace each distinct block (decoder layer) once and copy its nodes for the
+            blocks that are proved to be the same. The graph is the same; it only takes less time.
     """
 
     example: ExampleInputs
+    repeat_blocks: bool = True
     name = "capture-graph"
 
     def run(self, model: torch.nn.Module) -> Capture:
         """Captures `model`; nothing is computed, and weights may be on the meta device.
 
+        Under the caller's autocast it is captured as it runs there: the graph holds no casts, and
+        each stage is to run under the same one.
+
         Raises:
             CaptureError: torch.export cannot trace it; names operator and place.
-            UnsupportedModel: The graph has no scalar loss first, or changes an input.
+            UnsupportedModel: The graph has no scalar loss first, changes an input, or calls an
+                autograd.Function.
         """
         named = self.example.named()
         symbols = symbol_dims(named)
-        values = {key: _widened(value, symbols.get(key, {})) for key, value in named.items()}
-        with capture_context(model, frozenset(named)), _on_cpu(model) as mode:
-            if mode is not None:
-                values = {key: mode.from_tensor(value) for key, value in values.items()}
-            exported = self._export(model, values, symbols)
-            return _to_capture(model, exported, values, symbols, named)
+        autocast = _callers_autocast()
+        with (
+            capture_context(model, frozenset(named)),
+            plain_autograd(model),
+            _on_cpu(model) as mode,
+            torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
+        ):
+            exported = self._export(model, named, symbols, mode)
+            return _to_capture(model, exported, symbols, named, autocast)
 
     def _export(
-        self, model: torch.nn.Module, values: dict[str, Any], symbols: dict[str, dict[int, str]]
+        self,
+        model: torch.nn.Module,
+        named: dict[str, torch.Tensor],
+        symbols: dict[str, dict[int, str]],
+        mode: FakeTensorMode | None,
     ) -> torch.export.ExportedProgram:
-        entry = _Entry(model, list(values), len(self.example.args))
-        kwargs = dict(zip(entry.names, values.values(), strict=True))
+        entry = _Entry(model, list(named), len(self.example.args))
         ranges: dict[str, tuple[int, int] | None] = {
             name: (1, MAX_SIZE) for dims in symbols.values() for name in dims.values()
         }
+        repeat = self.repeat_blocks
         while True:
-            shapes = [_dynamic(symbols.get(key, {}), ranges) for key in values]
+            shapes = [_dynamic(symbols.get(key, {}), ranges) for key in named]
+            values = [
+                _stand_in(value, shape or {}) for value, shape in zip(named.values(), shapes, strict=True)
+            ]
+            if mode is not None:
+                values = [mode.from_tensor(value) for value in values]
+            kwargs = dict(zip(entry.names, values, strict=True))
             dynamic = dict(zip(entry.names, shapes, strict=True))
             try:
-                return torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
+                with ExitStack() as stack:
+                    if repeat:
+                        stack.enter_context(repeated_blocks(model))
+                        stack.enter_context(deferred_code())
+                    exported = torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
+            except RpcompileError:
+                raise
             except Exception as error:
                 refined = _refine(error, ranges)
-                if refined == ranges:
-                    raise _capture_error(model, error) from error
+                if refined == ranges and not repeat:
+                    raise capture_error(model, error) from error
+                repeat = repeat and refined != ranges
                 ranges = refined
+            else:
+                share_sizes(exported.graph)
+                renumber_nodes(exported.graph_module)
+                exported.graph_module.recompile()
+                return exported
 
 
 @contextmanager
@@ -130,6 +164,13 @@ def _on_cpu(model: torch.nn.Module) -> Iterator[FakeTensorMode | None]:
             stand_ins.setdefault(id(tensor), fake)
     with _reparametrize_module(model, {name: stand_ins[id(tensor)] for name, tensor in named.items()}):
         yield mode
+
+
+def _callers_autocast() -> torch.dtype | None:
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
 
 
 class _Entry(torch.nn.Module):
@@ -161,32 +202,43 @@ class _Entry(torch.nn.Module):
 
 
 def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
-    """Which dimensions of which inputs are "batch" and "sequence".
+    """Which dimensions of which inputs are "batch", "sequence" and "target_sequence".
 
     Dimension 0 of every tensor is the batch if they agree on its size (a tensor of another size
-    there is passed whole). Dimension 1 of integer tensors of rank 2 that agree is the sequence.
+    there is passed whole). Dimension 1 of integer tensors of rank 2 that agree is the sequence;
+    labels and inputs of a decoder may agree on another length.
     """
     sizes = [value.shape[0] for value in named.values() if value.ndim]
     result: dict[str, dict[int, str]] = {}
     if not sizes:
         return result
     batch = max(set(sizes), key=lambda size: (sizes.count(size), -sizes.index(size)))
-    tokens = [v for v in named.values() if v.ndim == 2 and not v.dtype.is_floating_point]
-    sequence = tokens[0].shape[1] if tokens and tokens[0].shape[0] == batch else None
+    lengths: dict[int, str] = {}
+    tokens = {
+        key: value.shape[1]
+        for key, value in named.items()
+        if value.ndim == 2 and value.shape[0] == batch and not value.dtype.is_floating_point
+    }
+    for key in sorted(tokens, key=_is_target):
+        if not lengths:
+            lengths[tokens[key]] = "sequence"
+        elif len(lengths) == 1 and _is_target(key):
+            lengths.setdefault(tokens[key], "target_sequence")
     for key, value in named.items():
-        dims: dict[int, str] = {}
         if value.ndim and value.shape[0] == batch:
-            dims[0] = "batch"
-            if value.ndim == 2 and not value.dtype.is_floating_point and value.shape[1] == sequence:
-                dims[1] = "sequence"
-        if dims:
-            result[key] = dims
+            result[key] = {0: "batch"}
+            if key in tokens and tokens[key] in lengths:
+                result[key][1] = lengths[tokens[key]]
     return result
 
 
-def _widened(value: torch.Tensor, dims: dict[int, str]) -> torch.Tensor:
+def _is_target(key: str) -> bool:
+    return key == "labels" or key.startswith("decoder_")
+
+
+def _stand_in(value: torch.Tensor, dynamic: Mapping[int, Any]) -> torch.Tensor:
     # Export specialises on sizes 0 and 1, and merges inputs that are the same object.
-    shape = [max(2, size) if index in dims else size for index, size in enumerate(value.shape)]
+    shape = [max(2, size) if index in dynamic else size for index, size in enumerate(value.shape)]
     return torch.zeros(shape, dtype=value.dtype)
 
 
@@ -215,46 +267,15 @@ def _refine(error: Exception, ranges: dict[str, tuple[int, int] | None]) -> dict
     return result
 
 
-def _capture_error(model: torch.nn.Module, error: Exception) -> CaptureError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "rpcompile" not in frame.filename
-    ]
-    place = ""
-    if frames:
-        last = frames[-1]
-        place = f"\n  at {last.filename}:{last.lineno} in {last.name}: {last.line}"
-    return CaptureError(
-        f"{type(model).__name__} cannot be captured by torch.export: {type(error).__name__}: {first}{place}\n"
-        f"  {_remedy(str(error))}"
-    )
-
-
-def _remedy(text: str) -> str:
-    if "grouped_mm" in text or "experts" in text:
-        return "Mixture-of-experts models: load with experts_implementation='grouped_mm'."
-    if "data-dependent" in text or "GuardOnDataDependent" in text or "Unbacked" in text or ".item()" in text:
-        return (
-            "The forward branches on tensor values. Make the branch independent of data (torch.where, "
-            "a flag on the module), or move that code out of forward."
-        )
-    return (
-        "Make that line traceable: no branches on tensor values, no numpy or .item(), no Python side "
-        "effects; torch.export.export(model, args, strict=False) alone shows the full report."
-    )
-
-
 # ------------------------------------------------------------------- ExportedProgram -> Capture
 
 
 def _to_capture(
     model: torch.nn.Module,
     exported: torch.export.ExportedProgram,
-    values: dict[str, Any],
     symbols: dict[str, dict[int, str]],
     named: Mapping[str, Any],
+    autocast: torch.dtype | None,
 ) -> Capture:
     signature = exported.graph_signature
     _strip_entry(exported.graph_module)
@@ -288,7 +309,7 @@ def _to_capture(
                 constants[names[0]] = constant
         else:
             raise UnsupportedModel(f"{type(model).__name__} has an input of kind {spec.kind.name}: {name}")
-    inputs, ranges, symbol_text = _inputs(user, placeholders, values, symbols, exported)
+    inputs, ranges, symbol_text = _inputs(user, placeholders, list(named), symbols, exported)
     sizes = {
         symbol: named[key].shape[dim]
         for key, dims in symbols.items()
@@ -310,8 +331,9 @@ def _to_capture(
         example_sizes=sizes,
         tied=tuple(sorted({spec.aliases for spec in parameters if len(spec.aliases) > 1})),
         mutations={},
-        fingerprint=_fingerprint(parameters, buffers, inputs, module.graph),
+        fingerprint=_fingerprint(parameters, buffers, inputs, module.graph, autocast),
         output_spec=exported.call_spec.out_spec,
+        autocast=autocast,
     )
 
 
@@ -329,14 +351,14 @@ def _strip_entry(module: torch.fx.GraphModule) -> None:
 def _inputs(
     user: list[str],
     placeholders: dict[str, torch.fx.Node],
-    values: dict[str, Any],
+    keys: list[str],
     symbols: dict[str, dict[int, str]],
     exported: torch.export.ExportedProgram,
 ) -> tuple[tuple[InputSpec, ...], dict[str, tuple[int, int]], dict[str, str]]:
     specs: list[InputSpec] = []
     ranges: dict[str, tuple[int, int]] = {}
     symbol_text: dict[str, str] = {}
-    for placeholder, key in zip(user, values, strict=True):
+    for placeholder, key in zip(user, keys, strict=True):
         value = placeholders[placeholder].meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
@@ -392,8 +414,9 @@ def _fingerprint(
     buffers: list[TensorSpec],
     inputs: tuple[InputSpec, ...],
     graph: torch.fx.Graph,
+    autocast: torch.dtype | None,
 ) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(autocast).encode() if autocast else b"")
     for spec in (*parameters, *buffers):
         digest.update(repr((spec.name, spec.shape, spec.dtype, spec.trainable)).encode())
     digest.update(repr([(spec.name, spec.dtype, len(spec.shape)) for spec in inputs]).encode())

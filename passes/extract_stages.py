@@ -74,6 +74,7 @@ class ExtractStages:
             outputs=outputs,
             emits=emits,
             gradients_in=last.boundary_gradients if stage.kind is StageKind.B else (),
+            autocast=self.capture.autocast,
         )
 
     def _emits(self, stage: Stage, saved: set[int]) -> dict[int, tuple[str, ...]]:

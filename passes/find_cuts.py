@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,16 +39,21 @@ class FindCuts:
     place is alive before and changed after it. Nodes that depend on no parameter, no random number
     and no floating-point input are computed again in every stage and never cross.
 
-    Of the legal cuts those are kept that are narrow: no wider than their neighbours, taking the
-    narrowest between two operators that do real work. A segment that then holds more than
-    `largest_share` of the parameters is divided further where that is less than twice as wide
-    as its ends.
+    Of the legal cuts the narrowest between two operators that do real work are considered. Bumps
+    among them, cuts wider than the nearest ones on both sides (inside an MLP, say), are left out, the
+    widest first, unless the segment would then hold more than `largest_bump` operators with weights:
+    what is wide over a long stretch, as between the two halves of a UNet or in a decoder that reads
+    an encoder, is divided all the same. A segment that then holds more than `largest_share` of the
+    parameters is divided further where that is less than twice as wide as its ends.
 
     Options:
         largest_share: Share of the model's parameters above which a segment is divided further.
+        largest_bump: Number of operators with weights above which a segment is never made by
+            leaving out wide cuts.
     """
 
     largest_share: float = 1 / 16
+    largest_bump: int = 16
     name = "find-cuts"
 
     def run(self, capture: Capture) -> Capture:
@@ -75,14 +81,7 @@ class FindCuts:
     def _choose(self, graph: _Liveness) -> list[int]:
         candidates = graph.narrowest_between_work()
         widths = {position: graph.width(position) for position in candidates}
-        kept, before = candidates, []
-        while kept != before:
-            before = kept
-            kept = [
-                position
-                for index, position in enumerate(before)
-                if all(widths[position] <= widths[other] for other in before[max(0, index - 1) : index + 2])
-            ]
+        kept = self._without_bumps(graph, candidates, widths)
         total = max(1, graph.weight(0, len(graph.order)))
         bounds = [0, *kept, len(graph.order)]
         chosen: list[int] = []
@@ -91,6 +90,23 @@ class FindCuts:
             chosen += self._divide(graph, widths, inner, start, end, total)
             chosen.append(end)
         return chosen[:-1]
+
+    def _without_bumps(self, graph: _Liveness, candidates: list[int], widths: dict[int, int]) -> list[int]:
+        kept = candidates
+        for width in sorted(set(widths.values()), reverse=True):
+            runs = [list(run) for _, run in itertools.groupby(kept, key=widths.__getitem__)]
+            remaining: list[int] = []
+            for index, run in enumerate(runs):
+                # Before the first candidate lies the model's input, which no cut can make narrower.
+                before = widths[runs[index - 1][0]] if index else math.inf
+                after = widths[runs[index + 1][0]] if index + 1 < len(runs) else 0
+                start = runs[index - 1][-1] if index else 0
+                end = runs[index + 1][0] if index + 1 < len(runs) else len(graph.order)
+                is_bump = widths[run[0]] == width and before < width > after
+                if not is_bump or graph.weighted(start, end) > self.largest_bump:
+                    remaining += run
+            kept = remaining
+        return kept
 
     def _divide(
         self, graph: _Liveness, widths: dict[int, int], inner: list[int], start: int, end: int, total: int
@@ -213,8 +229,9 @@ class _Liveness:
         return sum(bytes_hint(node) for node in self._crossing[position])
 
     def _works(self, node: Node) -> bool:
-        if node.target in _CONTRACTIONS:
-            return True
+        return node.target in _CONTRACTIONS or self._reads_weight(node)
+
+    def _reads_weight(self, node: Node) -> bool:
         return any(arg.name in self._parameters and value_of(arg).ndim >= 2 for arg in node.all_input_nodes)
 
     def narrowest_between_work(self) -> list[int]:
@@ -226,6 +243,10 @@ class _Liveness:
             if legal:
                 result.append(min(legal, key=lambda position: (self.width(position), -position)))
         return result
+
+    def weighted(self, start: int, end: int) -> int:
+        """How many of the nodes in [start, end) read a weight of two dimensions or more."""
+        return sum(self._reads_weight(node) for node in self.order[start:end])
 
     def weight(self, start: int, end: int) -> int:
         """Elements of the parameters that the nodes in [start, end) read."""

@@ -70,9 +70,11 @@ class Compiled:
 
         Raises:
             BatchError: The batch does not fit what was compiled.
+            InvalidArgument: It is called under another autocast than the model was compiled under.
             ExecutionError: An instruction failed; the model, its gradients and buffers are unchanged.
         """
         capture = self.program.capture
+        _check_autocast(capture)
         batch = batches.named_batch(capture, args, kwargs)
         parts = batches.split_batch(capture, batch, self.plan.microbatches)
         summed = "num_items_in_batch" in batch
@@ -115,6 +117,7 @@ class Compiled:
             that the model makes before its last segment (hidden states) are None.
         """
         capture = self.program.capture
+        _check_autocast(capture)
         batch = batches.named_batch(capture, args, kwargs)
         sizes = [
             batch[spec.name].shape[spec.batch_dim] for spec in capture.inputs if spec.batch_dim is not None
@@ -188,3 +191,13 @@ def _microbatches(capture: Capture, parts: list[Tensors], scale: float) -> list[
         Microbatch(stream_seed(seed, index), batches.microbatch_sizes(capture, part), scale)
         for index, part in enumerate(parts)
     ]
+
+
+def _check_autocast(capture: Capture) -> None:
+    """Stages run under the autocast that was on at compile time; another one now would be ignored."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != capture.autocast:
+            raise InvalidArgument(
+                f"called under autocast to {torch.get_autocast_dtype(device)}, but compiled under "
+                f"{capture.autocast or 'none'}; call rpcompile.compile under the autocast that you train with"
+            )

@@ -6,16 +6,20 @@ import os
 from pathlib import Path
 
 
-def write_in_one_step(path: Path, text: str) -> None:
-    """Writes `text`, making the folder if need be; another process sees the old file or the new one.
+def write_in_one_step(path: Path, content: bytes | str) -> None:
+    """Writes a file, making its folder; another process, or one after a crash, sees the old or the new.
 
     Raises:
         OSError: It cannot be written; nothing is left behind.
     """
+    data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(text, encoding="utf-8")
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

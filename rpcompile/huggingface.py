@@ -12,12 +12,15 @@ from unittest.mock import patch
 
 import torch
 
+from rpcompile.errors import MissingExampleInputs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
 DEFAULT_SEQUENCE = 2048
+DEFAULT_IMAGE = 224
 
 
 def base_model(model: nn.Module) -> nn.Module | None:
@@ -30,27 +33,52 @@ def base_model(model: nn.Module) -> nn.Module | None:
 
 
 def infer_example_inputs(model: nn.Module, batch: int) -> dict[str, torch.Tensor] | None:
-    """Example `input_ids` and `labels` for a token model, None where that cannot be told.
+    """Example inputs of a language model or an image classifier, None where they cannot be told.
 
     Args:
         model: Any module.
-        batch: Number of sequences in the example.
+        batch: Number of sequences or images in the example.
 
     Returns:
-        int64 zeros of shape (batch, sequence), sequence being 2048 or the model's
-        longest, whichever is less; labels have shape (batch,) for sequence classification.
+        Zeros. `input_ids` of shape (batch, sequence), int64, sequence being 2048 or the model's longest,
+        whichever is less; or `pixel_values` of shape (batch, channels, height, width) in the model's dtype.
+        `labels` are int64: one a token, half as many for sequence-to-sequence models (so that the two
+        lengths may differ later), or of shape (batch,) for classification.
+
+    Raises:
+        MissingExampleInputs: The model reads text and images, whose sizes only its processor knows.
     """
-    base = base_model(model)
-    if base is None or getattr(base, "main_input_name", None) != "input_ids":
+    base: Any = base_model(model)
+    if base is None:
         return None
     architecture = type(base).__name__
-    config: Any = base.config
+    config = base.config
+    if getattr(config, "vision_config", None) is not None:
+        raise MissingExampleInputs(
+            f"{architecture} reads text and images, whose number and sizes cannot be inferred; pass one "
+            f"batch as its processor makes it: example_inputs={{'input_ids': ids, 'attention_mask': mask, "
+            f"'pixel_values': images, 'labels': labels}}"
+        )
+    classes = torch.zeros(batch, dtype=torch.long)
+    if base.main_input_name == "pixel_values" and architecture.endswith("ForImageClassification"):
+        size = getattr(config, "image_size", None) or DEFAULT_IMAGE
+        height, width = (size, size) if isinstance(size, int) else size
+        return {
+            "pixel_values": torch.zeros(batch, config.num_channels, height, width, dtype=base.dtype),
+            "labels": classes,
+        }
+    if base.main_input_name != "input_ids":
+        return None
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE
     tokens = torch.zeros(batch, min(DEFAULT_SEQUENCE, int(limit)), dtype=torch.long)
+    if config.is_encoder_decoder:
+        if architecture.endswith(("ForConditionalGeneration", "ForSeq2SeqLM")):
+            return {"input_ids": tokens, "labels": tokens[:, : tokens.shape[1] // 2].clone()}
+        return None
     if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")):
         return {"input_ids": tokens, "labels": tokens.clone()}
     if architecture.endswith("ForSequenceClassification"):
-        return {"input_ids": tokens, "labels": torch.zeros(batch, dtype=torch.long)}
+        return {"input_ids": tokens, "labels": classes}
     return None
 
 
@@ -62,6 +90,7 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
     - Without `attention_mask`, causal attention is `is_causal=True`, as in eager mode; the mask
       builder refuses that while exporting for fear that the graph will be used for decoding. A
       mask that is an input of the graph is always kept.
+    - No gradient checkpointing: stages recompute anyway.
     - Without `position_ids` the batch is not packed, so the builder need not look for packing.
       With them it looks, and the mask it makes stays in the graph.
     """
@@ -70,9 +99,35 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
             config = getattr(module, "config", None)
             if getattr(config, "use_cache", None):
                 stack.enter_context(patch.object(config, "use_cache", False))
+            if getattr(module, "gradient_checkpointing", None):
+                stack.enter_context(patch.object(module, "gradient_checkpointing", False))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None and base_model(model) is not None:
             stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
             if "position_ids" not in input_names:
                 stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda _: None))
         yield
+
+
+def remedy_for(model: nn.Module, text: str) -> str | None:
+    """What to change in a transformers model that cannot be captured, None where nothing is known.
+
+    Args:
+        text: The error, with the source lines that it passed through.
+    """
+    base: Any = base_model(model)
+    if base is None:
+        return None
+    implementation = getattr(base.config.get_text_config(), "_experts_implementation", None)
+    if "expert" in text and implementation != "grouped_mm":
+        return (
+            f"Its experts run by experts_implementation={implementation!r}, which loops over the experts "
+            f"that were hit: load or configure the model with experts_implementation='grouped_mm'."
+        )
+    if "grid_thw" in text or "grid_h" in text:
+        return (
+            "Image sizes are read from the tensor image_grid_thw, and shapes depend on them. Run the vision "
+            "tower outside the compiled module and pass it inputs_embeds, labels and position_ids, "
+            "or use a model whose images have one size (Llava)."
+        )
+    return None

@@ -111,6 +111,7 @@ class Capture:
         last_name: Name of the segment behind the last cut.
         fingerprint: Hash of parameter names, shapes, dtypes and of the graph.
         output_spec: How `outputs` are put together for the caller (a pytree spec), or None.
+        autocast: Dtype of the autocast that the graph was captured and runs under, or None.
     """
 
     graph_module: torch.fx.GraphModule
@@ -132,6 +133,7 @@ class Capture:
     cuts: tuple[Cut, ...] = ()
     last_name: str = ""
     output_spec: object = None
+    autocast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -520,6 +522,7 @@ class StageGraph:
         outputs: Names of the nodes returned.
         emits: Segment -> names of the values that cross the cut behind it.
         gradients_in: The members of the last cut's values whose gradient comes in.
+        autocast: Dtype of the autocast that the graph runs under, or None.
     """
 
     stage: Stage
@@ -535,6 +538,7 @@ class StageGraph:
     outputs: tuple[str, ...]
     emits: Mapping[int, tuple[str, ...]]
     gradients_in: tuple[str, ...]
+    autocast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
         "floor_divide remainder __and__ __or__ __xor__ lift_fresh_copy one_hot "
         "arange zeros ones full empty linspace eye scalar_tensor rand randn randint randperm bernoulli "
         "zeros_like ones_like full_like empty_like rand_like randn_like "
-        "new_zeros new_ones new_full new_empty",
+        "new_zeros new_ones new_full new_empty fill",
     ),
     ("elementwise", "self", "silu gelu abs cos sin log log1p log2 leaky_relu hardtanh hardswish hardsigmoid"),
     (
@@ -202,7 +202,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
     ("elementwise", "result", "exp exp2 expm1 tanh sigmoid sqrt rsqrt reciprocal relu"),
     ("elementwise", "self other", "maximum minimum"),
     ("elementwise", "condition", "where"),
-    ("elementwise", "mask", "masked_fill"),
+    ("elementwise", "mask", "masked_fill masked_scatter"),
     (
         "reduction",
         "",

@@ -10,7 +10,6 @@ import hashlib
 import io
 import math
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from rpcompile import stage_bytes
 from rpcompile.errors import PlanFileError, ScheduleError
+from rpcompile.files import write_in_one_step
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.trace import write_trace
@@ -108,7 +108,7 @@ class Plan:
         target = Path(path)
         data = msgspec.json.encode(_PlanFile("rpcompile.plan", VERSION, self), order="sorted")
         try:
-            _write(target, data)
+            write_in_one_step(target, data)
         except OSError as error:
             raise PlanFileError(f"{target}: cannot write the plan: {error.strerror}") from error
 
@@ -147,20 +147,6 @@ class _Header(msgspec.Struct):
 
 
 # ------------------------------------------------------------------- the file
-
-
-def _write(target: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _decode(source: Path, data: bytes) -> Plan:

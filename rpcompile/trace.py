@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcompile import buffers
 from rpcompile.errors import ScheduleError
+from rpcompile.files import write_in_one_step
 from rpcompile.ir import ActionId, Op, Stream
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
     from rpcompile.ir import Action, Schedule
@@ -56,13 +57,7 @@ def write_trace(schedule: Schedule, timeline: Timeline, path: str | os.PathLike[
             "bubble": timeline.bubble,
         },
     }
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(trace, allow_nan=False), encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_in_one_step(Path(path), json.dumps(trace, allow_nan=False))
 
 
 def _ticks(seconds: float) -> int:

@@ -28,7 +28,8 @@ class Case:
     batch: dict[str, torch.Tensor]
 
 
-def _tokens() -> dict[str, torch.Tensor]:
+def tokens() -> dict[str, torch.Tensor]:
+    """Random tokens; the first three of each row are not predicted."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
     labels = ids.clone()
@@ -56,7 +57,7 @@ def qwen3_config(layers: int = 3) -> Any:
 def qwen3() -> Case:
     from transformers import Qwen3ForCausalLM
 
-    return Case(Qwen3ForCausalLM(qwen3_config()), _tokens())
+    return Case(Qwen3ForCausalLM(qwen3_config()), tokens())
 
 
 def gpt2() -> Case:
@@ -72,7 +73,7 @@ def gpt2() -> Case:
         eos_token_id=1,
         loss_type="ForCausalLMLoss",
     )
-    return Case(GPT2LMHeadModel(config), _tokens())
+    return Case(GPT2LMHeadModel(config), tokens())
 
 
 def bert() -> Case:
@@ -86,7 +87,7 @@ def bert() -> Case:
         intermediate_size=64,
         max_position_embeddings=64,
     )
-    batch = _tokens()
+    batch = tokens()
     mask = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
     mask[:, -2:] = 0
     mask[0, 4:] = 0
@@ -107,7 +108,7 @@ def lora() -> Case:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would make half of the gradients zero
             parameter.data.normal_(0, 0.1, generator=generator)
-    return Case(model, _tokens())
+    return Case(model, tokens())
 
 
 class TinyUNet(nn.Module):
@@ -178,8 +179,13 @@ FAMILIES: dict[str, Callable[[], Case]] = {
 
 def make(family: str) -> Case:
     """The family's case with weights that depend on nothing else, in training mode."""
+    return build(FAMILIES[family])
+
+
+def build(factory: Callable[[], Case]) -> Case:
+    """A case with weights that depend on nothing else, in training mode."""
     torch.manual_seed(0)
-    case = FAMILIES[family]()
+    case = factory()
     case.model.train()
     # A key-value cache copies keys and values into another memory layout, which the matrix kernels
     # round differently; the captured graph has no cache, so neither has what it is compared with.

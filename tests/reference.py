@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from rpcompile.random_streams import stream_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -61,15 +61,19 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 def forward_backward(
-    model: nn.Module, batch: dict[str, torch.Tensor], microbatches: int, random: bool
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    microbatches: int,
+    random: bool,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> torch.Tensor:
-    """The usual accumulation loop: `(loss / n).backward()` a microbatch."""
+    """The usual accumulation loop: `(loss / n).backward()` a microbatch, the forward under `context`."""
     seed = draw_seed() if random else 0
     total = torch.zeros(())
     with kept_generator():
         for index in range(microbatches):
             part = {name: value.chunk(microbatches)[index] for name, value in batch.items()}
-            with Reseed(stream_seed(seed, index)):
+            with Reseed(stream_seed(seed, index)), context():
                 loss = loss_of(model(**part)) / microbatches
             loss.backward()
             total += loss.detach()

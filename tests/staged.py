@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
 import torch
 
 from rpcompile.ir import Capture, Hardware, Partition, Segment, SegmentChain, Stage, StageKind
@@ -12,6 +17,12 @@ from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.random_streams import stream_seed
 from rpcompile.runtime import batches
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
+from tests import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.models import Case
 
 
 def capture(model: torch.nn.Module, batch: dict[str, torch.Tensor], microbatches: int = 4) -> Capture:
@@ -132,3 +143,59 @@ def forward_backward(
                 for name in graph.mutated & segment.keys():
                     host[name].copy_(segment[name])
     return total
+
+
+def check_parity(
+    case: Case, partitions: int, context: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Capture:
+    """Asserts that loss, gradients and buffers equal plain PyTorch's for random partitions.
+
+    Args:
+        case: A model, which is left without gradients, and its batch.
+        partitions: How many partitions are drawn.
+        context: What the plain forward and the capture run under, e.g. autocast.
+
+    Returns:
+        The capture.
+    """
+    plain = copy.deepcopy(case.model)
+    torch.manual_seed(11)
+    expected = reference.forward_backward(plain, case.batch, 4, random=True, context=context)
+    with context():
+        captured = capture(case.model, case.batch)
+    chain = free_chain(captured)
+    choices = random.Random(0)
+    count = len(chain.segments)
+    for _ in range(partitions):
+        tail = choices.randrange(1, count)
+        cuts = [set(choices.sample(range(count), choices.randrange(count))) for _ in range(2)]
+        stages = partition(chain.first_backward, count, tail, *cuts)
+        model = copy.deepcopy(case.model)
+        torch.manual_seed(11)
+        loss = forward_backward(model, captured, chain, stages, case.batch, 4, reference.draw_seed())
+        assert torch.equal(loss, expected), (loss, expected)
+        _compare(model, plain)
+    return captured
+
+
+def _tied(model: torch.nn.Module) -> set[str]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _compare(model: torch.nn.Module, plain: torch.nn.Module) -> None:
+    tied = _tied(plain)
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        if theirs.grad is None:
+            assert mine.grad is None, name
+        elif name in tied:
+            # The uses of a tied weight lie in different stages. Plain PyTorch adds their gradients microbatch
+            # by microbatch, stages add them once at the end: another order of the same sum.
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+        else:
+            assert mine.grad is not None, name
+            assert torch.equal(mine.grad, theirs.grad), name
+    for (name, mine), (_, theirs) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(mine, theirs), name

@@ -26,7 +26,7 @@ from rpcompile.errors import (
     StageTooLarge,
     UnsupportedModel,
 )
-from tests import models
+from tests import models, reference
 from tests.test_capture import Branching
 
 QUICK = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
@@ -201,9 +201,12 @@ def test_corrupted_plan_file(tmp_path: Path) -> None:
 
 def test_plan_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     compiled, _ = compiled_mlp()
-    with pytest.raises(PlanFileError):
-        compiled.plan.save(tmp_path / "missing" / "plan.json")
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        PlanFileError, match=r"file/plan\.json: cannot write the plan: (Not a directory|File exists)"
+    ):
+        compiled.plan.save(tmp_path / "file" / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ------------------------------------------------------------------- failures
@@ -305,3 +308,20 @@ def test_tight_memory_gives_a_plan_that_fits_or_names_the_segment() -> None:
         StageTooLarge, match=r"needs .* for one microbatch of batch=2, sequence=12 but slow has"
     ):
         rpcompile.compile(case.model, example_inputs=case.batch, **{**QUICK, "gpu": none})
+
+
+def test_stages_run_under_the_autocast_of_compile_time_and_no_other() -> None:
+    case = models.make("mlp")
+    plain = copy.deepcopy(case.model)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        compiled = rpcompile.compile(case.model, example_inputs=case.batch, **QUICK)
+        expected = reference.forward_backward(plain, case.batch, 4, random=False)
+    assert compiled.forward_backward(**case.batch) == expected
+    for mine, theirs in zip(case.model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    without, case = compiled_mlp()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InvalidArgument, match=r"autocast to torch.bfloat16, but compiled under none"),
+    ):
+        without.forward_backward(**case.batch)

@@ -139,6 +139,44 @@ def test_growing_widths_are_divided_by_share_of_parameters() -> None:
     assert [cut.name for cut in captured.cuts] == ["layers.0", "layers.1"]
 
 
+class Skip(nn.Module):
+    """Layers between whose ends one tensor skips."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.inner = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = hidden = self.first(x)
+        for layer in self.inner:
+            hidden = layer(hidden).relu()
+        return self.last(hidden + skip).sum()
+
+
+@pytest.mark.parametrize(
+    ("layers", "largest_bump", "widths"),
+    [(6, 6, [1, 1]), (6, 5, [1, *[2] * 5, 1]), (20, 16, [1, *[2] * 19, 1]), (20, 20, [1, 1])],
+)
+def test_a_bump_is_left_out_unless_it_is_long(layers: int, largest_bump: int, widths: list[int]) -> None:
+    raw = CaptureGraph(ExampleInputs.of(torch.zeros(4, 8))).run(Skip(layers))
+    captured = FindCuts(largest_share=1.0, largest_bump=largest_bump).run(CanonicalizeGraph().run(raw))
+    assert [len(cut.values) for cut in captured.cuts] == widths
+
+
+def test_setting_a_parameter_to_itself_is_dropped() -> None:
+    class Sets(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.set_(self.weight)
+            return super().forward(x).sum()
+
+    model = Sets(4, 4)
+    model.weight.requires_grad_(False)
+    captured = staged.capture(model, {"x": torch.zeros(8, 4)})
+    assert not any("set_" in target for target in targets(captured))
+
+
 def test_fingerprint_depends_on_structure_not_on_weights() -> None:
     first, second = models.make("mlp"), models.make("mlp")
     with torch.no_grad():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -132,14 +133,19 @@ class StageRunner:
             weights[name] if keep_state or name not in graph.mutated else weights[name].clone()
             for name in graph.buffers
         ]
-        arguments = (
+        arguments: tuple[Any, ...] = (
             *(weights[name] for name in graph.parameters),
             *buffers,
             *(inputs[name] for name in graph.inputs),
             *(microbatch.sizes[name] for name in graph.sizes),
             *(values[name] for name in graph.values),
         )
-        with microbatch_seed(microbatch.seed):
+        autocast = nullcontext()
+        if graph.autocast is not None:
+            device = next((item.device.type for item in arguments if isinstance(item, torch.Tensor)), "cpu")
+            # The cache would keep casts of weights that the next job overwrites.
+            autocast = torch.autocast(device, graph.autocast, cache_enabled=False)
+        with microbatch_seed(microbatch.seed), autocast:
             outputs = graph.graph_module(*arguments)
         return dict(zip(graph.outputs, outputs, strict=True))
 

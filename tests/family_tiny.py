@@ -1,0 +1,197 @@
+"""Tiny members of each model family, each with a batch of eight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import transformers
+
+from tests.models import BATCH, SEQUENCE, VOCABULARY, Case, tokens
+from tests.unet import DiffusionUNet
+
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def causal(kind: str, **options: Any) -> Case:
+    """A decoder of transformers, e.g. kind="Qwen3"."""
+    text = "Text" if kind == "Gemma3" else ""
+    config = getattr(transformers, f"{kind}{text}Config")(**{**DECODER, **options})
+    return Case(getattr(transformers, f"{kind}ForCausalLM")(config), tokens())
+
+
+def padded(case: Case) -> Case:
+    """The case with its rows cut to different lengths by an attention mask; padding on the right."""
+    lengths = torch.arange(BATCH) % 4 + SEQUENCE - 4
+    mask = (torch.arange(SEQUENCE) < lengths[:, None]).long()
+    labels = case.batch["labels"].masked_fill(mask == 0, -100)
+    return Case(case.model, {**case.batch, "attention_mask": mask, "labels": labels})
+
+
+def packed(case: Case) -> Case:
+    """The case with two sequences a row, told apart by position ids that start again."""
+    positions = torch.cat([torch.arange(5), torch.arange(SEQUENCE - 5)]).expand(BATCH, -1).clone()
+    return Case(case.model, {**case.batch, "position_ids": positions})
+
+
+def lora(case: Case, modules: list[str], dropout: float = 0.1, **options: Any) -> Case:
+    """The case under LoRA with dropout, B matrices not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=modules, lora_dropout=dropout, task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(case.model, config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return Case(model, case.batch)
+
+
+def checkpointed(case: Case, use_reentrant: bool) -> Case:
+    """The case with gradient checkpointing switched on."""
+    options = {"use_reentrant": use_reentrant}
+    case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    return case
+
+
+def moe(**options: Any) -> Case:
+    return causal("Qwen3Moe", num_experts=4, experts_implementation="grouped_mm", **EXPERTS, **options)
+
+
+def t5() -> Case:
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    batch = tokens()
+    return Case(
+        transformers.T5ForConditionalGeneration(config),
+        {**batch, "labels": batch["labels"][:, 4:].contiguous()},
+    )
+
+
+def _images(size: int, labels: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "pixel_values": torch.randn(BATCH, 3, size, size, generator=generator),
+        "labels": torch.randint(0, labels, (BATCH,), generator=generator),
+    }
+
+
+def vit() -> Case:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+        hidden_dropout_prob=0.1,
+    )
+    return Case(transformers.ViTForImageClassification(config), _images(16, 5))
+
+
+def resnet() -> Case:
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[2, 2],
+        layer_type="basic",
+        num_labels=5,
+    )
+    return Case(transformers.ResNetForImageClassification(config), _images(16, 5))
+
+
+def unet() -> Case:
+    generator = torch.Generator().manual_seed(5)
+    images, noise = torch.randn(2, BATCH, 3, 8, 8, generator=generator)
+    timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
+    model = DiffusionUNet((8, 16), blocks=1, heads=2, dropout=0.1)
+    return Case(model, {"x": images, "timesteps": timesteps, "noise": noise})
+
+
+def llava() -> Case:
+    """One image of four tokens at the beginning of each row."""
+    image_token = 5
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**DECODER),
+        image_token_index=image_token,
+        image_seq_length=4,
+    )
+    batch = tokens()
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == image_token, image_token + 1)
+    ids[:, :4] = image_token
+    images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    model = transformers.LlavaForConditionalGeneration(config)
+    return Case(model, {**batch, "input_ids": ids, "pixel_values": images})
+
+
+def qwen_vl() -> Case:
+    """Qwen2.5-VL with one image of 4 x 4 patches, two by two merged, in each row."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "patch_size": 4,
+        "window_size": 16,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision, text_config={**DECODER, "rope_parameters": rope}, image_token_id=5
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    patches = torch.zeros(BATCH * 16, 3 * 2 * 4 * 4)
+    grid = torch.tensor([[1, 4, 4]] * BATCH)
+    return Case(model, {**tokens(), "pixel_values": patches, "image_grid_thw": grid})
+
+
+def mamba() -> Case:
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4
+    )
+    return Case(transformers.MambaForCausalLM(config), tokens())
