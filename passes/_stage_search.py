@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rpcompile.round_robin_time import StageCost, StageCosts
 
 _STARTS = 6
-_STAGES_PER_S = 300_000  # stages of moves that are tried in about a second
-# As parts of the iteration time; a segment more or less in a stage changes it by about 3e-3.
-_HOT, _COLD = 1.5e-3, 5e-5
+_STAGES_PER_S = 600_000  # stages that are priced in about a second
+# Worse by how much of the iteration time, times the number of stages, is accepted at first and at last.
+_HOT, _COLD = 0.3, 0.005
 
 
 class Candidate(NamedTuple):
@@ -58,7 +58,7 @@ class StageSearch:
         """The best partition found; its `excess_bytes` is 0 unless none was found that fits.
 
         Args:
-            effort: Work to do, in about a second each; counted in moves, so the result is repeatable.
+            effort: Work to do, in about a second each; counted, not timed, so the result is repeatable.
         """
         best: dict[int, Candidate] = {}
         for candidate in map(self.rate, self._greedy()):
@@ -76,8 +76,8 @@ class StageSearch:
     def rate(self, cuts: tuple[int, ...]) -> Candidate:
         """Price the stages between the cuts."""
         costs = [self.cost(run) for run in pairwise(cuts)]
-        excess = max(self.costs.resident_bytes(cuts, costs)) - self.limit_bytes
-        return Candidate(max(0, excess), self.costs.iteration_s(costs), cuts)
+        excess = self.costs.excess_bytes(cuts, costs, self.limit_bytes)
+        return Candidate(excess, self.costs.iteration_s(costs), cuts)
 
     def cost(self, run: tuple[int, int]) -> StageCost:
         """Price the stage of a run of the line."""
@@ -94,17 +94,19 @@ class StageSearch:
     # ------------------------------------------------------------------ greedy
 
     def _greedy(self) -> set[tuple[int, ...]]:
-        """Stages up to a cap in seconds; the cap grows from both ends of the line towards the middle."""
+        """Stages up to a cap in seconds, which grows from both ends of the line towards the middle."""
         total_s = sum(self.cost((u, u + 1)).compute_s for u in range(self.line))
+        gpus = self.costs.gpus
+        ramps = [[], *([(i + 1) / k for i in range(k)] for k in (gpus, 2 * gpus, 3 * gpus))]
+        ramps += [[start * growth**i for i in range(8)] for start, growth in ((0.25, 1.25), (0.0625, 1.6))]
         found = {self.finest()}
-        counts = range(1, min(self.line, 12 * self.costs.gpus) + 1)
-        shapes = [(1.0, 1.0), *product((1.25, 1.6), (0.25, 0.0625))]
-        for count, (growth, start), fused_part in product(counts, shapes, (1.0, 0.5)):
+        for count, fused_part in product(range(1, min(self.line, 12 * gpus) + 1), (1.0, 0.5)):
             cap_s = total_s / count * 1.0001
             fused = self._fuse(cap_s * fused_part)
-            up = self._pack(0, fused[0], cap_s, cap_s * start, growth)
-            down = self._pack(self.line, fused[1], cap_s, cap_s * start, growth)
-            found.add(tuple(sorted({*up, *fused, *down})))
+            for ramp in ramps:
+                caps_s = [cap_s * min(1.0, part) for part in ramp] + [cap_s]
+                up, down = self._pack(0, fused[0], caps_s), self._pack(self.line, fused[1], caps_s)
+                found.add(tuple(sorted({*up, *fused, *down})))
         return found
 
     def _fuse(self, cap_s: float) -> tuple[int, int]:
@@ -116,15 +118,13 @@ class StageSearch:
             begin -= 1
         return begin, self._mirror(begin)
 
-    def _pack(self, outer: int, inner: int, cap_s: float, first_cap_s: float, growth: float) -> list[int]:
-        """Cuts from `outer` towards `inner`, the latter left out."""
+    def _pack(self, outer: int, inner: int, caps_s: list[float]) -> list[int]:
+        """Cuts from `outer` towards `inner`, the latter left out; the last cap holds from then on."""
         cuts, step = [outer], 1 if inner > outer else -1
-        now_s = first_cap_s
         for position in range(outer + step, inner, step):
             begin, end = sorted((cuts[-1], position + step))
-            if not self._fits((begin, end), now_s):
+            if not self._fits((begin, end), caps_s[min(len(cuts), len(caps_s)) - 1]):
                 cuts.append(position)
-                now_s = min(cap_s, now_s * growth)
         return cuts
 
     def _fits(self, run: tuple[int, int], cap_s: float) -> bool:
@@ -138,12 +138,13 @@ class StageSearch:
         """Move, add and remove cuts; worse partitions are accepted ever more rarely."""
         best = now = start
         moves = min(100 * self.line, int(effort * _STAGES_PER_S / _STARTS / len(start.cuts)))
+        first_s = start.iteration_s * _HOT / len(start.cuts)
         for move in range(moves):
             cuts = self._neighbour(now.cuts, rng)
             if cuts == now.cuts:
                 continue
             then = self.rate(cuts)
-            temperature_s = start.iteration_s * _HOT * (_COLD / _HOT) ** (move / moves)
+            temperature_s = first_s * (_COLD / _HOT) ** (move / moves)
             worse_s = self._energy_s(then) - self._energy_s(now)
             if worse_s <= temperature_s * rng.expovariate(1.0):
                 now = then
@@ -161,8 +162,12 @@ class StageSearch:
         inner = set(cuts)
         if kind < 0.1 and not forward_only:
             begin = min(max(0, begin + step), self.segments - 1)
-        elif kind < 0.35:
+        elif kind < 0.3:
             inner ^= {rng.randrange(self.line)}
+        elif kind < 0.6:
+            index = rng.randrange(len(cuts))
+            shifted = set(cuts[index : index + rng.randrange(1, 7)])
+            inner = (inner - shifted) | {cut + step for cut in shifted}
         else:
             cut = rng.choice(cuts)
             inner ^= {cut, cut + step}

@@ -45,7 +45,7 @@ class PartitionStages:
         microbatches: Number of microbatches, M; each job runs all of them.
         memory_limit_bytes: What may be used on each GPU, by the rules of
             `StageCosts.resident_bytes`; None for `chain.hardware.usable_bytes`.
-        time_limit_s: Limit of CP-SAT's wall time; the search before it works for about as long.
+        time_limit_s: Limit of CP-SAT's wall time; the search before it works for about half as long.
         seed: Of the search and of CP-SAT. The same seed gives the same stages, unless the wall clock
             ends CP-SAT (see `StageModel.solve`).
         mode: "sync" to train, "forward" to evaluate.
@@ -77,7 +77,7 @@ class PartitionStages:
 
         line = n if self.mode == "forward" else 2 * n - chain.first_backward
         search = StageSearch(costs, line, limit, self.seed)
-        best, answer = self._improve(search, search.run(effort=self.time_limit_s))
+        best, answer = self._improve(search, search.run(effort=self.time_limit_s / 2))
         if best.excess_bytes:
             raise self._nothing_fits(search, answer.status)
         return Partition(

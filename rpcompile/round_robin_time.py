@@ -225,6 +225,17 @@ class StageCosts:
             )
         return found
 
+    def excess_bytes(self, cuts: Sequence[int], costs: Sequence[StageCost], limit_bytes: int) -> int:
+        """How far the largest of `resident_bytes` is over a limit."""
+        # Most partitions fit even if every largest figure came together, which is quick to see.
+        largest = StageCost(*map(max, zip(*costs, strict=True)))
+        together = largest.memory_bytes + max(largest.weight_bytes, largest.lingering_bytes)
+        together += largest.gradient_bytes + largest.load_bytes + largest.store_bytes
+        together += (self.sets + 1) * sum(self._kept_bytes(cuts).values())
+        if together <= limit_bytes:
+            return 0
+        return max(0, max(self.resident_bytes(cuts, costs)) - limit_bytes)
+
     def _kept_bytes(self, cuts: Sequence[int]) -> dict[int, int]:
         """By forward job, the boundaries inside its stage from which a backward stage recomputes."""
         n = len(self.chain.segments)
