@@ -180,8 +180,8 @@ def _schedule(
 ) -> tuple[Partition, Schedule, Timeline]:
     """Stages and schedule whose simulated peak fits.
 
-    The partition counts one copy of what a job needs; the schedule overlaps the copies of two. Where
-    that exceeds the memory, the partition is made again for less.
+    The partition is held to a bound on what its schedule takes. Should the simulated peak exceed the
+    memory all the same, the partition is made again for less.
     """
     usable, excess = chain.hardware.usable_bytes, 0
     for share in _MEMORY_SHARES:
