@@ -27,13 +27,14 @@ from rpcompile.ir import Capture, Hardware, Partition, Program, Schedule, Segmen
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs, symbol_dims
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.lower_to_program import LowerToProgram
 from rpcompile.passes.partition_stages import PartitionStages
-from rpcompile.passes.schedule_round_robin import ScheduleRoundRobin
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.batches import largest_divisor
 from rpcompile.runtime.engine import Engine
@@ -200,7 +201,8 @@ def _schedule(
             if excess:
                 break
             raise
-        schedule = ScheduleRoundRobin(chain, options.gpus, options.microbatches, mode).run(partition)
+        dispatch = DispatchRoundRobin(options.gpus, options.microbatches).run(partition)
+        schedule = LayOutDispatch(chain, partition, mode).run(dispatch)
         for step in (InsertTransfers(chain), InsertEventWaits()):
             _announce(bar, step.name)
             schedule = step.run(schedule)
