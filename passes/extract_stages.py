@@ -112,8 +112,10 @@ class ExtractStages:
         streams = {name: number for number, name in enumerate(self.capture.random)}
         graph = Graph()
         copies: dict[str, Node] = {}
+        originals = {node.name: node for node in self.capture.graph_module.graph.nodes}
         for name in [*(n for n in self._placeholder_order() if n in used), *values]:
             copies[name] = graph.placeholder(name)
+            copies[name].meta = dict(originals[name].meta)
         for node in nodes:
             copies[node.name] = graph.node_copy(node, lambda arg: copies[arg.name])
             if is_random(node):

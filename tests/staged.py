@@ -22,6 +22,7 @@ from tests import reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rpcompile.ir import StageGraph
     from tests.models import Case
 
 
@@ -101,8 +102,9 @@ def forward_backward(
     batch: dict[str, torch.Tensor],
     microbatches: int,
     seed: int,
+    rewrite: Callable[[StageGraph], StageGraph] = lambda graph: graph,
 ) -> torch.Tensor:
-    """Loss; gradients are left in `.grad`, changed buffers in the model."""
+    """Loss; gradients are left in `.grad`, changed buffers in the model. Stages are rewritten first."""
     extract = ExtractStages(captured, chain)
     weights, _ = extract.segment_tensors()
     host = {
@@ -118,7 +120,7 @@ def forward_backward(
     saved: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
     incoming: list[dict[str, torch.Tensor]] = [{} for _ in parts]
     total = torch.zeros(())
-    for graph in extract.run(stages):
+    for graph in map(rewrite, extract.run(stages)):
         runner = StageRunner(graph, captured.outputs[0])
         stage = graph.stage
         names = list(dict.fromkeys(name for segment in stage.segments for name in weights[segment]))

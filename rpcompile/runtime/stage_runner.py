@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpcompile.random_streams import microbatch_seed
+from rpcompile.tiling import expected_loss_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,7 +86,7 @@ class StageRunner:
     ) -> tuple[torch.Tensor, Tensors]:
         """Forward, loss and backward at once; returns the detached loss and as `backward` does."""
         named, leaves, incoming = self._prepare(weights, values)
-        with torch.enable_grad():
+        with torch.enable_grad(), expected_loss_gradient(microbatch.loss_scale):
             outputs = self._call(named, inputs, incoming, microbatch, keep_state=True)
         loss = outputs.pop(self._loss)
         del outputs
