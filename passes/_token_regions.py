@@ -7,14 +7,15 @@ be put side by side. Views that merge tokens with something else at its edges ar
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from rpcompile.graphs import mutated_arguments
+from rpcompile.graphs import AliasSets, mutated_arguments
 from rpcompile.sizes import arguments, is_view, operator_name, tensors
-from rpcompile.token_axis import Axes, Barrier, TokenRules
+from rpcompile.token_axis import Axes, Barrier, Role, TokenAxis, TokenRules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph
 
 # Without a product in it a region is not worth a loop.
-_PRODUCTS = frozenset(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "addmm"))
+_PRODUCTS = frozenset(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "addmm", "_grouped_mm"))
 _LOSS = "aten.cross_entropy_loss"
 _MEAN, _SUM = 1, 2
 _GETITEM = operator.getitem
@@ -62,22 +63,42 @@ def find_regions(
         sequence: The symbol that counts tokens; there are no regions without it.
     """
     nodes = list(graph.nodes)
-    if sequence not in torch_names or any(mutated_arguments(node) for node in nodes):
+    if sequence not in torch_names:
         return []
     rules = TokenRules(torch_names, sequence)
+    changed = _changed_memory(nodes)
     barriers: set[Node] = set()
     while True:
         scan = _Scan(rules, barriers)
         regions = [region for region in scan.regions(nodes) if _is_worth_it(region)]
-        refused = {node for region in regions for node in scan.close(region)}
+        refused = {node for region in regions for node in scan.close(region, changed)}
         if not refused:
             return regions
         barriers |= refused
 
 
 def is_pulled_in(node: Node) -> bool:
-    """Whether a node is cheap enough to be made on both sides of a region's edge."""
-    return node.op == "call_function" and (is_view(node) or not tensors(node))
+    """Whether a node is cheap enough to be made on both sides of a region's edge.
+
+    Counting up to a number of tokens starts anew in each chunk. Only sorting rows may rely on that, which
+    is the only one that may read such a node: any other has its tokens sliced.
+    """
+    if node.op != "call_function":
+        return False
+    return is_view(node) or not tensors(node) or operator_name(node) == "aten.arange"
+
+
+def _changed_memory(nodes: list[Node]) -> list[set[Node]]:
+    """For each piece of memory that something changes in place: all that make, change or read it."""
+    aliases = AliasSets(nodes)
+    users: dict[Node, set[Node]] = {
+        aliases.root(arg): set() for node in nodes for arg in mutated_arguments(node)
+    }
+    for node in nodes:
+        for root in map(aliases.root, (node, *node.all_input_nodes)):
+            if root in users:
+                users[root].add(node)
+    return list(users.values())
 
 
 def _is_worth_it(region: TokenRegion) -> bool:
@@ -125,10 +146,8 @@ class _Scan:
                 raise Barrier
             self._known[node] = self._rules.result(node, self._known)
         except Barrier:
-            try:
+            with suppress(Barrier):  # if its place is unknown, whoever reads it is a barrier too
                 self._known[node] = self._rules.source(node)
-            except Barrier:
-                pass  # unknown: whoever reads it is a barrier too
             return False
         self._tokenwise.add(node)
         return True
@@ -149,7 +168,7 @@ class _Scan:
             bound["reduction"] in (_MEAN, _SUM)
             and axes[0] is not None
             and axes[0] == axes[1]
-            and axes[0][0] is not None
+            and isinstance(axes[0][0], TokenAxis)
             and axes[0][0].dim == 0
             and tensors(logits)[0].dim() == 2
             and tensors(target)[0].dim() == 1
@@ -157,8 +176,11 @@ class _Scan:
 
     # ------------------------------------------------------------------ edges
 
-    def close(self, region: TokenRegion) -> set[Node]:
-        """Fills in what goes in and out; returns the members for which that cannot be done."""
+    def close(self, region: TokenRegion, changed: list[set[Node]]) -> set[Node]:
+        """Fills in what goes in and out; returns the members for which that cannot be done.
+
+        Memory that is changed in place has to stay inside.
+        """
         ordered = [*region.members, *([region.loss] if region.loss else [])]
         inside = set(ordered)
         copies: set[Node] = set()
@@ -168,6 +190,9 @@ class _Scan:
                 if arg not in inside and not self._bring_in(arg, region, inside, copies):
                     refused.add(node)
         region.copies = sorted(copies)
+        for users in changed:
+            if not users <= inside:
+                refused |= users & inside
         for node in region.members:
             if any(user not in inside for user in node.users) and not self._bring_out(node, region, inside):
                 refused.add(node)
@@ -185,7 +210,9 @@ class _Scan:
                 return True  # the number of tokens itself
         elif node in self._known:
             axes = self._known[node]
-            if len(axes) == 1 and (axes[0] is None or axes[0].whole):
+            if len(axes) != 1 or isinstance(axes[0], Role):
+                return False
+            if axes[0] is None or axes[0].whole:
                 region.inputs[node] = None if axes[0] is None else axes[0].dim
                 return True
             if node not in self._tokenwise:
@@ -200,7 +227,7 @@ class _Scan:
     def _bring_out(self, node: Node, region: TokenRegion, inside: set[Node]) -> bool:
         """Makes a member available outside, as an output or as a view of one."""
         axes = self._known[node]
-        if len(axes) == 1 and axes[0] is not None and axes[0].whole:
+        if len(axes) == 1 and isinstance(axes[0], TokenAxis) and axes[0].whole:
             region.outputs[node] = axes[0].dim
             return True
         members = [arg for arg in node.all_input_nodes if arg in inside]

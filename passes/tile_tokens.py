@@ -141,8 +141,8 @@ class _Rewriter:
         if not _is_mean(loss):
             return []
         bound = arguments(loss)
-        target = cast("Node", bound["target"])
-        return [self._graph.call_function(count_valid, (self._copy(target), bound["ignore_index"]))]
+        target, ignored = self._copy(cast("Node", bound["target"])), cast("int", bound["ignore_index"])
+        return [self._graph.call_function(count_valid, (target, ignored))]
 
 
 def _partial_loss(graph: Graph, loss: Node, copies: dict[Node, Node], valid: Node | None) -> Node:

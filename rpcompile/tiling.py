@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,7 @@ class TiledRegion(nn.Module):
         tokens = self.tokens(inputs)
         chunks = min(self.chunks, tokens)
         edges = [tokens * index // chunks for index in range(chunks + 1)]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
 
     def part(self, inputs: Sequence[Any], low: int, high: int) -> list[Any]:
         """The inputs of one chunk: views."""

@@ -11,7 +11,7 @@ of it l < L, and what lies inside r < R. Views keep that order, so L and R are a
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import sympy
@@ -19,7 +19,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from rpcompile.graphs import is_random, mutated_arguments
+from rpcompile.graphs import is_random
 from rpcompile.sizes import Sizes, arguments, operator_name, symbol, tensors
 
 if TYPE_CHECKING:
@@ -30,20 +30,50 @@ Shape = tuple[sympy.Expr, ...]
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """Dimension `dim` has `outer * sequence * inner` entries, in that order."""
+    """Dimension `dim` has `outer * sequence * inner` entries.
+
+    Attributes:
+        order: The sort whose order they are in; None: in order of `outer`, token, `inner`.
+        sorted_keys: Whether the entries are what that sort sorted by.
+    """
 
     dim: int
-    outer: sympy.Expr = sympy.Integer(1)
-    inner: sympy.Expr = sympy.Integer(1)
+    outer: sympy.Expr = sympy.S.One
+    inner: sympy.Expr = sympy.S.One
+    order: Node | None = None
+    sorted_keys: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether the dimension holds tokens and nothing else, so that tokens can be sliced."""
-        return self.outer == 1 and self.inner == 1
+        return self.outer == 1 and self.inner == 1 and self.order is None
+
+    def at(self, dim: int) -> TokenAxis:
+        """The same entries in another dimension, of a tensor with other contents."""
+        return replace(self, dim=dim, sorted_keys=False)
+
+
+@dataclass(frozen=True)
+class Role:
+    """Numbers that say how rows are sorted.
+
+    Attributes:
+        kind: "index": of each sorted row where it came from; "rows": the same over `number`; "inverse":
+            of each row where it went; "blank": memory for that; "counts": how many rows have each of
+            `number` keys; "offsets": where those with the next key begin.
+        axis: The rows before they were sorted.
+        order: The sort.
+        number: A divisor or a number of keys.
+    """
+
+    kind: str
+    axis: TokenAxis
+    order: Node
+    number: int = 1
 
 
 # What is known of each tensor of a node: where its tokens are; None: it has none.
-Axes = tuple[TokenAxis | None, ...]
+Axes = tuple[TokenAxis | Role | None, ...]
 
 
 class Barrier(Exception):
@@ -83,17 +113,17 @@ class TokenRules:
         """
         if node.target is operator.getitem:
             return self._item(node, known)
-        if not isinstance(node.target, OpOverload) or is_random(node) or mutated_arguments(node):
+        if not isinstance(node.target, OpOverload) or is_random(node):
             raise Barrier
-        call = _Call(node, known, self)
         rule = _RULES.get(operator_name(node))
-        if rule is None and torch.Tag.pointwise in node.target.tags:
+        if rule is None and _is_pointwise(node.target):
             rule = _pointwise
-        if rule is None or not call.has_tokens():
+        if rule is None:
             raise Barrier
-        axes = rule(call)
+        axes = rule(_Call(node, known, self))
         for axis, tensor in zip(axes, tensors(node), strict=True):
-            self._check(axis, self.sizes.shape(tensor))
+            if not isinstance(axis, Role):
+                self._check(axis, self.sizes.shape(tensor))
         return axes
 
     def counts_tokens(self, node: Node) -> bool:
@@ -137,13 +167,30 @@ class _Call:
         self.bound = arguments(node)
         self._known, self._rules = known, rules
 
-    def has_tokens(self) -> bool:
-        return any(self.axis(node) is not None for node in self.node.all_input_nodes if tensors(node))
-
-    def axis(self, node: Node) -> TokenAxis | None:
+    def what(self, node: Node) -> TokenAxis | Role | None:
         if node not in self._known or len(self._known[node]) != 1:
             raise Barrier
         return self._known[node][0]
+
+    def axis(self, node: Node) -> TokenAxis | None:
+        found = self.what(node)
+        if isinstance(found, Role):
+            raise Barrier
+        return found
+
+    def role(self, name: str, kind: str) -> Role:
+        """An argument that must have this role."""
+        found = self.what(self.tensor(name))
+        if not isinstance(found, Role) or found.kind != kind:
+            raise Barrier
+        return found
+
+    def only_index(self) -> Node:
+        """The one tensor that indexes the first dimension."""
+        found = self.bound["indices"]
+        if not isinstance(found, list | tuple) or len(found) != 1 or not isinstance(found[0], Node):
+            raise Barrier
+        return found[0]
 
     def tensor(self, name: str) -> Node:
         value = self.bound[name]
@@ -209,7 +256,7 @@ def _pointwise(call: _Call) -> Axes:
     found: set[TokenAxis] = set()
     for node in call.node.all_input_nodes:
         if tensors(node) and (axis := call.axis(node)) is not None:
-            found.add(TokenAxis(axis.dim + rank - len(call.shape(node)), axis.outer, axis.inner))
+            found.add(axis.at(axis.dim + rank - len(call.shape(node))))
     if len(found) != 1:
         raise Barrier
     axis = found.pop()
@@ -225,7 +272,7 @@ def _pointwise(call: _Call) -> Axes:
 
 def _same(call: _Call) -> Axes:
     call.numbers_only()
-    return (call.tokens("self"),)
+    return (call.tokens(next(iter(call.bound))),)
 
 
 def _along_other_dims(call: _Call) -> Axes:
@@ -234,7 +281,7 @@ def _along_other_dims(call: _Call) -> Axes:
     call.numbers_only()
     if axis.dim in call.dims("dim", call.rank("self")):
         raise Barrier
-    return (axis,) * len(tensors(call.node))
+    return (axis.at(axis.dim),) * len(tensors(call.node))
 
 
 def _reduction(call: _Call) -> Axes:
@@ -244,7 +291,7 @@ def _reduction(call: _Call) -> Axes:
     if axis.dim in dims:
         raise Barrier
     gone = 0 if call.bound.get("keepdim") else sum(dim < axis.dim for dim in dims)
-    return (TokenAxis(axis.dim - gone, axis.outer, axis.inner),) * len(tensors(call.node))
+    return (axis.at(axis.dim - gone),) * len(tensors(call.node))
 
 
 def _norm(call: _Call) -> Axes:
@@ -254,7 +301,7 @@ def _norm(call: _Call) -> Axes:
     normalized = call.bound["normalized_shape"]
     if axis.dim >= call.rank("input") - len(cast("list[object]", normalized)):
         raise Barrier
-    return (axis,)
+    return (axis.at(axis.dim),)
 
 
 def _linear(call: _Call) -> Axes:
@@ -277,19 +324,27 @@ def _product(left: str, right: str, *rest: str) -> Callable[[_Call], Axes]:
                 raise Barrier
         elif axis.dim == ranks[0] - 1 or ranks[1] < 2 or (ranks[1] > 2 and axis.dim != ranks[0] - 2):
             raise Barrier
-        return (TokenAxis(axis.dim + len(call.out()) - ranks[0], axis.outer, axis.inner),)
+        return (axis.at(axis.dim + len(call.out()) - ranks[0]),)
 
     return rule
 
 
 def _embedding(call: _Call) -> Axes:
     call.without_tokens("weight")
-    return (call.tokens("indices"),)
+    axis = call.tokens("indices")
+    return (axis.at(axis.dim),)
 
 
 def _view(call: _Call) -> Axes:
     axis, node = call.tokens("self"), call.tensor("self")
     shape, out = call.shape(node), call.out()
+    if axis.order is not None:  # sorted rows stay one dimension
+        sizes = [size for size in (*shape, *out) if call.sequence in size.free_symbols]
+        before = sympy.Mul(*shape[: axis.dim])
+        dim = next((dim for dim in range(len(out)) if out[dim] == sizes[0]), len(out))
+        if len(sizes) != 2 or sizes[0] != sizes[1] or not _equal(before, sympy.Mul(*out[:dim])):
+            raise Barrier
+        return (replace(axis, dim=dim),)
     left = sympy.Mul(*shape[: axis.dim], axis.outer)
     right = sympy.Mul(axis.inner, *shape[axis.dim + 1 :])
     for dim, size in enumerate(out):
@@ -303,19 +358,19 @@ def _view(call: _Call) -> Axes:
 def _permute(call: _Call) -> Axes:
     axis, rank = call.tokens("self"), call.rank("self")
     order = [cast("int", dim) % rank for dim in cast("list[object]", call.bound["dims"])]
-    return (TokenAxis(order.index(axis.dim), axis.outer, axis.inner),)
+    return (axis.at(order.index(axis.dim)),)
 
 
 def _transpose(call: _Call) -> Axes:
     axis, rank = call.tokens("self"), call.rank("self")
     first, second = (0, 1) if "dim0" not in call.bound else (call.dim("dim0", rank), call.dim("dim1", rank))
     dim = {first: second, second: first}.get(axis.dim, axis.dim) if rank > 1 else axis.dim
-    return (TokenAxis(dim, axis.outer, axis.inner),)
+    return (axis.at(dim),)
 
 
 def _expand(call: _Call) -> Axes:
     axis = call.tokens("self")
-    return (TokenAxis(axis.dim + len(call.out()) - call.rank("self"), axis.outer, axis.inner),)
+    return (axis.at(axis.dim + len(call.out()) - call.rank("self")),)
 
 
 def _slice(call: _Call) -> Axes:
@@ -335,7 +390,7 @@ def _pieces(call: _Call) -> Axes:
     call.numbers_only()
     if axis.dim == call.dim("dim", call.rank("self")):
         raise Barrier
-    return (axis,) * len(tensors(call.node))
+    return (axis.at(axis.dim),) * len(tensors(call.node))
 
 
 def _select(call: _Call) -> Axes:
@@ -345,7 +400,7 @@ def _select(call: _Call) -> Axes:
     dim = call.dim("dim", call.rank("self"))
     if axis.dim == dim:
         raise Barrier
-    return (TokenAxis(axis.dim - (dim < axis.dim), axis.outer, axis.inner),) * len(tensors(call.node))
+    return (axis.at(axis.dim - (dim < axis.dim)),) * len(tensors(call.node))
 
 
 def _concatenation(call: _Call) -> Axes:
@@ -358,7 +413,7 @@ def _concatenation(call: _Call) -> Axes:
     rank = len(call.out())
     dim = call.dim("dim", rank)
     if operator_name(call.node) == "aten.stack":
-        return (TokenAxis(axis.dim + (dim <= axis.dim), axis.outer, axis.inner),)
+        return (axis.at(axis.dim + (dim <= axis.dim)),)
     if dim == axis.dim:
         raise Barrier
     return (axis,)
@@ -369,6 +424,101 @@ def _gather(call: _Call) -> Axes:
     if call.tokens("index") != axis or call.dim("dim", call.rank("self")) == axis.dim:
         raise Barrier
     return (axis,)
+
+
+# ------------------------------------------------- rows sorted by a key, e.g. by expert
+
+
+def _sort(call: _Call) -> Axes:
+    axis = call.tokens("self")
+    if call.rank("self") > 1 or axis.order is not None:
+        return _along_other_dims(call)
+    return replace(axis, order=call.node, sorted_keys=True), Role("index", axis, call.node)
+
+
+def _floor_divide(call: _Call) -> Axes:
+    if not isinstance(call.what(call.tensor("self")), Role):
+        return _pointwise(call)
+    role = call.role("self", "index")
+    return (replace(role, kind="rows", number=call.number("other")),)
+
+
+def _to(call: _Call) -> Axes:
+    axis = call.tokens("self")
+    call.numbers_only()
+    return (axis,)
+
+
+def _index(call: _Call) -> Axes:
+    """Rows of `self`: sorted, put back in place, or looked up by each token."""
+    index, node = call.only_index(), call.tensor("self")
+    by, axis = call.what(index), call.axis(node)
+    if isinstance(by, TokenAxis):
+        if axis is not None or len(call.shape(index)) != 1:
+            raise Barrier
+        return (by.at(0),)
+    if by is None or axis is None or axis.dim != 0:
+        raise Barrier
+    if by.kind == "inverse":
+        if axis.order is not by.order or not _equal(axis.inner, by.axis.inner):
+            raise Barrier
+        return (replace(axis, order=None, sorted_keys=False),)
+    if by.kind not in ("index", "rows") or axis.order is not None:
+        raise Barrier
+    if not _equal(axis.outer, by.axis.outer) or not _equal(axis.inner * by.number, by.axis.inner):
+        raise Barrier
+    return (replace(by.axis, order=by.order),)
+
+
+def _counts(call: _Call) -> Axes:
+    """histc(keys, bins=n, min=0, max=n - 1) counts each whole number below n."""
+    axis, bins = call.tokens("self"), call.number("bins")
+    if not axis.sorted_keys or axis.order is None or (call.bound["min"], call.bound["max"]) != (0, bins - 1):
+        raise Barrier
+    return (Role("counts", axis, axis.order, bins),)
+
+
+def _cumsum(call: _Call) -> Axes:
+    if not isinstance(call.what(call.tensor("self")), Role):
+        return _along_other_dims(call)
+    return (replace(call.role("self", "counts"), kind="offsets"),)
+
+
+def _grouped_product(call: _Call) -> Axes:
+    """Rows with one key are multiplied by the matrix of that key."""
+    given, weights, offsets = list(call.bound)[:3]
+    axis, role = call.tokens(given), call.role(offsets, "offsets")
+    call.without_tokens(weights, *list(call.bound)[3:4])
+    if axis.dim != 0 or axis.order is not role.order or call.rank(weights) != 3:
+        raise Barrier
+    if call.shape(call.tensor(weights))[0] != role.number:
+        raise Barrier
+    return (axis.at(0),)
+
+
+def _blank(call: _Call) -> Axes:
+    return (replace(call.role("self", "index"), kind="blank"),)
+
+
+def _scatter_positions(call: _Call) -> Axes:
+    """blank[index] = 0, 1, 2, ... is the inverse of `index`."""
+    blank, index, values = call.role("self", "blank"), call.what(call.only_index()), call.tensor("values")
+    counts_up = operator_name(values) == "aten.arange" and len(values.args) == 1
+    if not isinstance(index, Role) or index.kind != "index" or index.order is not blank.order:
+        raise Barrier
+    if not counts_up or call.shape(values) != call.shape(call.only_index()) or call.bound["accumulate"]:
+        raise Barrier
+    return (replace(index, kind="inverse"),)
+
+
+def _is_pointwise(target: OpOverload) -> bool:
+    """Also if it works in place: the tag is on the operator that returns its result."""
+    name = target._schema.name.partition("::")[2]
+    if torch.Tag.pointwise in target.tags:
+        return True
+    other = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    overload = getattr(other, target._overloadname, None)
+    return overload is not None and torch.Tag.pointwise in overload.tags
 
 
 def _equal(left: sympy.Expr, right: sympy.Expr) -> bool:
@@ -386,7 +536,14 @@ def _quotient(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
 
 _RULES: dict[str, Callable[[_Call], Axes]] = {
     **dict.fromkeys(
-        ("aten.to", "aten._to_copy", "aten.contiguous", "aten.clone", "aten.dropout", "aten.detach"), _same
+        (
+            "aten.contiguous",
+            "aten.clone",
+            "aten.dropout",
+            "aten.detach",
+            "aten.type_as",
+        ),
+        _same,
     ),
     **dict.fromkeys(
         (
@@ -394,8 +551,6 @@ _RULES: dict[str, Callable[[_Call], Axes]] = {
             "aten._softmax",
             "aten.log_softmax",
             "aten._log_softmax",
-            "aten.cumsum",
-            "aten.sort",
             "aten.topk",
             "aten.argsort",
         ),
@@ -448,4 +603,15 @@ _RULES: dict[str, Callable[[_Call], Axes]] = {
     "aten.cat": _concatenation,
     "aten.stack": _concatenation,
     "aten.gather": _gather,
+    "aten.to": _to,
+    "aten._to_copy": _to,
+    "aten.sort": _sort,
+    "aten.floor_divide": _floor_divide,
+    "aten.index": _index,
+    "aten.histc": _counts,
+    "aten.cumsum": _cumsum,
+    "aten.empty_like": _blank,
+    "aten.index_put_": _scatter_positions,
+    "aten._grouped_mm": _grouped_product,
+    "transformers.grouped_mm_fallback": _grouped_product,
 }
