@@ -165,7 +165,6 @@ MIXING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax over flat tokens": lambda x: x.reshape(-1, 8).softmax(0).view(x.shape),
     "tokens with tokens": lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
     "tokens as features": lambda x: x.transpose(1, 2).reshape(x.shape),
-    "scrambled by a view": lambda x: x.reshape(x.shape[0], 8, -1).softmax(1).reshape(x.shape),
     "maximum over tokens": lambda x: x * x.amax(1, keepdim=True),
     "sort of tokens": lambda x: x.sort(1).values,
     "norm over tokens and features": lambda x: functional.instance_norm(x.transpose(1, 2)).transpose(1, 2),
