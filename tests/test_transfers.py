@@ -251,6 +251,6 @@ def test_refuses_no_slots():
 def test_refuses_a_read_that_nothing_makes():
     schedule = edit(computes(chain(3), STAGES, 2, 1), "0F0", writes=("gpu0:x.s0.j0.m0",))
     with pytest.raises(
-        ScheduleError, match=re.escape("1FB0 reads gpu1:x.s1.j1.m0, which no earlier job makes")
+        ScheduleError, match=re.escape("1FB0 reads gpu1:x.s1.j1.m0, which no action makes")
     ):
         InsertTransfers(chain(3)).run(schedule)
