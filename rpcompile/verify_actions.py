@@ -32,9 +32,7 @@ _CARRIES = {
 }
 
 
-def check_actions(
-    schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames
-) -> None:
+def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames) -> None:
     """Checks ids, queues, coverage, operands and copies.
 
     Raises:
@@ -106,9 +104,7 @@ def _check_names(action: Action, schedule: Schedule, spaces: tuple[str, str]) ->
             raise ScheduleError(f"{action.id} names {twice} twice")
         for buffer in operands:
             if buffer not in schedule.buffers:
-                raise ScheduleError(
-                    f"{action.id} uses {buffer}, which has no size in the schedule's buffers"
-                )
+                raise ScheduleError(f"{action.id} uses {buffer}, which has no size in the schedule's buffers")
             if buffers.space_of(buffer) not in spaces:
                 raise ScheduleError(f"{action.id} runs on gpu{action.gpu} and cannot reach {buffer}")
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import Op, Schedule, SegmentChain
 from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
 from tests.chains import action, chain, compiled, edit, partition, problems, rewrite, with_transfers, without
 
@@ -383,23 +384,28 @@ def test_a_gradient_downloaded_before_its_last_contribution():
 
 def test_a_third_jobs_weights():
     """Without `after` every event that remains is about data, so a third upload may come too early."""
-    crowded = rewrite(
-        with_transfers(CHAIN, STAGES, gpus=1, microbatches=2), lambda found: [replace(found, after=())]
-    )
-    message = rejects(again(crowded), CHAIN)
-    assert message == (
-        "gpu0 may hold the weights of jobs 0, 1 and 2 at once; 2P@2.1 must wait until those of two "
-        "are freed down to one"
-    )
+    big = chain(4, {index: {"weight_bytes": 1000} for index in range(4)})
+    stages = partition("F0-0", "F1-1", "F2-2", "F3-3", memory_limit_bytes=2500)
+    schedule = with_transfers(big, stages, gpus=1, microbatches=2, mode="forward")
+    assert rejects(again(schedule), big, stages) is None
+    crowded = again(rewrite(schedule, lambda found: [replace(found, after=())]))
+    message = rejects(crowded, big, stages)
+    assert message is not None
+    assert re.fullmatch(r"gpu0 may need [34],\d+ bytes at its peak, over the limit of 2,500; use .*", message)
 
 
 def test_a_peak_over_the_limit():
     tight = partition("F0-1", "FB2-2", "B1-1", "B0-0", memory_limit_bytes=20)
-    message = rejects(VALID, CHAIN, tight)
-    assert message is not None
-    assert re.fullmatch(
-        r"gpu0 needs \d+ bytes at its peak, over the limit of 20; use smaller stages or microbatches", message
+    assert rejects(VALID, CHAIN, tight) == (
+        "gpu0 may need 34 bytes at its peak, over the limit of 20; use smaller stages or microbatches"
     )
+
+
+def test_a_host_over_its_limit():
+    peak = simulate(VALID).host_peak_bytes
+    verify_schedule(VALID, CHAIN, STAGES, host_limit_bytes=peak)
+    with pytest.raises(ScheduleError, match=f"the host needs {peak} bytes at its simulated peak, over the"):
+        verify_schedule(VALID, CHAIN, STAGES, host_limit_bytes=peak - 1)
 
 
 def test_a_deadlock():
