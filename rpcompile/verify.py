@@ -217,29 +217,32 @@ def _check_updates(order: _Order, chain: SegmentChain) -> None:
                 made[name.segment].append(order.uses.buffers[number])
             elif name.kind == "weights":
                 uploads[name.segment] = order.uses.users(number)
-    partners: dict[int, set[int]] = {segment: {segment} for segment in range(len(chain.segments))}
-    for tied in chain.tied:
-        partners[min(tied.segments)] |= set(tied.segments) if tied.gradient_bytes else set()
+    tied = [found for found in chain.tied if found.gradient_bytes and made[min(found.segments)]]
+    norms = [number for number in updates if buffers.NORM in order.actions[number].writes]
     updated: Counter[int] = Counter()
     for number in updates:
-        for target in order.actions[number].writes:
-            segment = order.parsed[target].segment
-            if segment is None:
-                _check_gradients(order, number, [name for names in made.values() for name in names])
-                continue
+        action = order.actions[number]
+        segment = order.parsed[action.writes[0]].segment if action.writes else None
+        wanted = [name for names in made.values() for name in names]
+        if segment is not None:
             updated[segment] += 1
-            _check_gradients(order, number, [name for other in partners[segment] for name in made[other]])
-            for upload in uploads.get(segment, []):
-                order.require(upload, number, f"which uploads the weights of segment {segment} it replaces")
+            mine, before = {segment}, set[int]()
+            for found in tied:
+                mine |= set(found.segments) if min(found.segments) == segment else set()
+                before |= {min(found.segments)} - {segment} if segment in found.segments else set()
+            wanted = [name for other in mine for name in made[other]]
+            wanted += map(buffers.updated, before)
+            wanted += [buffers.NORM] * len(norms)
+            for other in sorted(mine):
+                for upload in uploads.get(other, []):
+                    order.require(upload, number, f"which uploads weights of segment {other} that it replaces")
+        target = buffers.NORM if segment is None else buffers.updated(segment)
+        if action.writes != (target,):
+            raise ScheduleError(f"{action.id} writes {action.writes}; an update writes one segment's weights")
+        for name in Counter(wanted) - Counter(action.reads):
+            raise ScheduleError(f"{action.id} leaves out {name}, which goes into {target}")
+        for name in Counter(action.reads) - Counter(wanted):
+            raise ScheduleError(f"{action.id} reads {name}, which does not go into {target}")
     for segment in sorted(made):
         if made[segment] and updated[segment] != 1:
             raise ScheduleError(f"segment {segment} has {updated[segment]} updates; it must have one")
-
-
-def _check_gradients(order: _Order, number: int, wanted: list[str]) -> None:
-    action = order.actions[number]
-    found = [name for name in action.reads if order.parsed[name].kind == "gradients"]
-    for name in Counter(wanted) - Counter(found):
-        raise ScheduleError(f"{action.id} leaves out {name}, a gradient of what it updates")
-    for name in Counter(found) - Counter(wanted):
-        raise ScheduleError(f"{action.id} reads {name}, which is no gradient of what it updates")

@@ -20,7 +20,9 @@ from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.estimate_costs import EstimateCosts
+from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.lower_to_program import LowerToProgram
 from rpcompile.random_streams import stream_seed
@@ -313,3 +315,16 @@ def test_workers_equal_plain_pytorch_with_the_same_order_of_summation(line, seed
             assert torch.equal(result.gradients[name], expected), name
         for name, value in result.states.items():
             assert torch.equal(value, state[name]), name
+
+
+def test_a_program_leaves_updates_to_the_optimizer(line):
+    stages = line.partition(1)
+    dispatch = DispatchRoundRobin(line.gpus, line.microbatches).run(stages)
+    schedule = LayOutDispatch(line.chain, stages).run(dispatch)
+    for step in (InsertTransfers(line.chain), InsertUpdates(line.chain, clip=True), InsertEventWaits()):
+        schedule = step.run(schedule)
+    verify_schedule(schedule, line.chain, stages)
+    assert any(found.op is Op.UPDATE for found in schedule.actions())
+    _, gradients, _ = line.expected(schedule, stages, 1)
+    result = line.run(schedule, stages, 1)
+    assert all(torch.equal(result.gradients[name], expected) for name, expected in gradients.items())
