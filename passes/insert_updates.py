@@ -170,7 +170,9 @@ class _Updates:
                 added += len(jobs - self.made[segment].keys()) * tied.gradient_bytes
         return 3 * added / self.options.host_bytes_per_s
 
-    def _action(self, segment: int, part: int | None, seconds: float, reads: list[str], target: str) -> Action:
+    def _action(
+        self, segment: int, part: int | None, seconds: float, reads: list[str], target: str
+    ) -> Action:
         job = self.schedule.jobs[max(self.made[segment])]
         return Action(
             id=str(ActionId(job.stage, Op.UPDATE, job=job.index, part=part)),

@@ -60,8 +60,8 @@ def verify_schedule(
     names = buffers.ParsedNames()
     check_actions(schedule, chain, partition, names)
     order = _Order(schedule, names)
-    _check_after(order)
-    _check_uses(order)
+    _check_writers(order)
+    _check_order(order)
     _check_results(order, schedule)
     _check_updates(order, chain)
     for gpu, peak in enumerate(gpu_memory_bounds(schedule, order, order.uses)):
@@ -98,41 +98,74 @@ class _Order(HappensBefore):
         return " and ".join(self.actions[number].id for number in numbers) or "no action"
 
 
-def _check_after(order: _Order) -> None:
+def _check_writers(order: _Order) -> None:
+    """One action writes a buffer from scratch and one frees it; nobody touches what the caller owns."""
+    uses = order.uses
+    owned = np.array([_is_owned(name) for name in order.names], np.bool_)
+    stays = owned | np.array([_is_result(name) for name in order.names], np.bool_)
+    makers, frees = uses.count(Role.MAKE), uses.count(Role.FREE)
+    wrong = (makers != np.where(owned, 0, 1)) | (frees != np.where(stays, 0, 1))
+    wrong |= owned & (uses.count(Role.UPDATE) > 0)
+    for number in np.flatnonzero(wrong).tolist():
+        _refuse_writers(order, number)
+
+
+def _refuse_writers(order: _Order, number: int) -> None:
+    uses, buffer, name = order.uses, order.uses.buffers[number], order.names[number]
+    makers, frees = uses.users(number, Role.MAKE), uses.users(number, Role.FREE)
+    if _is_owned(name):
+        culprit = uses.users(number, Role.MAKE, Role.UPDATE, Role.FREE)[:1]
+        raise ScheduleError(f"{order.ids(culprit)} writes or frees {buffer}, which the caller owns")
+    if len(makers) != 1:
+        user = [*makers, *uses.users(number)][:1]
+        raise ScheduleError(
+            f"{order.ids(user)} uses {buffer}, which {order.ids(makers)} writes from scratch; one action must"
+        )
+    end = "it is a result and stays" if _is_result(name) else "one action must"
+    raise ScheduleError(f"{buffer}, written by {order.ids(makers)}, is freed by {order.ids(frees)}; {end}")
+
+
+def _check_order(order: _Order) -> None:
+    """Writer first, then updates, then readers, FREE at the end; and all of `after`.
+
+    Of all pairs in the wrong order the one that is reported has the earliest action that fails to
+    wait, and the last that it fails to wait for: if one wait is missing, its two ends.
+    """
     numbers = {action.id: number for number, action in enumerate(order.actions)}
+    after: list[tuple[int, int]] = []
     for number, action in enumerate(order.actions):
         for name in action.after:
             if name not in numbers:
                 raise ScheduleError(f"{action.id} must come after {name}, which the schedule does not have")
-            order.require(numbers[name], number, "which frees the memory it needs")
-
-
-def _check_uses(order: _Order) -> None:
-    """One writer first, then updates in order, then readers, and one FREE at the end."""
-    for buffer in _suspects(order):
-        _check_buffer(order, buffer)
-
-
-def _suspects(order: _Order) -> list[int]:
-    """Buffers that break a rule of `_check_buffer`; all of them are looked at here, together."""
+            after.append((numbers[name], number))
     uses = order.uses
     buffer, user, role = uses.buffer, uses.action, uses.role
-    owned = np.array([_is_owned(name) for name in order.names], np.bool_)
-    stays = np.array([_is_result(name) for name in order.names], np.bool_)
-    frees = uses.count(Role.FREE)
-    wrong = np.where(owned, frees > 0, (uses.count(Role.MAKE) != 1) | (frees != np.where(stays, 0, 1)))
-    wrong[buffer[owned[buffer] & (role != Role.READ)]] = True
-    maker, updater = uses.last(Role.MAKE)[buffer], uses.last(Role.UPDATE)[buffer]
-    free = uses.last(Role.FREE)[buffer]
-    for first, second, applies in (
-        (maker, user, (maker >= 0) & (role != Role.MAKE)),
+    maker, free = uses.last(Role.MAKE)[buffer], uses.last(Role.FREE)[buffer]
+    updater = uses.last(Role.UPDATE)[buffer]
+    slots = np.array(after, np.int32).reshape(-1, 2)
+    rules = (
+        ((maker >= 0) & (role != Role.MAKE), maker, user, "which writes {}"),
         # Only compute actions update in place, and those of one job share a queue: the last will do.
-        (updater, user, (updater >= 0) & (role == Role.READ)),
-        (user, free, (free >= 0) & (role != Role.FREE)),
-    ):
-        broken = applies & ~order.all_before(first, second)
-        wrong[buffer[broken]] = True
-    return np.flatnonzero(wrong).tolist()
+        (
+            (updater >= 0) & (role == Role.READ),
+            updater,
+            user,
+            "the last to update {} that it reads",
+        ),
+        ((free >= 0) & (role != Role.FREE), user, free, "which uses {} that it frees"),
+        (np.ones(len(slots), np.bool_), slots[:, 0], slots[:, 1], "which frees the memory it needs"),
+    )
+    place = np.empty(len(order.actions), np.int64)
+    place[order.order] = np.arange(len(order.actions))
+    found: list[tuple[int, int, int, int]] = []
+    for rule, (applies, first, second, _) in enumerate(rules):
+        for number in np.flatnonzero(applies & ~order.all_before(first, second)).tolist():
+            found.append((int(place[second[number]]), -int(place[first[number]]), rule, number))
+    if found:
+        _, _, rule, number = min(found)
+        _, first, second, reason = rules[rule]
+        about = uses.buffers[buffer[number]] if "{}" in reason else ""
+        order.require(int(first[number]), int(second[number]), reason.format(about))
 
 
 def _is_owned(name: buffers.BufferName) -> bool:
@@ -142,35 +175,6 @@ def _is_owned(name: buffers.BufferName) -> bool:
 
 def _is_result(name: buffers.BufferName) -> bool:
     return name.space == buffers.HOST and name.kind in _RESULTS
-
-
-def _check_buffer(order: _Order, number: int) -> None:
-    uses, buffer, name = order.uses, order.uses.buffers[number], order.names[number]
-    makers, frees = uses.users(number, Role.MAKE), uses.users(number, Role.FREE)
-    updaters, readers = uses.users(number, Role.UPDATE), uses.users(number, Role.READ)
-    if _is_owned(name):
-        for user in (*makers, *updaters, *frees):
-            raise ScheduleError(f"{order.ids([user])} writes or frees {buffer}, which the caller owns")
-        return
-    if len(makers) != 1:
-        user = [*makers, *updaters, *readers, *frees][:1]
-        raise ScheduleError(
-            f"{order.ids(user)} uses {buffer}, which {order.ids(makers)} writes from scratch; one action must"
-        )
-    for user in (*updaters, *readers, *frees):
-        order.require(makers[0], user, f"which writes {buffer}")
-    for user in readers:
-        for update in updaters[-1:]:
-            order.require(update, user, f"the last to update {buffer} that it reads")
-    story = f"{buffer}, written by {order.ids(makers)}, is freed by {order.ids(frees)}"
-    if _is_result(name):
-        if frees:
-            raise ScheduleError(f"{story}; it is a result and stays")
-    elif len(frees) != 1:
-        raise ScheduleError(f"{story}; one action must")
-    for free in frees:
-        for user in (*makers, *updaters, *readers):
-            order.require(user, free, f"which uses {buffer} that it frees")
 
 
 def _check_results(order: _Order, schedule: Schedule) -> None:
@@ -219,13 +223,13 @@ def _check_updates(order: _Order, chain: SegmentChain) -> None:
                 uploads[name.segment] = order.uses.users(number)
     tied = [found for found in chain.tied if found.gradient_bytes and made[min(found.segments)]]
     norms = [number for number in updates if buffers.NORM in order.actions[number].writes]
-    updated: Counter[int] = Counter()
+    updated: dict[int, list[int]] = defaultdict(list)
     for number in updates:
         action = order.actions[number]
         segment = order.parsed[action.writes[0]].segment if action.writes else None
         wanted = [name for names in made.values() for name in names]
         if segment is not None:
-            updated[segment] += 1
+            updated[segment].append(number)
             mine, before = {segment}, set[int]()
             for found in tied:
                 mine |= set(found.segments) if min(found.segments) == segment else set()
@@ -235,7 +239,9 @@ def _check_updates(order: _Order, chain: SegmentChain) -> None:
             wanted += [buffers.NORM] * len(norms)
             for other in sorted(mine):
                 for upload in uploads.get(other, []):
-                    order.require(upload, number, f"which uploads weights of segment {other} that it replaces")
+                    order.require(
+                        upload, number, f"which uploads weights of segment {other} that it replaces"
+                    )
         target = buffers.NORM if segment is None else buffers.updated(segment)
         if action.writes != (target,):
             raise ScheduleError(f"{action.id} writes {action.writes}; an update writes one segment's weights")
@@ -244,5 +250,6 @@ def _check_updates(order: _Order, chain: SegmentChain) -> None:
         for name in Counter(action.reads) - Counter(wanted):
             raise ScheduleError(f"{action.id} reads {name}, which does not go into {target}")
     for segment in sorted(made):
-        if made[segment] and updated[segment] != 1:
-            raise ScheduleError(f"segment {segment} has {updated[segment]} updates; it must have one")
+        if made[segment] and len(updated[segment]) != 1:
+            names = order.ids(updated[segment])
+            raise ScheduleError(f"{made[segment][0]} goes into {names}; one update of segment {segment} must")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers
+from rpcompile import buffers, stage_bytes
 from rpcompile.buffers import BufferName
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import COMPUTE_OPS, ActionId, Op, StageKind, Stream
@@ -98,6 +98,10 @@ def _says_what_it_is(action: Action) -> bool:
 def _check_names(action: Action, schedule: Schedule, spaces: tuple[str, str]) -> None:
     if bool(action.frees) != (action.op is Op.FREE) or (action.frees and (action.reads or action.writes)):
         raise ScheduleError(f"{action.id}: FREE, and nothing else, frees buffers; it does nothing more")
+    if (action.workspace_bytes and action.op not in COMPUTE_OPS) or (
+        action.nbytes and action.op not in _CARRIES
+    ):
+        raise ScheduleError(f"{action.id}: only copies move bytes, only compute actions have a workspace")
     for operands in (action.reads, action.writes, action.frees):
         if len(operands) > 1 and len(set(operands)) < len(operands):
             twice = next(buffer for buffer in operands if operands.count(buffer) > 1)
@@ -187,6 +191,11 @@ def _check_operands(
         # Gradients are read to be added to; how often, the checks of their writers say.
         found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
         found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
+        workspace = stage_bytes.workspace_bytes(chain, stage)
+        if action.workspace_bytes != workspace:
+            raise ScheduleError(
+                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; its stage needs {workspace:,}"
+            )
         _compare(action, "read", reads, found_reads)
         _compare(action, "write", writes, found_writes)
 
