@@ -35,6 +35,7 @@ class TokenRegion:
 
     Attributes:
         members: In graph order.
+        segment: The segment that they are of.
         loss: The cross entropy at its end, if it has one; not among `members`.
         copies: Views and sizes from elsewhere that the region makes for itself, in graph order.
         inputs: What it is given: node -> dimension of its tokens, None where it has none.
@@ -42,6 +43,7 @@ class TokenRegion:
     """
 
     members: list[Node]
+    segment: int
     loss: Node | None = None
     copies: list[Node] = field(default_factory=list[Node])
     inputs: dict[Node, int | None] = field(default_factory=dict["Node", "int | None"])
@@ -53,13 +55,17 @@ class TokenRegion:
 
 
 def find_regions(
-    graph: Graph, torch_names: Mapping[str, str], sequence: str = "sequence"
+    graph: Graph,
+    torch_names: Mapping[str, str],
+    segment_of: Mapping[str, int],
+    sequence: str = "sequence",
 ) -> list[TokenRegion]:
-    """The regions that can be tiled, in graph order.
+    """The regions that can be tiled, in graph order. Each lies in one segment.
 
     Args:
         graph: Of one stage.
         torch_names: Symbol name -> torch's name for it in the graph's metadata.
+        segment_of: Segment of each node, by name; nodes without one may be in any region.
         sequence: The symbol that counts tokens; there are no regions without it.
     """
     nodes = list(graph.nodes)
@@ -70,7 +76,7 @@ def find_regions(
     barriers: set[Node] = set()
     while True:
         scan = _Scan(rules, barriers)
-        regions = [region for region in scan.regions(nodes) if _is_worth_it(region)]
+        regions = [region for region in scan.regions(nodes, segment_of) if _is_worth_it(region)]
         refused = {node for region in regions for node in scan.close(region, changed)}
         if not refused:
             return regions
@@ -113,20 +119,25 @@ class _Scan:
         self._known: dict[Node, Axes] = {}
         self._tokenwise: set[Node] = set()
 
-    def regions(self, nodes: list[Node]) -> list[TokenRegion]:
+    def regions(self, nodes: list[Node], segment_of: Mapping[str, int]) -> list[TokenRegion]:
         found: list[TokenRegion] = []
         current: list[Node] = []
         members: set[Node] = set()
+        segment: int | None = None
 
         def end(loss: Node | None = None) -> None:
-            if current:
-                found.append(TokenRegion(list(current), loss))
+            if current and segment is not None:
+                found.append(TokenRegion(list(current), segment, loss))
             current.clear()
             members.clear()
 
         for node in nodes:
             if node.op == "output" or not tensors(node):
                 continue
+            here = segment_of.get(node.name, segment)
+            if here != segment and segment is not None:
+                end()
+            segment = here
             if self._is_tokenwise(node):
                 # An item of a barrier's results is not worth a region of its own.
                 if node.target is not _GETITEM or node.args[0] in members:

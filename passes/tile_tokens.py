@@ -26,40 +26,43 @@ from rpcompile.tiling import TiledRegion, count_valid
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcompile.ir import StageGraph
+    from rpcompile.ir import SegmentChain, StageGraph
 
 _MEAN, _SUM = 1, 2  # of a loss, by torch's numbers for its reductions
 
 
 @dataclass(frozen=True)
 class TileTokens:
-    """Divides the tokens of a stage's regions.
+    """Divides the tokens of a stage's regions as its segments say (`Segment.tiles`).
 
-    Args:
+    Attributes:
+        chain: The segments.
         torch_names: Symbol name -> torch's name for it in the graph's metadata, e.g. {"sequence": "s70"}.
-        chunks: Chunks of the regions between attentions; 1 leaves them as they are.
-        loss_chunks: Chunks of a region that ends in the loss; 1 leaves it as it is.
     """
 
-    name: ClassVar[str] = "tile-tokens"
+    chain: SegmentChain
     torch_names: Mapping[str, str]
-    chunks: int = 1
-    loss_chunks: int = 1
+
+    name: ClassVar[str] = "tile-tokens"
 
     def run(self, stage: StageGraph) -> StageGraph:
-        """Rewrite the graph; a stage without token-wise regions comes back as it was."""
-        module = stage.graph_module
+        """Rewrite the graph; a stage with nothing to tile comes back as it was."""
+        segments, kind = stage.stage.segments, stage.stage.kind
+        if all(self._tiles(segment) == 1 for segment in segments):
+            return stage
+        segment_of = {name: index for index in segments for name in self.chain.segments[index].nodes}
         regions = [
             region
-            for region in find_regions(module.graph, self.torch_names)
-            if self._count(region) > 1 and (region.loss is None or stage.stage.kind is StageKind.FB)
+            for region in find_regions(stage.graph_module.graph, self.torch_names, segment_of)
+            if self._tiles(region.segment) > 1 and (region.loss is None or kind is StageKind.FB)
         ]
         if not regions:
             return stage
-        return replace(stage, graph_module=_Rewriter(module, stage.stage.kind, regions, self._count).run())
+        rewriter = _Rewriter(stage.graph_module, kind, regions, self._tiles)
+        return replace(stage, graph_module=rewriter.run())
 
-    def _count(self, region: TokenRegion) -> int:
-        return self.chunks if region.loss is None else self.loss_chunks
+    def _tiles(self, segment: int) -> int:
+        return self.chain.segments[segment].tiles
 
 
 class _Rewriter:
@@ -70,9 +73,9 @@ class _Rewriter:
         module: GraphModule,
         kind: StageKind,
         regions: list[TokenRegion],
-        count: Callable[[TokenRegion], int],
+        tiles: Callable[[int], int],
     ) -> None:
-        self._module, self._kind, self._count = module, kind, count
+        self._module, self._kind, self._tiles = module, kind, tiles
         self._root = GraphModule(module, Graph())
         self._regions = {region.last: region for region in regions}
         self._inside = {node for region in regions for node in (*region.members, region.last)}
@@ -131,7 +134,7 @@ class _Rewriter:
             GraphModule(self._module, graph),
             dims,
             [None] if region.loss else list(region.outputs.values()),
-            self._count(region),
+            self._tiles(region.segment),
             takes_sequence=takes_sequence,
             needs_output=self._kind is not StageKind.B or not _only_returned(region),
         )

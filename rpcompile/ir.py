@@ -238,6 +238,7 @@ class Segment:
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
+        tiles: In how many chunks of tokens its token-wise regions run; 1: at once.
     """
 
     name: str
@@ -261,6 +262,7 @@ class Segment:
     needs_backward: bool
     source: str
     chunks: int = 1
+    tiles: int = 1
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rpcompile.ir import StageGraph
+from rpcompile.ir import Capture, SegmentChain, StageGraph
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.tile_tokens import TileTokens
@@ -44,8 +45,14 @@ TILED = [
 class Tiler:
     """Rewrites stages, and remembers the regions."""
 
-    def __init__(self, names: dict[str, str], chunks: int, loss_chunks: int) -> None:
-        self.tile = TileTokens(names, chunks, loss_chunks)
+    def __init__(self, chain: SegmentChain, captured: Capture, chunks: int, loss_chunks: int) -> None:
+        last = len(chain.segments) - 1
+        segments = tuple(
+            replace(segment, tiles=loss_chunks if index == last else chunks)
+            for index, segment in enumerate(chain.segments)
+        )
+        names = captured.graph_module.meta.get("symbols", {})
+        self.tile = TileTokens(replace(chain, segments=segments), names)
         self.regions: list[TiledRegion] = []
 
     def __call__(self, stage: StageGraph) -> StageGraph:
@@ -71,7 +78,7 @@ def run_tiled(item: Family, chunks: int, loss_chunks: int) -> tuple[Tiler, float
     count = len(chain.segments)
     everywhere = set(range(count))
     stages = staged.partition(chain.first_backward, count, count - 2, everywhere, set(range(1, count, 3)))
-    tiler = Tiler(captured.graph_module.meta["symbols"], chunks, loss_chunks)
+    tiler = Tiler(chain, captured, chunks, loss_chunks)
     torch.manual_seed(11)
     loss = staged.forward_backward(
         case.model, captured, chain, stages, case.batch, 4, reference.draw_seed(), tiler
@@ -109,7 +116,9 @@ def test_products_and_norms_of_a_layer_are_token_wise(name: str) -> None:
     seen: set[str] = set()
     for graph in ExtractStages(captured, chain).run(stages):
         nodes = list(graph.graph_module.graph.nodes)
-        regions = find_regions(graph.graph_module.graph, captured.graph_module.meta["symbols"])
+        segment_of = {name: index for index in graph.stage.segments for name in chain.segments[index].nodes}
+        names = captured.graph_module.meta["symbols"]
+        regions = find_regions(graph.graph_module.graph, names, segment_of)
         inside = {node for region in regions for node in (*region.members, region.last)}
         for node in nodes:
             if str(node.target) in WITH_WEIGHTS:
@@ -180,10 +189,10 @@ def tiled_mixer(between: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[T
     model = Mixer(between)
     batch = {"input_ids": torch.randint(13, (4, 12)), "labels": torch.randint(8, (4, 12))}
     plain = copy.deepcopy(model)
-    captured = staged.capture(model, batch, microbatches=2)
+    captured = replace(staged.capture(model, batch, microbatches=2), cuts=())
     chain = staged.free_chain(captured)
     whole = staged.partition(chain.first_backward, len(chain.segments), 0, set(), set())
-    tiler = Tiler(captured.graph_module.meta["symbols"], 4, 4)
+    tiler = Tiler(chain, captured, 4, 4)
     calls: list[list] = []
 
     def tile(stage: StageGraph) -> StageGraph:
@@ -245,9 +254,9 @@ def test_one_chunk_leaves_the_stage_as_it_was() -> None:
     captured = staged.capture(case.model, case.batch)
     chain = staged.free_chain(captured)
     stages = staged.partition(chain.first_backward, len(chain.segments), 2, set(), set())
-    tile = TileTokens(captured.graph_module.meta["symbols"], 1, 1)
+    tile = Tiler(chain, captured, 1, 1)
     for graph in ExtractStages(captured, chain).run(stages):
-        assert tile.run(graph) is graph
+        assert tile(graph) is graph
 
 
 def test_low_precision_weight_gradients_are_summed_in_float32() -> None:
