@@ -102,9 +102,9 @@ def forward_backward(
     batch: dict[str, torch.Tensor],
     microbatches: int,
     seed: int,
-    rewrite: Callable[[StageGraph], StageGraph] = lambda graph: graph,
+    look: Callable[[StageGraph], object] = lambda graph: None,
 ) -> torch.Tensor:
-    """Loss; gradients are left in `.grad`, changed buffers in the model. Stages are rewritten first."""
+    """Loss; gradients are left in `.grad`, changed buffers in the model. `look` is shown every stage."""
     extract = ExtractStages(captured, chain)
     weights, _ = extract.segment_tensors()
     host = {
@@ -120,7 +120,8 @@ def forward_backward(
     saved: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
     incoming: list[dict[str, torch.Tensor]] = [{} for _ in parts]
     total = torch.zeros(())
-    for graph in map(rewrite, extract.run(stages)):
+    for graph in extract.run(stages):
+        look(graph)
         runner = StageRunner(graph, captured.outputs[0])
         stage = graph.stage
         names = list(dict.fromkeys(name for segment in stage.segments for name in weights[segment]))

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rpcompile.ir import Capture, SegmentChain, StageGraph
+from rpcompile.ir import SegmentChain, StageGraph
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
-from rpcompile.passes.tile_tokens import TileTokens
 from rpcompile.tiling import TiledRegion
 from tests import families, models, reference, staged
 from tests.families import Family
@@ -42,30 +41,21 @@ TILED = [
 ]
 
 
-class Tiler:
-    """Rewrites stages, and remembers the regions."""
+def with_tiles(chain: SegmentChain, tiles: int, loss_tiles: int) -> SegmentChain:
+    last = len(chain.segments) - 1
+    segments = [replace(s, tiles=loss_tiles if i == last else tiles) for i, s in enumerate(chain.segments)]
+    return replace(chain, segments=tuple(segments))
 
-    def __init__(self, chain: SegmentChain, captured: Capture, chunks: int, loss_chunks: int) -> None:
-        last = len(chain.segments) - 1
-        segments = tuple(
-            replace(segment, tiles=loss_chunks if index == last else chunks)
-            for index, segment in enumerate(chain.segments)
-        )
-        names = captured.graph_module.meta.get("symbols", {})
-        self.tile = TileTokens(replace(chain, segments=segments), names)
-        self.regions: list[TiledRegion] = []
 
-    def __call__(self, stage: StageGraph) -> StageGraph:
-        tiled = self.tile.run(stage)
-        self.regions += [item for item in tiled.graph_module.modules() if isinstance(item, TiledRegion)]
-        return tiled
+def regions_of(stage: StageGraph) -> list[TiledRegion]:
+    return [item for item in stage.graph_module.modules() if isinstance(item, TiledRegion)]
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
 
 
-def run_tiled(item: Family, chunks: int, loss_chunks: int) -> tuple[Tiler, float]:
+def run_tiled(item: Family, tiles: int, loss_tiles: int) -> tuple[list[TiledRegion], float]:
     """Runs a tiny family tiled; returns its largest relative error of a gradient against eager."""
     assert item.tiny is not None
     case = models.build(item.tiny)
@@ -78,10 +68,18 @@ def run_tiled(item: Family, chunks: int, loss_chunks: int) -> tuple[Tiler, float
     count = len(chain.segments)
     everywhere = set(range(count))
     stages = staged.partition(chain.first_backward, count, count - 2, everywhere, set(range(1, count, 3)))
-    tiler = Tiler(chain, captured, chunks, loss_chunks)
+    regions: list[TiledRegion] = []
+    tiled = with_tiles(chain, tiles, loss_tiles)
     torch.manual_seed(11)
     loss = staged.forward_backward(
-        case.model, captured, chain, stages, case.batch, 4, reference.draw_seed(), tiler
+        case.model,
+        captured,
+        tiled,
+        stages,
+        case.batch,
+        4,
+        reference.draw_seed(),
+        lambda stage: regions.extend(regions_of(stage)),
     )
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     mine, theirs = gradients(case.model), gradients(plain)
@@ -92,15 +90,15 @@ def run_tiled(item: Family, chunks: int, loss_chunks: int) -> tuple[Tiler, float
         ((mine[name] - theirs[name]).abs().max() / max(theirs[name].abs().max().item(), 1e-3 * scale)).item()
         for name in theirs
     ]
-    return tiler, max(errors)
+    return regions, max(errors)
 
 
 @pytest.mark.parametrize("item", TILED, ids=lambda item: item.name)
 def test_chunks_change_nothing_but_rounding(item: Family) -> None:
-    tiler, error = run_tiled(item, 3, 5)
+    regions, error = run_tiled(item, 3, 5)
     assert error < (0.02 if item.name == "bfloat16 autocast" else TOLERANCE), error
-    assert tiler.regions
-    assert any(region.is_loss for region in tiler.regions) == (item.name != "T5")
+    assert regions
+    assert any(region.is_loss for region in regions) == (item.name != "T5")
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Qwen3-MoE", "GPT-OSS", "Padded batch"])
@@ -192,22 +190,21 @@ def tiled_mixer(between: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[T
     captured = replace(staged.capture(model, batch, microbatches=2), cuts=())
     chain = staged.free_chain(captured)
     whole = staged.partition(chain.first_backward, len(chain.segments), 0, set(), set())
-    tiler = Tiler(chain, captured, 4, 4)
+    regions: list[TiledRegion] = []
     calls: list[list] = []
 
-    def tile(stage: StageGraph) -> StageGraph:
-        tiled = tiler(stage)
-        for region in tiler.regions:
+    def look(stage: StageGraph) -> None:
+        for region in regions_of(stage):
+            regions.append(region)
             region.register_forward_pre_hook(lambda _, inputs: calls.append(list(inputs)))
-        return tiled
 
-    loss = staged.forward_backward(model, captured, chain, whole, batch, 2, 0, tile)
+    loss = staged.forward_backward(model, captured, with_tiles(chain, 4, 4), whole, batch, 2, 0, look)
     for part in range(2):
         (plain(**{name: value.chunk(2)[part] for name, value in batch.items()}) / 2).backward()
     assert torch.isfinite(loss)
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
-    return tiler.regions, calls
+    return regions, calls
 
 
 @pytest.mark.parametrize("between", TOKEN_WISE.values(), ids=TOKEN_WISE)
@@ -247,16 +244,6 @@ def check_tokens_stay_apart(region: TiledRegion, inputs: list) -> None:
             assert dim is not None
             found = (output != before).transpose(0, dim).flatten(1).any(1)
             assert found.tolist() == [index == token for index in range(tokens)]
-
-
-def test_one_chunk_leaves_the_stage_as_it_was() -> None:
-    case = models.make("qwen3-tied")
-    captured = staged.capture(case.model, case.batch)
-    chain = staged.free_chain(captured)
-    stages = staged.partition(chain.first_backward, len(chain.segments), 2, set(), set())
-    tile = Tiler(chain, captured, 1, 1)
-    for graph in ExtractStages(captured, chain).run(stages):
-        assert tile(graph) is graph
 
 
 def test_low_precision_weight_gradients_are_summed_in_float32() -> None:
