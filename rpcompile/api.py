@@ -36,7 +36,8 @@ from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.schedule_round_robin import ScheduleRoundRobin
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.batches import largest_divisor
-from rpcompile.runtime.engine import Engine
+from rpcompile.runtime.engine import Engine, RuntimeOptions
+from rpcompile.runtime.weight_arenas import WeightArenas
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.verify import verify_schedule
 
@@ -76,6 +77,10 @@ def compile(
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
+    pin: str = "auto",
+    timeout_s: float = 600.0,
+    detect_nan: bool = False,
+    compile_stages: bool = False,
 ) -> Compiled:
     """Compiles a model into a program that trains it on `gpus` GPUs, weights staying on the host.
 
@@ -92,12 +97,23 @@ def compile(
             batch size up to twice the number of GPUs.
         gpu: Kind of GPU to plan for: a name from `rpcompile.hardware.names()`, or a `Hardware` with
             figures of your own. Default: the one that is found, else "rtx4090".
-        devices: One device name per GPU. Only "cpu" (a virtual GPU on a thread of its own) so far.
+        devices: One device name per GPU: all "cpu" (virtual GPUs, on threads of their own), or CUDA devices,
+            of which several GPUs may share one: `["cuda:0"] * 4`. Default: the first `gpus` CUDA devices
+            where there are as many, else "cpu".
         mode: "sync": the gradients of an iteration are complete when `forward_backward` returns.
         plan: A plan, or the path of one saved by `plan.save`, to use without solving.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
+        pin: On CUDA devices, "auto" moves the model's weights into memory that is registered with CUDA, a
+            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are: for
+            models that are memory-mapped because they are larger than the host's memory.
+        timeout_s: Seconds in which at least one instruction must come to its end; otherwise
+            `forward_backward` raises `WorkerTimeout`, which says who waits for whom.
+        detect_nan: Check every stage's results and gradients, and raise `NonFinite` that names the stage,
+            microbatch, GPU and module of the first that is not finite. Makes the host wait for the GPUs.
+        compile_stages: Run stages through `torch.compile`, each distinct one compiled once. Results are
+            then equal within rounding, not bit for bit.
 
     Returns:
         The compiled model.
@@ -107,7 +123,8 @@ def compile(
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
     gpus = _check_gpus(gpus, loaded)
-    _check_modes(mode, devices, gpus)
+    _check_mode(mode)
+    runtime = _runtime(_devices(devices, gpus), pin, timeout_s, detect_nan, compile_stages)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
     options = _Options(gpus, parts, _hardware(gpu, loaded), solver_time_s, seed)
     bar = tqdm(total=10, desc="capture", leave=False, disable=None if progress is None else not progress)
@@ -117,14 +134,16 @@ def compile(
             loaded = _make_plan(capture, options, "sync", bar)
         else:
             _check_plan(loaded, capture)
-        training = _executable(capture, loaded, bar)
+        pinned = runtime.cuda and pin == "auto"
+        arenas = WeightArenas(pin=pinned, adopt=pinned)
+        training = _executable(capture, loaded, runtime, arenas, bar)
     captured: list[Capture] = []
 
     def evaluation(count: int) -> Executable:
         if not captured:
             captured.append(_capture_eval(model, example))
         evaluated = _make_plan(captured[0], replace(options, microbatches=count), "forward", None)
-        return _executable(captured[0], evaluated, None)
+        return _executable(captured[0], evaluated, runtime, arenas, None)
 
     return Compiled(model, training, evaluation)
 
@@ -214,10 +233,12 @@ def _schedule(
     )
 
 
-def _executable(capture: Capture, plan: Plan, bar: tqdm[Any] | None) -> Executable:
+def _executable(
+    capture: Capture, plan: Plan, runtime: RuntimeOptions, arenas: WeightArenas, bar: tqdm[Any] | None
+) -> Executable:
     _announce(bar, LowerToProgram.name)
     program: Program = LowerToProgram(capture, plan.chain, plan.partition).run(plan.schedule)
-    return Executable(plan, program, Engine(program, plan.chain))
+    return Executable(plan, program, Engine(program, plan.chain, runtime, arenas))
 
 
 def _capture_eval(model: nn.Module, example: ExampleInputs) -> Capture:
@@ -251,18 +272,50 @@ def _check_gpus(gpus: int | None, plan: Plan | None) -> int:
     return gpus
 
 
-def _check_modes(mode: str, devices: Sequence[str] | None, gpus: int) -> None:
+def _check_mode(mode: str) -> None:
     if mode == "async":
         raise NotBuiltYet("mode='async' is not built yet; use mode='sync'")
     if mode != "sync":
         raise InvalidArgument(f"mode={mode!r}; it must be 'sync'")
+
+
+def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ...] | None:
+    """The device of each GPU; None for CPU workers."""
+    found = torch.cuda.device_count()
     if devices is None:
-        return
+        return tuple(torch.device("cuda", index) for index in range(gpus)) if 0 < gpus <= found else None
     if len(devices) != gpus:
         raise InvalidArgument(f"devices has {len(devices)} entries for {gpus} GPUs; give one a GPU")
-    other = [device for device in devices if torch.device(device).type != "cpu"]
+    named = [torch.device(device) for device in devices]
+    kinds = {device.type for device in named}
+    if kinds == {"cpu"}:
+        return None
+    other = sorted(kinds - {"cuda", "cpu"})
     if other:
-        raise NotBuiltYet(f"device {other[0]!r} cannot run programs yet; use devices={['cpu'] * gpus!r}")
+        raise NotBuiltYet(f"{other[0]!r} devices cannot run programs; use 'cpu' or 'cuda:<number>'")
+    if "cpu" in kinds:
+        raise InvalidArgument(f"devices={list(devices)!r} mixes 'cpu' with CUDA devices; use one kind")
+    for device in named:
+        if (device.index or 0) >= found:
+            raise InvalidArgument(
+                f"devices names {str(device)!r}, but torch {torch.__version__} sees {found} CUDA devices here; "
+                f"use devices={['cpu'] * gpus!r} for CPU workers"
+            )
+    return tuple(torch.device("cuda", device.index or 0) for device in named)
+
+
+def _runtime(
+    devices: tuple[torch.device, ...] | None,
+    pin: str,
+    timeout_s: float,
+    detect_nan: bool,
+    compile_stages: bool,
+) -> RuntimeOptions:
+    if pin not in ("auto", "off"):
+        raise InvalidArgument(f"pin={pin!r}; it must be 'auto' or 'off'")
+    if timeout_s <= 0:
+        raise InvalidArgument(f"timeout_s={timeout_s}; it must be above 0")
+    return RuntimeOptions(devices, pin, timeout_s, detect_nan, compile_stages)
 
 
 def _hardware(gpu: str | Hardware | None, plan: Plan | None) -> Hardware:
