@@ -298,7 +298,8 @@ def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ..
     for device in named:
         if (device.index or 0) >= found:
             raise InvalidArgument(
-                f"devices names {str(device)!r}, but torch {torch.__version__} sees {found} CUDA devices here; "
+                f"devices names {str(device)!r}, but torch {torch.__version__} sees {found} CUDA "
+                f"devices here; "
                 f"use devices={['cpu'] * gpus!r} for CPU workers"
             )
     return tuple(torch.device("cuda", device.index or 0) for device in named)

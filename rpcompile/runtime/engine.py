@@ -142,7 +142,8 @@ class Engine:
             worker.clear()
         if iteration.failure is not None:
             raise self._error(iteration.failure) from iteration.failure.error
-        self.times = iteration.times or {}
+        times = iteration.times or {}
+        self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
         return self._result(host, len(inputs))
 
     def _await(self, iteration: Iteration) -> None:
