@@ -78,7 +78,7 @@ def plain(model: Any, batch: dict[str, torch.Tensor], microbatches: int) -> torc
     total = torch.zeros(())
     parts = [
         dict(zip(batch, values, strict=True))
-        for values in zip(*(v.chunk(microbatches) for v in batch.values()))
+        for values in zip(*(v.chunk(microbatches) for v in batch.values()), strict=True)
     ]
     for part in parts:
         loss = model(**part).loss / microbatches
