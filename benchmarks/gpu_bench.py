@@ -4,10 +4,11 @@ THIS SCRIPT HAS NOT BEEN RUN ON A GPU YET. No figure of it exists.
 
 Qwen3-1.7B and Qwen3-8B (random weights from their published configurations, bfloat16, 2048 tokens a row),
 GPU memory capped to 24 GB. Forward and backward of one batch, gradients on the host at the end, no
-optimizer. rpcompile, `roundpipe` (if it is installed) and plain PyTorch with the model on the GPU (where it fits)
-take turns on the same GPU with the same microbatches. The table shows medians of tokens per second;
-for rpcompile also predicted against measured seconds and peak memory, and the share of transfer time that
-overlaps with compute. Simulated and recorded traces are written beside the JSON result.
+optimizer. rpcompile and `roundpipe` (if it is installed) take turns on the same GPU with the same
+microbatches; each turn is a warm-up run and a timed one. Plain PyTorch with the model on the GPU comes last,
+where it fits. The table shows medians of tokens per second; for rpcompile also predicted against measured
+seconds and peak memory, and the share of transfer time that overlaps with compute. Simulated and recorded
+traces are written beside the JSON result.
 
     python benchmarks/gpu_bench.py [--gpus 1] [--models 1.7B 8B] [--runs 3] [--budget 480] [--output PATH]
 
@@ -148,7 +149,11 @@ def resident_loop(
     return run
 
 
-def timed(run: Callable[[], object]) -> float:
+def turn(run: Callable[[], object]) -> float:
+    """Seconds of a run, after one that fills the allocator's caches again."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    run()
     torch.cuda.synchronize()
     started = time.perf_counter()
     run()
@@ -157,63 +162,55 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def measure(size: str, options: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
-    """One model: every loop warmed up once, then in turn until the runs or the budget are used up."""
+    """One model: the loops that offload in turn until the runs or the budget are used up, then the other."""
     deadline = time.perf_counter() + options.budget / len(options.models)
     model = qwen3(size)
     ids = torch.randint(0, 151_936, (options.microbatches, SEQUENCE))
     batch = {"input_ids": ids, "labels": ids.clone()}
-    makers: dict[str, Callable[[], Callable[[], object]]] = {}
-    compiled: list[rpcompile.Compiled] = []
+    seconds: dict[str, list[float]] = {}
+    left_out: dict[str, str] = {}
 
-    def ours() -> Callable[[], object]:
-        run, made = rpcompile_loop(copy.deepcopy(model), batch, options, hardware)
-        compiled.append(made)
-        return run
-
-    makers["rpcompile"] = ours
-    if importlib.util.find_spec("roundpipe"):
-        makers["roundpipe"] = lambda: roundpipe_loop(copy.deepcopy(model), batch, options)
-    if 5 * sum(p.nbytes for p in model.parameters()) < 2 * CAP_BYTES:
-        makers["resident"] = lambda: resident_loop(copy.deepcopy(model), batch, options)
-    loops: dict[str, Callable[[], object]] = {}
-    left_out = {} if "roundpipe" in makers else {"roundpipe": "not installed"}
-    for name, make in makers.items():
+    def take(name: str, run: Callable[[], object]) -> None:
+        if name in left_out or (seconds.get(name) and time.perf_counter() > deadline):
+            return
         try:
-            loops[name] = make()
-            timed(loops[name])
+            seconds.setdefault(name, []).append(turn(run))
         except (torch.OutOfMemoryError, rpcompile.RpcompileError) as error:
-            loops.pop(name, None)
             left_out[name] = f"{type(error).__name__}: {error}"
-            gc.collect()
-            torch.cuda.empty_cache()
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
+
+    ours, compiled = rpcompile_loop(copy.deepcopy(model), batch, options, hardware)
+    loops = {"rpcompile": ours}
+    if importlib.util.find_spec("roundpipe"):
+        loops["roundpipe"] = roundpipe_loop(copy.deepcopy(model), batch, options)
+    else:
+        left_out["roundpipe"] = "not installed"
     for _ in range(options.runs):
         for name, run in loops.items():
-            if time.perf_counter() < deadline or not seconds[name]:
-                seconds[name].append(timed(run))
-    tokens = ids.numel()
-    result: dict[str, Any] = {
-        "model": f"Qwen3-{size}",
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_s": {name: tokens / statistics.median(found) for name, found in seconds.items()},
-        "left_out": left_out,
-    }
-    if "rpcompile" in loops:
-        result["prediction"] = check_prediction(size, compiled[0], loops, seconds["rpcompile"], options)
-    return result
+            take(name, run)
+    loops.clear()
+    result: dict[str, Any] = {"model": f"Qwen3-{size}", "tokens": ids.numel(), "left_out": left_out}
+    if seconds.get("rpcompile"):
+        result["prediction"] = check_prediction(size, compiled, ours, seconds["rpcompile"], options)
+    compiled.close()
+    # Weights and gradients alone; below that, activations decide, and running out of memory is an answer.
+    if 2 * sum(parameter.nbytes for parameter in model.parameters()) < CAP_BYTES:
+        resident = resident_loop(model, batch, options)
+        for _ in range(options.runs):
+            take("resident", resident)
+    else:
+        left_out["resident"] = "weights and gradients do not fit"
+    rates = {name: ids.numel() / statistics.median(found) for name, found in seconds.items()}
+    return {**result, "seconds": seconds, "tokens_per_s": rates}
 
 
 def check_prediction(
     size: str,
     compiled: rpcompile.Compiled,
-    loops: dict[str, Callable[[], object]],
+    run: Callable[[], object],
     seconds: list[float],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """One recorded run, alone on the GPU, against what the plan said."""
-    run = loops["rpcompile"]
-    loops.clear()
     gc.collect()
     torch.cuda.empty_cache()
     devices = range(min(options.gpus, torch.cuda.device_count()))
