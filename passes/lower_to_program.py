@@ -32,7 +32,8 @@ class LowerToProgram:
     """Writes each GPU's part of a schedule as a graph that calls its worker, `gpu`.
 
     The instructions of a GPU's streams are interleaved in the order in which they are predicted to
-    start; only the order within a stream and the events bind.
+    start; only the order within a stream and the events bind. UPDATEs are left out: the caller's
+    optimizer does them, and nothing of the same iteration waits for one.
 
     Before -> after::
 
@@ -55,6 +56,7 @@ class LowerToProgram:
         # Where starts are equal, causes come first: a worker that enqueues must meet them in that order.
         graph = ActionGraph.from_events(schedule)
         ordered = [graph.actions[number] for number in graph.execution_order()]
+        ordered = [action for action in ordered if action.op is not Op.UPDATE]
         ordered.sort(key=lambda action: timeline.start_s[action.id])
         for action in ordered:
             merged[action.gpu].append(action)

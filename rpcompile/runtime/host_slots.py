@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,10 +30,11 @@ def allocate(nbytes: int, pin: bool) -> torch.Tensor:
     """
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
-    if pin:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), nbytes, 0)))
+    if pin and nbytes:
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), nbytes, 0)))
         # The storage owns the mapping: it is unregistered just before the pages go.
-        weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, flat.data_ptr()).atexit = False
+        weakref.finalize(memory, runtime.cudaHostUnregister, flat.data_ptr()).atexit = False
     return flat if nbytes else flat[:0]
 
 

@@ -137,13 +137,13 @@ class WeightArenas:
         runs: list[_Run] = []
         for names in by_arena.values():
             names.sort(key=lambda name: self._places[name].offset)
-            for before, name in pairwise([None, *names]):
+            end: int | None = None
+            for name in names:
                 place = self._places[name]
-                end = 0 if before is None else self._places[before].offset + self._places[before].nbytes
-                if before is None or place.offset - end >= ALIGNMENT:
+                if end is None or place.offset - end >= ALIGNMENT:
                     runs.append(_Run(place.arena, place.offset, place.offset))
                 run = runs[-1]
-                run.end = max(run.end, place.offset + place.nbytes)
+                run.end = end = max(run.end, place.offset + place.nbytes)
                 run.members.append((name, tensors[name], place.offset - run.begin))
         return runs
 
