@@ -220,8 +220,8 @@ def change_field(schedule, choose) -> Mutation:
 
 def change_after(schedule, choose) -> Mutation:
     found = an_action(schedule, choose)
-    after = list(found.after) + [an_action(schedule, choose).id]
-    return replaced(schedule, found, replace(found, after=tuple(after))), [found]
+    after = (*found.after, an_action(schedule, choose).id)
+    return replaced(schedule, found, replace(found, after=after)), [found]
 
 
 def change_job(schedule, choose) -> Mutation:
