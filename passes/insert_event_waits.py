@@ -16,6 +16,7 @@ import numpy as np
 
 from rpcompile import buffers
 from rpcompile.buffer_uses import BufferUses, Role
+from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError
 from rpcompile.ordering import ActionGraph, HappensBefore
 
@@ -39,6 +40,7 @@ class InsertEventWaits:
 
     name = "insert-event-waits"
 
+    @collection_paused()
     def run(self, schedule: Schedule) -> Schedule:
         """Adds the events.
 

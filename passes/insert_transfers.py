@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
+from rpcompile.collection import collection_paused
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import COMPUTE_OPS, Action, ActionId, Op, Queue, Schedule, Stream
 from rpcompile.ordering import ActionGraph
@@ -69,6 +70,7 @@ class InsertTransfers:
 
     name = "insert-transfers"
 
+    @collection_paused()
     def run(self, schedule: Schedule) -> Schedule:
         """Adds the copies that the compute actions' reads and writes call for.
 
