@@ -290,7 +290,10 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     last_use: dict[str, int] = {}
     copied_down: set[str] = set()
     for number, action in enumerate(emitted):
-        last_use.update(dict.fromkeys((*action.reads, *action.writes), number))
+        for buffer in action.reads:
+            last_use[buffer] = number
+        for buffer in action.writes:
+            last_use[buffer] = number
         if action.stream is Stream.D2H:
             copied_down.update(action.reads)
     groups: dict[_Group, list[str]] = defaultdict(list)
