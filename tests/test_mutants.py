@@ -54,7 +54,7 @@ CASES = {
     ),
     "replicas and updates": (PLAIN, UNEVEN, drawn(PLAIN, UNEVEN, 2, 4, "sync", 3), "sync", {"clip": True}),
 }
-MUTANTS_A_CASE = 450
+MUTANTS_A_CASE = 330
 
 
 def valid(name: str) -> tuple[Schedule, SegmentChain, Partition]:
