@@ -38,6 +38,7 @@ from rpcompile.passes.partition_pipeline import PartitionPipeline
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.profile import Profile
 
+from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import (
     DispatchTimeline,
