@@ -125,9 +125,12 @@ def _update_edges(events: Events, mode: str) -> list[tuple[int, int]]:
     gradients: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
         if action.op in (Op.UPDATE, Op.GRADIENT):
-            found = updates if action.op is Op.UPDATE else gradients
-            for segment in {buffers.segment_of(name) for name in action.reads if ":gradients." in name}:
-                found[segment].append(number)
+            for name in action.writes:
+                _, kind, segment = name.partition(":updated.s")
+                if kind:
+                    updates[int(segment)].append(number)
+                elif action.op is Op.GRADIENT:
+                    gradients[buffers.segment_of(name)].append(number)
     if mode == "sync" and not updates:
         return _barrier_edges(events)
     lag = 1 if mode == "sync" else 2
@@ -235,9 +238,7 @@ def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[fl
 
     gpus, total = events.schedule.gpus, events.iterations * len(events.actions)
     seconds = np.array([action.seconds for action in events.actions] * events.iterations)
-    nbytes = [action.nbytes if action.seconds > 0 else 0 for action in events.actions]
-    demand = np.array(nbytes * events.iterations, np.float64)
-    demand[demand > 0] /= seconds[demand > 0]
+    demand = np.array([_demand(action, links) for action in events.actions] * events.iterations)
     urgent = np.array([action.op in _URGENT for action in events.actions] * events.iterations)
     uses = np.full((total, 3), -1)
     for number in np.flatnonzero(demand).tolist():
@@ -264,6 +265,16 @@ def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[fl
     if done < total:
         raise_deadlock(events)
     return starts.tolist(), ends.tolist()
+
+
+def _demand(action: Action, links: SharedLinks) -> float:
+    """Bytes per second that an action moves on an idle machine; 0 for those that share nothing."""
+    if action.seconds == 0:
+        return 0.0
+    if action.stream is Stream.HOST and not action.nbytes:
+        # An update that does not say what it moves is bound by host memory.
+        return links.host_bytes_per_s or 0.0
+    return action.nbytes / action.seconds
 
 
 def raise_deadlock(events: Events) -> None:

@@ -18,7 +18,7 @@ class SharedLinks:
     """Capacities that running transfers and host actions divide among themselves; None is no limit.
 
     The bytes of a transfer cross the link of its GPU, its PCIe root and host memory, once each; those of
-    a host action are its traffic with host memory. Copies of activations, gradients of activations and
+    a host action are its traffic with host memory, all of the bandwidth if it has none. Copies of activations, gradients of activations and
     inputs take what they need first; weight uploads, weight gradients and host work share the rest. Within
     either kind rates are max-min fair, and no transfer is faster than on an idle machine.
 

@@ -71,6 +71,14 @@ def test_host_work_draws_on_host_memory_and_compute_does_not():
     assert timeline.end_s == pytest.approx({"0U@0.0": 14 / 3, "1V0": 2.0, "0F0": 4.0})
 
 
+def test_host_work_that_does_not_say_its_bytes_uses_all_of_host_memory():
+    queues = ((0, HOST, [act("0U@0.0", Op.UPDATE, seconds=4.0)]), (0, H2D, [act("1V0", Op.RECEIVE, nbytes=2, seconds=2.0)]))
+    timeline = simulate(hand_made(*queues), links=SharedLinks(host_bytes_per_s=2.0))
+    # Half the rate for 2 seconds.
+    assert timeline.end_s == {"0U@0.0": 5.0, "1V0": 2.0}
+    assert simulate(hand_made(*queues), links=SharedLinks(None)).end_s == {"0U@0.0": 4.0, "1V0": 2.0}
+
+
 @settings(max_examples=30, deadline=None)
 @given(problems())
 def test_links_without_limits_change_nothing(problem):

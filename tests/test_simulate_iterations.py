@@ -47,10 +47,11 @@ def updated(update_s: float):
     download = act(
         "0G@0.0", Op.GRADIENT, seconds=1, reads=("gpu0:gradients.j0.s0",), waits=("e1",), records=("e2",)
     )
-    update = act("0U@0.0", Op.UPDATE, seconds=update_s, reads=("host:gradients.j0.s0",), waits=("e2",))
-    return hand_made(
+    update = act("0U@0.0", Op.UPDATE, seconds=update_s, writes=("host:updated.s0",), waits=("e2",))
+    schedule = hand_made(
         (0, H2D, [upload]), (0, COMPUTE, [compute]), (0, D2H, [download]), (0, HOST, [update]), (1, H2D, [other])
     )
+    return replace(schedule, buffers={"host:updated.s0": 0})
 
 
 def test_an_upload_waits_for_the_update_of_its_segment_and_others_do_not():
