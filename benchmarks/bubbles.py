@@ -1,11 +1,11 @@
-"""How much of the GPUs' time do schedules waste? Ours beside the published ones, on the published layer times.
+"""How much of the GPUs' time do schedules waste? Ours beside the published ones, on published layer times.
 
 Simulated, not measured. Eight GPUs, 16 microbatches, one isolated synchronous iteration. The comparison
 policies have compute and hops only, as the published figures do; "simulated" plans of our own have
 uploads, downloads and shared host memory as well. Traffic 1.00x is one upload of each layer a pass and
 round of eight microbatches.
 
-    python benchmarks/bubbles.py [--solver-time 10] [--output PATH]
+    python -m benchmarks.bubbles [--solver-time 10] [--output PATH]
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from rpcompile.passes.partition_by_rule import PartitionByRule
 from rpcompile.passes.partition_pipeline import PartitionPipeline
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.profile import Profile
-
 from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import (
@@ -152,7 +151,9 @@ def planned(model: str, solver_time_s: float) -> dict[str, Any]:
         "plan": "rpcompile, simulated",
         "bubble": timeline.bubble,
         "makespan_s": timeline.makespan_s,
-        "idle_s": {part: getattr(timeline.idle, f"{part}_s") for part in ("fill", "switch", "drain", "intra")},
+        "idle_s": {
+            part: getattr(timeline.idle, f"{part}_s") for part in ("fill", "switch", "drain", "intra")
+        },
         "traffic": _traffic(model, timeline.weight_bytes),
     }
 

@@ -4,7 +4,7 @@ The published layer times of 4 x 2048 tokens, scaled linearly to the real microb
 partition and round-robin schedule, asynchronous iterations back to back; compute and hops only. No
 figure is fitted. The measured values are the published ones.
 
-    python benchmarks/throughput.py [--output PATH]
+    python -m benchmarks.throughput [--output PATH]
 """
 
 from __future__ import annotations

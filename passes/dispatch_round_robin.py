@@ -43,7 +43,9 @@ class DispatchRoundRobin:
         """
         check_counts(self.gpus, self.microbatches)
         if not 1 <= self.rounds <= self.microbatches:
-            raise InvalidArgument(f"rounds is {self.rounds}; choose 1 to {self.microbatches}, the microbatches")
+            raise InvalidArgument(
+                f"rounds is {self.rounds}; choose 1 to {self.microbatches}, the microbatches"
+            )
         bounds = [r * self.microbatches // self.rounds for r in range(self.rounds + 1)]
         jobs: list[Job] = []
         for r in range(self.rounds):
@@ -55,6 +57,4 @@ class DispatchRoundRobin:
             tuple((job.index, m) for job in jobs[gpu :: self.gpus] for m in job.microbatches)
             for gpu in range(self.gpus)
         )
-        return Dispatch(
-            "round_robin", self.gpus, self.microbatches, tuple(jobs), order, recompute_ahead=True
-        )
+        return Dispatch("round_robin", self.gpus, self.microbatches, tuple(jobs), order, recompute_ahead=True)

@@ -99,9 +99,7 @@ class PartitionByRule:
             return stages
         heaviest = max(sum(backward[s.first : s.last + 1]) for s in down)
         count = len(_greedy(forward[:tail][::-1], heaviest))
-        return _stages(
-            _even(tail, count), len(forward), _even(tail - down[-1].first, len(down))[::-1]
-        )
+        return _stages(_even(tail, count), len(forward), _even(tail - down[-1].first, len(down))[::-1])
 
 
 def _greedy(times: Sequence[float], limit: float) -> list[int]:

@@ -60,9 +60,7 @@ class PartitionPipeline:
             Stage(i, StageKind.F, end - size, end - 1)
             for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
         ]
-        down = [
-            Stage(2 * count - 1 - s.index, StageKind.B, s.first, s.last) for s in reversed(up)
-        ]
+        down = [Stage(2 * count - 1 - s.index, StageKind.B, s.first, s.last) for s in reversed(up)]
         usable = chain.hardware.usable_bytes
         return Partition((*up, *down), usable, 0.0, 0.0, "FEASIBLE", 0.0, self.name)
 
@@ -80,4 +78,6 @@ def _stage_sizes(layers: int, head: int, count: int) -> list[int]:
         return [layers + 1]
     last = min(layers, max(0, math.ceil((layers + head) / count) - head))
     rest = layers - last
-    return [rest // (count - 1) + (i >= count - 1 - rest % (count - 1)) for i in range(count - 1)] + [last + 1]
+    return [rest // (count - 1) + (i >= count - 1 - rest % (count - 1)) for i in range(count - 1)] + [
+        last + 1
+    ]

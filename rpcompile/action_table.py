@@ -114,8 +114,6 @@ def dispatch_table(partition: Partition, dispatch: Dispatch, timeline: DispatchT
 def _jobs(partition: Partition, jobs: Sequence[Job]) -> tuple[JobEntry, ...]:
     stages = [partition.stages[job.stage] for job in jobs]
     return tuple(
-        JobEntry(
-            s.index, s.kind.value, s.first, s.last, job.round, job.replica, job.gpu, job.microbatches
-        )
+        JobEntry(s.index, s.kind.value, s.first, s.last, job.round, job.replica, job.gpu, job.microbatches)
         for job, s in zip(jobs, stages, strict=True)
     )

@@ -75,7 +75,8 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
     for action in actions:
         if not 0 <= action.seconds < math.inf:
             raise InvalidArgument(
-                f"{action.id} takes {action.seconds} seconds; give its segments and links finite times, 0 or more"
+                f"{action.id} takes {action.seconds} seconds; give its segments and links finite times, "
+                "0 or more"
             )
     sources = _event_sources(schedule, actions)
     if iterations == 1:
@@ -111,8 +112,8 @@ def _event_sources(schedule: Schedule, actions: tuple[Action, ...]) -> list[tupl
     try:
         sources = [tuple([recorders[event] for event in action.waits]) for action in actions]
     except KeyError:
-        records = -1
-    if records != len(recorders):
+        sources = []
+    if records != len(recorders) or len(sources) != len(actions):
         ActionGraph.from_events(schedule)  # raises, with names
         raise AssertionError("the order of events is wrong, and nobody says where")
     return sources

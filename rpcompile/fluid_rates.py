@@ -74,7 +74,7 @@ def run_shared(
             _share(running[:active], demand, urgent, uses, capacity, share, left, since, end_s, now)
         now, changed = np.inf, False
         for k in range(active):
-            now = min(now, end_s[running[k]])
+            now = min(now, float(end_s[running[k]]))
         k = 0
         while k < active:
             action = running[k]

@@ -18,9 +18,10 @@ class SharedLinks:
     """Capacities that running transfers and host actions divide among themselves; None is no limit.
 
     The bytes of a transfer cross the link of its GPU, its PCIe root and host memory, once each; those of
-    a host action are its traffic with host memory, all of the bandwidth if it has none. Copies of activations, gradients of activations and
-    inputs take what they need first; weight uploads, weight gradients and host work share the rest. Within
-    either kind rates are max-min fair, and no transfer is faster than on an idle machine.
+    a host action are its traffic with host memory, all of whose bandwidth it uses if it names none.
+    Copies of activations, of their gradients and of inputs take what they need first; weight uploads,
+    weight gradients and host work share the rest. Within either kind rates are max-min fair, and no
+    transfer is faster than on an idle machine.
 
     Attributes:
         host_bytes_per_s: Host memory. The default is what a server with eight channels of DDR4-3200 has

@@ -77,6 +77,7 @@ class Timeline:
         upload_bytes: All bytes uploaded.
         download_bytes: All bytes downloaded.
         iteration_end_s: End of the last action of each iteration.
+        rotate: GPUs by which each iteration is shifted against the one before.
     """
 
     start_s: Mapping[str, float]
@@ -92,6 +93,7 @@ class Timeline:
     upload_bytes: int
     download_bytes: int
     iteration_end_s: tuple[float, ...]
+    rotate: int
 
     @property
     def gpu_peak_bytes(self) -> tuple[int, ...]:
@@ -179,9 +181,8 @@ def simulate(
         weight_bytes=weights,
         upload_bytes=up,
         download_bytes=down,
-        iteration_end_s=tuple(
-            max(ends[i * count : (i + 1) * count], default=0.0) for i in range(iterations)
-        ),
+        iteration_end_s=tuple(max(ends[i * count : (i + 1) * count], default=0.0) for i in range(iterations)),
+        rotate=events.rotate,
     )
 
 

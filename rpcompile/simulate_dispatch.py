@@ -187,7 +187,10 @@ def simulate_steady_state(
             for (job, _), end in zip(order, gpu, strict=True):
                 iteration = job // len(dispatch.jobs)
                 ends[iteration] = max(ends[iteration], end)
-        last, before = ends[-1] - ends[-1 - cycle], ends[-1 - cycle] - (ends[-1 - 2 * cycle : -2 * cycle] or [0])[0]
+        last, before = (
+            ends[-1] - ends[-1 - cycle],
+            ends[-1 - cycle] - (ends[-1 - 2 * cycle : -2 * cycle] or [0])[0],
+        )
         if math.isclose(last, before, rel_tol=1e-9) or cycles >= _MAX_CYCLES:
             work_s = timeline.work_s / (cycles * cycle)
             return SteadyState(last / cycle, 1 - work_s * cycle / (dispatch.gpus * last))
@@ -196,9 +199,7 @@ def simulate_steady_state(
 
 def upload_bytes(chain: SegmentChain, partition: Partition, dispatch: Dispatch) -> int:
     """Weights that all jobs upload; a job uploads its stage once."""
-    stages = [
-        sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in partition.stages
-    ]
+    stages = [sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in partition.stages]
     return sum(stages[job.stage] for job in dispatch.jobs)
 
 
@@ -255,7 +256,8 @@ def check_times(chain: SegmentChain, hop_s: float | None = None) -> None:
             value = getattr(segment, field)
             if not 0 <= value < math.inf:
                 raise InvalidArgument(
-                    f"segment {segment.name} has {field} = {value}; give a finite number of seconds, 0 or more"
+                    f"segment {segment.name} has {field} = {value}; give a finite number of seconds, "
+                    "0 or more"
                 )
     if hop_s is not None and not 0 <= hop_s < math.inf:
         raise InvalidArgument(f"hop_s is {hop_s}; give a finite number of seconds, 0 or more")
@@ -288,7 +290,12 @@ class _Run:
     """One run: GPUs go as far as they can, and wait by name for what is missing."""
 
     def __init__(
-        self, chain: SegmentChain, partition: Partition, dispatch: Dispatch, hop_s: float | None, semantics: str
+        self,
+        chain: SegmentChain,
+        partition: Partition,
+        dispatch: Dispatch,
+        hop_s: float | None,
+        semantics: str,
     ) -> None:
         self.stages, self.dispatch, self.semantics = partition.stages, dispatch, semantics
         self.times = [stage_time(chain, stage) for stage in self.stages]
@@ -348,8 +355,9 @@ class _Run:
         published = self.semantics == "published"
         early = ahead and (kind is StageKind.B or (kind is StageKind.FB and published))
         sources = [(stage - 1, early)]
-        if kind is StageKind.B and not published and self.input_stages[stage] is not None:
-            sources.append((self.input_stages[stage], False))
+        saved = self.input_stages[stage]
+        if saved is not None and not published:
+            sources.append((saved, False))
         return sources
 
     def _describe_deadlock(self) -> str:
@@ -363,7 +371,9 @@ class _Run:
         for member in seen[seen.index(gpu) :]:
             missing, _ = self._stuck_behind(member)
             stuck = self.dispatch.order[member][self.position[member]]
-            text += f"{self._name(stuck)} (gpu{member}) waits for {self._name(missing)}, which is queued behind "
+            text += (
+                f"{self._name(stuck)} (gpu{member}) waits for {self._name(missing)}, which is queued behind "
+            )
         return text + f"{self._name(self.dispatch.order[gpu][self.position[gpu]])} (gpu{gpu})"
 
     def _stuck_behind(self, gpu: int) -> tuple[_Action, int]:

@@ -61,7 +61,8 @@ def test_the_table_of_a_dispatch_by_hand():
         "stage": 0, "kind": "F", "microbatch": 0, "job": 0, "start_s": 0.0, "end_s": 4.0,
     }  # fmt: skip
     assert table["jobs"][4] == {
-        "stage": 1, "kind": "FB", "first": 2, "last": 2, "round": 1, "replica": 0, "gpu": 0, "microbatches": (1,),
+        "stage": 1, "kind": "FB", "first": 2, "last": 2,
+        "round": 1, "replica": 0, "gpu": 0, "microbatches": (1,),
     }  # fmt: skip
     found = recomputed(table, [4, 4, 4])
     assert found == (

@@ -72,7 +72,10 @@ def test_host_work_draws_on_host_memory_and_compute_does_not():
 
 
 def test_host_work_that_does_not_say_its_bytes_uses_all_of_host_memory():
-    queues = ((0, HOST, [act("0U@0.0", Op.UPDATE, seconds=4.0)]), (0, H2D, [act("1V0", Op.RECEIVE, nbytes=2, seconds=2.0)]))
+    queues = (
+        (0, HOST, [act("0U@0.0", Op.UPDATE, seconds=4.0)]),
+        (0, H2D, [act("1V0", Op.RECEIVE, nbytes=2, seconds=2.0)]),
+    )
     timeline = simulate(hand_made(*queues), links=SharedLinks(host_bytes_per_s=2.0))
     # Half the rate for 2 seconds.
     assert timeline.end_s == {"0U@0.0": 5.0, "1V0": 2.0}

@@ -49,7 +49,11 @@ def updated(update_s: float):
     )
     update = act("0U@0.0", Op.UPDATE, seconds=update_s, writes=("host:updated.s0",), waits=("e2",))
     schedule = hand_made(
-        (0, H2D, [upload]), (0, COMPUTE, [compute]), (0, D2H, [download]), (0, HOST, [update]), (1, H2D, [other])
+        (0, H2D, [upload]),
+        (0, COMPUTE, [compute]),
+        (0, D2H, [download]),
+        (0, HOST, [update]),
+        (1, H2D, [other]),
     )
     return replace(schedule, buffers={"host:updated.s0": 0})
 
@@ -108,7 +112,18 @@ def test_the_critical_path_says_what_bounds_it():
     timeline = simulate(compiled(chain(2), partition("F0-0", "FB1-1", "B0-0"), gpus=2, microbatches=1))
     assert timeline.steps[0] == Step("0P@0.0", 4, "upload", 0.0)
     bounds = [step.bound for step in timeline.steps if step.seconds]
-    assert bounds == ["upload", "upload", "compute", "hop", "hop", "compute", "hop", "hop", "compute", "download"]
+    assert bounds == [
+        "upload",
+        "upload",
+        "compute",
+        "hop",
+        "hop",
+        "compute",
+        "hop",
+        "hop",
+        "compute",
+        "download",
+    ]
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
@@ -131,7 +146,7 @@ def test_refuses_options(options, message):
 
 
 def test_a_period_needs_more_iterations_than_it_averages():
-    message = "a period over 2 iterations needs more than that, 2 are simulated; use simulate(schedule, iterations=3)"
+    message = "a period over 2 iterations needs more than that, 2 are simulated; use simulate(schedule, iter"
     with pytest.raises(InvalidArgument, match=re.escape(message)):
         simulate(SINGLE, iterations=2).period_s(2)
 
