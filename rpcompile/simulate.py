@@ -16,7 +16,7 @@ from rpcompile.errors import InvalidArgument
 from rpcompile.event_loop import chain_events, run_free, run_shared
 from rpcompile.ir import COMPUTE_OPS, Op, Stream
 from rpcompile.memory_steps import MemorySteps, memory_steps
-from rpcompile.simulate_dispatch import IdleTime, divide_idle
+from rpcompile.simulate_dispatch import IdleTime, divide_idle, steady_period
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -117,19 +117,16 @@ class Timeline:
             found["wait"] += step.wait_s
         return {bound: seconds for bound, seconds in found.items() if seconds > 0}
 
-    def period_s(self, cycle: int = 1) -> float:
-        """Seconds an iteration takes when it follows many others: the mean of the last `cycle` ones.
+    @property
+    def period_s(self) -> float:
+        """Seconds an iteration takes once iterations have settled; see `steady_period`.
 
         Raises:
-            InvalidArgument: There are not more than `cycle` iterations.
+            InvalidArgument: Only one iteration was simulated.
         """
-        count = len(self.iteration_end_s)
-        if not 1 <= cycle < count:
-            raise InvalidArgument(
-                f"a period over {cycle} iterations needs more than that, {count} are simulated; "
-                f"use simulate(schedule, iterations={max(cycle, 1) + 1}) or more"
-            )
-        return (self.iteration_end_s[-1] - self.iteration_end_s[-1 - cycle]) / cycle
+        if len(self.iteration_end_s) < 2:
+            raise InvalidArgument("one iteration has no period; use simulate(schedule, iterations=16) or so")
+        return steady_period(self.iteration_end_s)[0]
 
 
 def simulate(

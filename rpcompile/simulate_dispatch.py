@@ -16,9 +16,11 @@ How the idle time of a GPU is divided, as the published figures do (inferred fro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile import stage_bytes
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 _OPS = {StageKind.F: Op.FORWARD, StageKind.FB: Op.FUSED, StageKind.B: Op.BACKWARD}
 SEMANTICS = ("strict", "published")
-_MAX_CYCLES = 256
+_FIRST_ITERATIONS, _MOST_ITERATIONS = 16, 256
 _Action = tuple[int, int]  # job, microbatch
 
 
@@ -79,7 +81,7 @@ class SteadyState:
     """Iterations that follow one another without a pause.
 
     Attributes:
-        period_s: Seconds an iteration, averaged over the iterations after which GPUs are back in place.
+        period_s: Seconds an iteration; a mean where iterations of different length take turns.
         bubble: Share of the GPUs' time that is idle.
     """
 
@@ -177,24 +179,40 @@ def simulate_steady_state(
     Raises:
         InvalidArgument, ScheduleError: As for `simulate_dispatch`.
     """
-    cycle = dispatch.gpus // math.gcd(dispatch.gpus, rotate)
-    cycles = max(2, 8 // cycle)
+    iterations = _FIRST_ITERATIONS
     while True:
-        chained = _repeat(dispatch, cycles * cycle, rotate)
+        chained = _repeat(dispatch, iterations, rotate)
         timeline = simulate_dispatch(chain, partition, chained, hop_s=hop_s, semantics=semantics)
-        ends = [0.0] * (cycles * cycle)
+        ends = [0.0] * iterations
         for order, gpu in zip(chained.order, timeline.end_s, strict=True):
             for (job, _), end in zip(order, gpu, strict=True):
                 iteration = job // len(dispatch.jobs)
                 ends[iteration] = max(ends[iteration], end)
-        last, before = (
-            ends[-1] - ends[-1 - cycle],
-            ends[-1 - cycle] - (ends[-1 - 2 * cycle : -2 * cycle] or [0])[0],
-        )
-        if math.isclose(last, before, rel_tol=1e-9) or cycles >= _MAX_CYCLES:
-            work_s = timeline.work_s / (cycles * cycle)
-            return SteadyState(last / cycle, 1 - work_s * cycle / (dispatch.gpus * last))
-        cycles *= 2
+        period_s, repeats = steady_period(ends)
+        if repeats or iterations >= _MOST_ITERATIONS:
+            return SteadyState(period_s, 1 - timeline.work_s / iterations / (dispatch.gpus * period_s))
+        iterations *= 2
+
+
+def steady_period(ends_s: Sequence[float]) -> tuple[float, bool]:
+    """What an iteration takes once iterations have settled.
+
+    They need not become equal: several may take turns, each with a time of its own.
+
+    Args:
+        ends_s: End of each iteration, two or more.
+
+    Returns:
+        The mean over the shortest turn that the second half of the iterations repeats, and True; or the
+        mean over the second half, and False if it does not repeat.
+    """
+    steps = [after - before for before, after in pairwise(ends_s)]
+    half = len(steps) // 2
+    for turn in range(1, half + 1):
+        earlier = steps[half - turn : -turn]
+        if all(map(functools.partial(math.isclose, abs_tol=1e-9 * ends_s[-1]), steps[half:], earlier)):
+            return math.fsum(steps[-turn:]) / turn, True
+    return (ends_s[-1] - ends_s[half]) / (len(steps) - half), False
 
 
 def upload_bytes(chain: SegmentChain, partition: Partition, dispatch: Dispatch) -> int:

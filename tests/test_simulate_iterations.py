@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import Op, Stream
 from rpcompile.simulate import MemorySteps, Step, simulate
+from rpcompile.simulate_dispatch import steady_period
 from tests.chains import act, chain, compiled, hand_made, partition, problems
 
 COMPUTE, H2D, D2H, HOST = Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.HOST
@@ -21,7 +23,7 @@ SINGLE = compiled(chain(1), partition("FB0-0"), gpus=1, microbatches=1)  # times
 def test_without_updates_a_synchronous_iteration_waits_for_the_one_before():
     timeline = simulate(SINGLE, iterations=3)
     assert timeline.iteration_end_s == (19, 38, 57)
-    assert timeline.period_s() == timeline.period_s(2) == 19
+    assert timeline.period_s == 19
     assert timeline.start_s["0P@0.0#2"] == 38
 
 
@@ -65,16 +67,17 @@ def test_an_upload_waits_for_the_update_of_its_segment_and_others_do_not():
     assert timeline.bound_s == {"upload": 3, "compute": 6, "download": 3, "host": 15}
     behind = simulate(updated(5), iterations=3, mode="async")
     assert [behind.start_s[f"0P@0.0{i}"] for i in ("", "#1", "#2")] == [0, 1, 9]
-    assert behind.period_s() == 5
+    assert behind.period_s == 5
 
 
 def test_iterations_move_on_to_other_gpus():
     schedule = hand_made((0, COMPUTE, [act("0F0", seconds=5)]))
-    fixed = simulate(schedule, iterations=4, mode="async")
-    moved = simulate(schedule, iterations=4, mode="async", rotate=1)
-    assert (fixed.iteration_end_s, moved.iteration_end_s) == ((5, 10, 15, 20), (5, 5, 10, 10))
-    assert moved.period_s(2) == 2.5
-    assert moved.busy_s == {(0, COMPUTE): 10, (1, COMPUTE): 10}
+    fixed = simulate(schedule, iterations=6, mode="async")
+    moved = simulate(schedule, iterations=6, mode="async", rotate=1)
+    assert fixed.iteration_end_s == (5, 10, 15, 20, 25, 30)
+    assert moved.iteration_end_s == (5, 5, 10, 10, 15, 15)
+    assert (fixed.period_s, moved.period_s) == (5, 2.5)
+    assert moved.busy_s == {(0, COMPUTE): 15, (1, COMPUTE): 15}
 
 
 def test_a_gpu_holds_the_weights_of_two_jobs_across_iterations():
@@ -145,10 +148,25 @@ def test_refuses_options(options, message):
         simulate(SINGLE, **options)
 
 
-def test_a_period_needs_more_iterations_than_it_averages():
-    message = "a period over 2 iterations needs more than that, 2 are simulated; use simulate(schedule, iter"
+def test_one_iteration_has_no_period():
+    message = "one iteration has no period; use simulate(schedule, iterations=16) or so"
     with pytest.raises(InvalidArgument, match=re.escape(message)):
-        simulate(SINGLE, iterations=2).period_s(2)
+        _ = simulate(SINGLE).period_s
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([9, 5, 5, 5, 5, 5], (5, True)),
+        ([9, 4, 2, 3, 4, 2, 3, 4, 2, 3, 4], (3, True)),
+        ([5, 5, 7, 5, 5, 7, 5, 5], (17 / 3, True)),
+        ([9, 8, 7, 6, 5, 4], (5, False)),
+        ([7], (7, False)),
+    ],
+)
+def test_the_period_is_that_of_the_shortest_turn(steps, expected):
+    found = steady_period(list(accumulate(steps, initial=3.0)))
+    assert found == (pytest.approx(expected[0]), expected[1])
 
 
 def test_a_deadlock_is_named_with_several_iterations_too():
