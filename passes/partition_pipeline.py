@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument, PartitionError
@@ -24,12 +24,15 @@ class PartitionPipeline:
     Attributes:
         gpus: Number of GPUs.
         chunks: Forward stages a GPU; None for as many as there are segments for.
+        fused: Let the last stage run forward and backward at once, without recompute, as a schedule must
+            have it that is to run. Published pipelines do not.
 
     Source: inferred from the partitions of the RoundPipe artifact (arXiv 2604.27085), which it meets.
     """
 
     gpus: int
     chunks: int | None = 1
+    fused: bool = False
 
     name = "partition-pipeline"
 
@@ -60,7 +63,12 @@ class PartitionPipeline:
             Stage(i, StageKind.F, end - size, end - 1)
             for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
         ]
-        down = [Stage(2 * count - 1 - s.index, StageKind.B, s.first, s.last) for s in reversed(up)]
+        mirrored = up[:-1] if self.fused else up
+        down = [
+            Stage(count + index, StageKind.B, s.first, s.last) for index, s in enumerate(reversed(mirrored))
+        ]
+        if self.fused:
+            up[-1] = replace(up[-1], kind=StageKind.FB)
         usable = chain.hardware.usable_bytes
         return Partition((*up, *down), usable, 0.0, 0.0, "FEASIBLE", 0.0, self.name)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from rpcompile import buffers
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import Op, Stream
-from rpcompile.ordering import ActionGraph
 
 if TYPE_CHECKING:
     from rpcompile.ir import Action, Schedule
@@ -114,7 +113,7 @@ def _event_sources(schedule: Schedule, actions: tuple[Action, ...]) -> list[tupl
     except KeyError:
         sources = []
     if records != len(recorders) or len(sources) != len(actions):
-        ActionGraph.from_events(schedule)  # raises, with names
+        _named_errors(schedule)
         raise AssertionError("the order of events is wrong, and nobody says where")
     return sources
 
@@ -280,8 +279,16 @@ def _demand(action: Action, links: SharedLinks) -> float:
 
 def raise_deadlock(events: Events) -> None:
     """Raises the error that names a circle of actions that wait for one another."""
-    ActionGraph.from_events(events.schedule).execution_order()
+    _named_errors(events.schedule)
     raise ScheduleError(
         f"deadlock between iterations: {events.iterations} iterations of this schedule wait for one another "
         f"when shifted by {events.rotate} GPUs, though one alone runs; use rotate=0"
     )
+
+
+def _named_errors(schedule: Schedule) -> None:
+    """Raises what is wrong with the order of one iteration, with names."""
+    # Here, for it loads numba, which a simulation without shared links does not need.
+    from rpcompile.ordering import ActionGraph
+
+    ActionGraph.from_events(schedule).execution_order()
