@@ -10,7 +10,9 @@ from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Stream
 
 if TYPE_CHECKING:
+    from rpcompile.hardware import HardwareFile
     from rpcompile.ir import Action
+    from rpcompile.probe import HardwareProbe
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class SharedLinks:
             raise InvalidArgument(f"GPU {twice} is behind more than one root; name each GPU once")
         if self.roots and self.root_bytes_per_s is None:
             raise InvalidArgument("roots are given without root_bytes_per_s, which they share")
+
+    @classmethod
+    def of(cls, found: HardwareProbe | HardwareFile) -> SharedLinks:
+        """What a probe of this machine, or the file that it wrote, says; roots are not probed."""
+        up, down = found.h2d_both_bytes_per_s, found.d2h_both_bytes_per_s
+        both = None if up is None or down is None else up + down
+        return cls(found.host_memory_bytes_per_s, both_ways_bytes_per_s=both)
 
     def capacities(self, gpus: int) -> list[float]:
         """Bytes per second of host memory, of each GPU's link both ways, and of each root up and down."""

@@ -223,7 +223,7 @@ def _idle(
         [[ends[number] for number in order] for order in compute],
         [[op is not Op.FORWARD for op in found] for found in ops],
         makespan_s,
-        whole_warm_up=not any(Op.FUSED in found for found in ops),
+        whole_warm_up=False,
     )
 
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import ActionId, Op, Stream
+from rpcompile.probe import HardwareProbe
 from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import Timeline, simulate
-from tests.chains import act, compiled, hand_made, problems
+from tests.chains import HARDWARE, act, compiled, hand_made, problems
 
 COMPUTE, H2D, D2H, HOST = Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.HOST
 
@@ -110,6 +111,12 @@ def test_a_deadlock_is_named_here_too():
     message = "deadlock: 0F0 (gpu0 compute) waits for 0F0 (gpu0 compute)"
     with pytest.raises(ScheduleError, match=f"^{re.escape(message)}$"):
         simulate(hand_made(*queues), links=SharedLinks())
+
+
+def test_a_probe_says_what_is_shared():
+    found = HardwareProbe(HARDWARE, 90e9, h2d_both_bytes_per_s=11e9, d2h_both_bytes_per_s=13e9)
+    assert SharedLinks.of(found) == SharedLinks(90e9, both_ways_bytes_per_s=24e9)
+    assert SharedLinks.of(replace(found, h2d_both_bytes_per_s=None)) == SharedLinks(90e9)
 
 
 @pytest.mark.parametrize(

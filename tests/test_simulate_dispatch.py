@@ -58,13 +58,13 @@ def test_a_recompute_waits_for_the_input_it_starts_from():
     stages = partition("F0-0", "F1-1", "FB2-2", "B1-1", "B0-0")
     jobs = tuple(Job(i, i, 0, 0, (0,), gpu) for i, gpu in enumerate((0, 0, 0, 1, 1)))
     dispatch = Dispatch("by hand", 2, 1, jobs, (((0, 0), (1, 0), (2, 0)), ((3, 0), (4, 0))), True)
-    # Stage 0 ends at 2, so the input of stage 3 is on GPU 1 at 2.5; its gradient, from 2FB0, at 9.5.
-    timeline = simulate_dispatch(chain(3), stages, dispatch, hop_s=0.5)
-    assert timeline.start_s == ((0, 2, 4), (7.5, 12.5))
-    slow = replace(chain(3).segments[1], forward_s=9.0)
-    longer = replace(chain(3), segments=(chain(3).segments[0], slow, chain(3).segments[2]))
-    # Now 2FB0 ends at 16, and a recompute of 9 s behind the gradient's 16.5 would start at 7.5.
-    assert simulate_dispatch(longer, stages, dispatch, hop_s=0.5).start_s[1][0] == 7.5
+    # The gradient from 2FB0, which ends at 9, is on GPU 1 at 11; 2 s of recompute come before it.
+    assert simulate_dispatch(chain(3), stages, dispatch).start_s == ((0, 2, 4), (9, 14))
+    # Stage 0 ends at 2, and its 20 bytes take 40 s.
+    large = chain(3, {0: {"boundary_bytes": 20}})
+    assert simulate_dispatch(large, stages, dispatch).start_s == ((0, 2, 4), (42, 47))
+    quirk = simulate_dispatch(large, stages, dispatch, semantics="published")
+    assert quirk.start_s == ((0, 2, 4), (9, 14))
 
 
 def test_hops_follow_from_bytes_unless_they_are_given():
