@@ -21,6 +21,7 @@ from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.passes.partition_as_given import PartitionAsGiven
 from rpcompile.passes.partition_by_rule import PartitionByRule
 from rpcompile.passes.partition_pipeline import PartitionPipeline
 from rpcompile.simulate import simulate
@@ -32,11 +33,17 @@ def text(stages: Partition) -> str:
     return " ".join(f"{s.kind}{s.first}-{s.last}" for s in stages.stages)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("policy", [DispatchGPipe, Dispatch1F1B, DispatchInterleaved1F1B, DispatchLoopedBFS])
+@pytest.mark.parametrize(
+    ("policy", "chunks"),
+    [
+        (DispatchGPipe, 1),
+        (Dispatch1F1B, 1),
+        (DispatchInterleaved1F1B, 1),
+        (DispatchInterleaved1F1B, 2),
+        (DispatchLoopedBFS, 2),
+    ],
+)
 def test_pipelines_go_through_the_same_line_as_our_own_schedules(policy, chunks):
-    if chunks == 2 and policy in (DispatchGPipe, Dispatch1F1B):
-        pytest.skip("one stage a GPU")
     layers = chain(7)
     stages = PartitionPipeline(2, chunks, fused=True).run(layers)
     schedule = LayOutDispatch(layers, stages).run(policy(2, 4).run(stages))
@@ -54,6 +61,15 @@ def test_a_heavy_head_takes_the_place_of_layers():
     assert text(PartitionPipeline(4).run(heavy)) == "F0-1 F2-3 F4-5 F6-7 B6-7 B4-5 B2-3 B0-1"
     heavier = chain(8, {7: {"forward_s": 12.0, "backward_s": 16.0}})
     assert text(PartitionPipeline(4, fused=True).run(heavier)) == "F0-1 F2-3 F4-6 FB7-7 B4-6 B2-3 B0-1"
+
+
+def test_partitions_as_given_by_hand():
+    assert text(PartitionAsGiven("3,3").run(chain(7))) == "F0-2 F3-6 B3-6 B0-2"
+    assert text(PartitionAsGiven("4|2,2,2").run(chain(7))) == "F0-3 FB4-6 B2-3 B0-1"
+    assert text(PartitionAsGiven("3,3|0,2,4").run(chain(7))) == "F0-2 F3-5 FB6-6 B4-5 B0-3"
+    assert text(PartitionAsGiven("3,0").run(chain(4))) == "F0-2 F3-3 B3-3 B0-2"
+    frozen = chain(4, {0: {"needs_backward": False}})
+    assert text(PartitionAsGiven("2|1,1").run(frozen)) == "F0-1 FB2-3 B1-1"
 
 
 def test_the_rule_by_hand():
@@ -107,6 +123,26 @@ def test_the_rule_finds_the_least_cost_of_all_partitions(times, gpus, slack):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (
+            lambda: PartitionAsGiven("3,x").run(chain(3)),
+            InvalidArgument,
+            "partition '3,x' is no list of counts; write e.g. 3,3,4,2 for a pipeline, or 7,7,7,7|0,3,3,3",
+        ),
+        (
+            lambda: PartitionAsGiven("1,2").run(chain(3)),
+            PartitionError,
+            "the forward and fused stages of '1,2' have 3 segments; besides the last one, the chain has 2",
+        ),
+        (
+            lambda: PartitionAsGiven("1|1,2").run(chain(3)),
+            PartitionError,
+            "the fused and backward stages of '1|1,2' have 3 segments; besides the last one, the chain has 2",
+        ),
+        (
+            lambda: PartitionAsGiven("2,0|0,2").run(chain(3)),
+            PartitionError,
+            "stage 1 (F) of '2,0|0,2' has no segment",
+        ),
         (lambda: PartitionPipeline(0).run(chain(3)), InvalidArgument, "gpus is 0, chunks is 1; both must be"),
         (
             lambda: PartitionPipeline(4).run(chain(3)),

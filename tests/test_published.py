@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import bubbles, throughput
 from rpcompile.ir import StageKind
+from rpcompile.passes.partition_as_given import PartitionAsGiven
 from rpcompile.simulate_dispatch import simulate_steady_state
 
 DATA = json.loads((Path(bubbles.__file__).parent / "data" / "published_schedules.json").read_text("utf-8"))
@@ -45,6 +46,11 @@ def test_published_partitions_follow_from_the_layer_times(model: str, policy: st
     def layers(*kinds: StageKind) -> list[int]:
         return [min(s.last, head - 1) - s.first + 1 for s in stages if s.kind in kinds]
 
+    if policy == "round_robin":
+        counts = "|".join(",".join(map(str, given[kind])) for kind in ("forward", "backward"))
+    else:
+        counts = ",".join(map(str, given))
+    assert PartitionAsGiven(counts).run(bubbles.chain(model)).stages == stages
     if policy == "round_robin":
         assert layers(StageKind.F) == given["forward"]
         assert layers(StageKind.FB, StageKind.B) == given["backward"]
