@@ -1,8 +1,8 @@
 """How long does the simulator take? A round-robin schedule with every copy, alone and with shared links.
 
 An 8B-like decoder of 64 layers on 8 GPUs (benchmarks/partition_speed.py), stages of a layer each. The
-first run with shared links is timed in a fresh process, numba's import and its cached (or not yet cached)
-kernel included.
+import of numba and the first run with shared links are timed in a fresh process, with a cached kernel (the
+very first run on a machine compiles it, which takes some seconds more).
 
     python -m benchmarks.simulate_speed [--microbatches 128] [--output PATH]
 """
@@ -38,12 +38,15 @@ from rpcompile.simulate import simulate
 GPUS, LAYERS, REPEATS = 8, 64, 5
 FIRST_RUN = """
 import time
+import numpy
+started = time.perf_counter()
+import rpcompile.fluid_rates
+imported = time.perf_counter() - started
 from benchmarks import simulate_speed as speed
 schedule = speed.schedule(2, layers=4)
-speed.simulate(schedule)
 started = time.perf_counter()
 speed.simulate(schedule, links=speed.SharedLinks())
-print(time.perf_counter() - started)
+print(imported + time.perf_counter() - started)
 """
 
 
@@ -93,7 +96,7 @@ def main() -> None:
         figures = [f"{row[key]:.2f}" for key in ("cpu_s", "cpu_s_per_100k_actions")]
         table.add_row(row["links"], f"{row['actions']:,}", *figures)
     Console(width=100).print(table)
-    print(f"first run with shared links in a process: {float(done.stdout):.2f} s")
+    print(f"import and first run with shared links in a process: {float(done.stdout):.2f} s")
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()},

@@ -60,7 +60,8 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
     An upload waits for the update of its segment, "sync" in the iteration before and "async" in the one
     before that; where the schedule has no UPDATE, an "async" upload waits for the segment's GRADIENTs in
     its place, and a "sync" iteration for the end of the one before, for the caller steps between them.
-    Of weights, a GPU holds those of two jobs, across iterations as well.
+    Of weights, a GPU holds those of two jobs, across iterations as well; slots of activations start
+    anew with each iteration.
 
     Raises:
         InvalidArgument: A number is out of range, or an action's time cannot be.
