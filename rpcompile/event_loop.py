@@ -79,13 +79,6 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
                 "0 or more"
             )
     sources = _event_sources(schedule, actions)
-    if iterations == 1:
-        order: list[list[int]] = []
-        number = 0
-        for queue in schedule.queues:
-            order.append(list(range(number, number + len(queue.actions))))
-            number += len(queue.actions)
-        return Events(schedule, actions, 1, 0, order, sources)
     count = len(actions)
     queues: dict[tuple[int, Stream], list[int]] = defaultdict(list)
     for i in range(iterations):
@@ -97,8 +90,9 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
             number += len(queue.actions)
     chained = [tuple(s + i * count for s in found) for i in range(iterations) for found in sources]
     events = Events(schedule, actions, iterations, rotate, [*queues.values()], chained)
-    for target, source in (*_update_edges(events, mode), *_slot_edges(events)):
-        chained[target] += (source,)
+    if iterations > 1:
+        for target, source in (*_update_edges(events, mode), *_slot_edges(events)):
+            chained[target] += (source,)
     return events
 
 
