@@ -445,7 +445,7 @@ class Dispatch:
     recompute_ahead: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """One instruction of one stream.
 
