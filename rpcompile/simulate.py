@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument
 from rpcompile.event_loop import chain_events, run_free, run_shared
+from rpcompile.idle_time import IdleTime, divide_idle, steady_period
 from rpcompile.ir import COMPUTE_OPS, Op, Stream
 from rpcompile.memory_steps import MemorySteps, memory_steps
-from rpcompile.simulate_dispatch import IdleTime, divide_idle, steady_period
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ class Timeline:
         host_memory: Memory in use on the host: what the program makes there, and the model's
             weights. The caller's inputs are left out.
         steps: The critical path: actions, each starting when the one before it ends, up to the last end.
-        idle: Where the GPUs' idle compute time lies; see `rpcompile/simulate_dispatch.py`.
+        idle: Where the GPUs' idle compute time lies; see `rpcompile/idle_time.py`.
         weight_bytes: Weights and buffers uploaded.
         upload_bytes: All bytes uploaded.
         download_bytes: All bytes downloaded.

@@ -2,29 +2,18 @@
 
 No copies, streams or memory: `rpcompile/simulate.py` has those. What is left of a dispatch is, for each
 GPU, an order of compute actions, and for each action the earlier ones whose results it needs.
-
-How the idle time of a GPU is divided, as the published figures do (inferred from them: every figure of
-`benchmarks/data/published_bubbles.json` is met):
-
-    fill     before its first action
-    drain    behind its last action, until all GPUs are done
-    switch   on the way to its first backward. Where GPUs hold on to their stages (no fused stage), all idle
-             time between its first action and its first backward; in round-robin dispatch only the gap right
-             before the first backward
-    intra    the rest
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile import stage_bytes
 from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.idle_time import IdleTime, divide_idle, steady_period
 from rpcompile.ir import ActionId, Op, StageKind
 
 if TYPE_CHECKING:
@@ -39,20 +28,6 @@ _Action = tuple[int, int]  # job, microbatch
 
 
 @dataclass(frozen=True)
-class IdleTime:
-    """Idle seconds of all GPUs together, by position; see the module's text."""
-
-    fill_s: float
-    switch_s: float
-    drain_s: float
-    intra_s: float
-
-    @property
-    def total_s(self) -> float:
-        return self.fill_s + self.switch_s + self.drain_s + self.intra_s
-
-
-@dataclass(frozen=True)
 class DispatchTimeline:
     """When a dispatch's compute actions run.
 
@@ -61,7 +36,7 @@ class DispatchTimeline:
         end_s: The same for ends.
         makespan_s: End of the last one.
         work_s: Seconds of compute of all GPUs.
-        idle: Where the rest went.
+        idle: Where the rest went; see `rpcompile/idle_time.py`.
     """
 
     start_s: tuple[tuple[float, ...], ...]
@@ -194,27 +169,6 @@ def simulate_steady_state(
         iterations *= 2
 
 
-def steady_period(ends_s: Sequence[float]) -> tuple[float, bool]:
-    """What an iteration takes once iterations have settled.
-
-    They need not become equal: several may take turns, each with a time of its own.
-
-    Args:
-        ends_s: End of each iteration, two or more.
-
-    Returns:
-        The mean over the shortest turn that the second half of the iterations repeats, and True; or the
-        mean over the second half, and False if it does not repeat.
-    """
-    steps = [after - before for before, after in pairwise(ends_s)]
-    half = len(steps) // 2
-    for turn in range(1, half + 1):
-        earlier = steps[half - turn : -turn]
-        if all(map(functools.partial(math.isclose, abs_tol=1e-9 * ends_s[-1]), steps[half:], earlier)):
-            return math.fsum(steps[-turn:]) / turn, True
-    return (ends_s[-1] - ends_s[half]) / (len(steps) - half), False
-
-
 def upload_bytes(chain: SegmentChain, partition: Partition, dispatch: Dispatch) -> int:
     """Weights that all jobs upload; a job uploads its stage once."""
     stages = [sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in partition.stages]
@@ -229,38 +183,6 @@ def reference_upload_bytes(chain: SegmentChain, gpus: int, microbatches: int) ->
     weights = [segment.weight_bytes for segment in chain.segments]
     both = sum(weights[chain.first_backward : -1])
     return math.ceil(microbatches / gpus) * (sum(weights) + both)
-
-
-def divide_idle(
-    starts: Sequence[Sequence[float]],
-    ends: Sequence[Sequence[float]],
-    backward: Sequence[Sequence[bool]],
-    makespan_s: float,
-    *,
-    whole_warm_up: bool,
-) -> IdleTime:
-    """Idle time by position; see the module's text.
-
-    Args:
-        starts: By GPU, starts of its compute actions in order.
-        ends: By GPU, their ends.
-        backward: By GPU, which of them are a backward or a fused action.
-        makespan_s: When all is over.
-        whole_warm_up: Count all gaps before a GPU's first backward as switch, not only the last one.
-    """
-    fill, switch, drain, intra = [], [], [], []
-    for begin, end, is_backward in zip(starts, ends, backward, strict=True):
-        if not begin:
-            fill.append(makespan_s)
-            continue
-        gaps = [after - before for before, after in zip(end, begin[1:], strict=False)]
-        first = is_backward.index(True) if True in is_backward else 0
-        since = 0 if whole_warm_up else max(0, first - 1)
-        fill.append(begin[0])
-        switch += gaps[since:first]
-        intra += gaps[:since] + gaps[first:]
-        drain.append(makespan_s - end[-1])
-    return IdleTime(math.fsum(fill), math.fsum(switch), math.fsum(drain), math.fsum(intra))
 
 
 def check_times(chain: SegmentChain, hop_s: float | None = None) -> None:

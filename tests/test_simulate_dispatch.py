@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.idle_time import IdleTime
 from rpcompile.ir import Dispatch, Job
 from rpcompile.passes.dispatch_1f1b import Dispatch1F1B
 from rpcompile.passes.dispatch_gpipe import DispatchGPipe
@@ -23,7 +24,6 @@ from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.partition_pipeline import PartitionPipeline
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import (
-    IdleTime,
     reference_upload_bytes,
     simulate_dispatch,
     simulate_steady_state,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 
 from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.idle_time import steady_period
 from rpcompile.ir import Op, Stream
 from rpcompile.simulate import MemorySteps, Step, simulate
-from rpcompile.simulate_dispatch import steady_period
 from tests.chains import act, chain, compiled, hand_made, partition, problems
 
 COMPUTE, H2D, D2H, HOST = Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.HOST
