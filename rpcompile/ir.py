@@ -433,6 +433,8 @@ class Dispatch:
         microbatches: Number of microbatches.
         jobs: In dispatch order; `Job.index` is the position.
         order: By GPU, its compute actions in order, each as (job, microbatch).
+        recompute_ahead: Whether a backward's recompute may run before the gradient is there, once its
+            saved input is.
     """
 
     policy: str
@@ -440,6 +442,7 @@ class Dispatch:
     microbatches: int
     jobs: tuple[Job, ...]
     order: tuple[tuple[tuple[int, int], ...], ...]
+    recompute_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
