@@ -63,10 +63,12 @@ class ScheduleRoundRobin:
             for stage in partition.stages
         )
         saved = frozenset(stage.first - 1 for stage in partition.stages if stage.kind is StageKind.B)
+        workspaces = stage_bytes.Workspaces(self.chain)
         nbytes: dict[str, int] = {}
         actions: dict[int, list[Action]] = {job.gpu: [] for job in jobs}
         for stage, job in zip(partition.stages, jobs, strict=True):
-            layout = _JobLayout(self, stage, job, saved, is_last=job is jobs[-1])
+            kept = saved.intersection(stage.segments)
+            layout = _JobLayout(self, stage, job, saved, job is jobs[-1], workspaces.of(stage, kept))
             for microbatch in microbatches:
                 reads, writes = layout.reads(microbatch), layout.writes(microbatch)
                 nbytes |= reads | writes
@@ -136,6 +138,7 @@ class _JobLayout:
     job: Job
     saved: frozenset[int]
     is_last: bool
+    workspace_bytes: int
 
     def action(self, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
         stage, segments = self.stage, self.options.chain.segments
@@ -154,7 +157,7 @@ class _JobLayout:
             seconds=seconds,
             reads=reads,
             writes=writes,
-            workspace_bytes=stage_bytes.workspace_bytes(self.options.chain, stage),
+            workspace_bytes=self.workspace_bytes,
         )
 
     def reads(self, microbatch: int) -> dict[str, int]:

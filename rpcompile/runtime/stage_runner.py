@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rpcompile.random_streams import microbatch_seed
 
@@ -75,10 +76,10 @@ class StageRunner:
         with torch.enable_grad():
             outputs = self._call(named, inputs, incoming, microbatch, keep_state=False)
         wanted = [name for name in self.graph.gradients_in if name in gradients]
-        roots = [name for name in wanted if outputs[name].requires_grad]
-        return self._propagate(
-            [outputs[name] for name in roots], [gradients[name] for name in roots], leaves, incoming
-        )
+        # Edges, not tensors: what the graph returns need not outlive the forward.
+        roots = {name: get_gradient_edge(outputs[name]) for name in wanted if outputs[name].requires_grad}
+        del outputs
+        return self._propagate([*roots.values()], [gradients[name] for name in roots], leaves, incoming)
 
     def fused(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
@@ -90,7 +91,7 @@ class StageRunner:
         loss = outputs.pop(self._loss)
         del outputs
         seed = torch.full_like(loss, microbatch.loss_scale)
-        return loss.detach(), self._propagate([loss], [seed], leaves, incoming)
+        return loss.detach(), self._propagate([get_gradient_edge(loss)], [seed], leaves, incoming)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
         """What has accumulated, one dict a segment."""
@@ -116,7 +117,7 @@ class StageRunner:
 
     def _propagate(
         self,
-        roots: list[torch.Tensor],
+        roots: list[GradientEdge],
         gradients: list[torch.Tensor],
         leaves: list[torch.Tensor],
         incoming: Tensors,
