@@ -22,6 +22,7 @@ from rpcompile.errors import (
     PartitionError,
     PlanMismatch,
 )
+from rpcompile.host_memory import host_memory
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.ir import Capture, Hardware, Partition, Program, Schedule, SegmentChain
 from rpcompile.passes.bind_chain import BindChain
@@ -152,12 +153,14 @@ def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | 
     _announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
     tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    host = host_memory(capture.parameters, capture.buffers, schedule)
     prediction = Prediction(
         iteration_s=timeline.makespan_s,
         tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
         bubble=timeline.bubble,
         gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=timeline.host_peak_bytes,
+        host_peak_bytes=host.total_bytes,
+        host=host,
     )
     _log.info("planned %s in %.2f s", capture.model_name, time.perf_counter() - started)
     return Plan(

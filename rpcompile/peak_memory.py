@@ -151,8 +151,9 @@ class PeakMemory:
     def execute(self, node: Node, environment: Mapping[Node, Any]) -> Any:
         """Runs one node."""
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device(self.kernels.device)}
+        here = torch.device(self.kernels.device)
+        args = tuple(here if isinstance(arg, torch.device) else arg for arg in args)
+        kwargs = {name: here if isinstance(arg, torch.device) else arg for name, arg in kwargs.items()}
         return self.kernels.call(node.target, args, kwargs)
 
     # ---------------------------------------------------------------------- tensors without data
@@ -260,7 +261,7 @@ class _Run:
         self.tracker.ignore(gradients)
         used = {source.name for node in self._piece.nodes for source in node.all_input_nodes}
         # A gradient that only passes by is copied on its way.
-        passing = [name for name in self._piece.gradients_in if name in self._piece.values and name not in used]
+        passing = set(self._piece.gradients_in).intersection(self._piece.values).difference(used)
         self.tracker.add(sum(map(self._memory.nbytes, passing)))
         with self.tracker:
             torch.autograd.backward(edges, gradients)
@@ -318,7 +319,7 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _adds_in_place(self, args: tuple[Any, ...]) -> bool:
-        """Whether autograd adds to a gradient that is nobody else's: in place, but for a mode's looking on."""
+        """Whether autograd adds to a gradient that is nobody else's: in place, if no mode looks on."""
         first, second, *rest = args
         return (
             torch._C._current_graph_task_id() != -1

@@ -101,7 +101,7 @@ class Workspaces:
     def _forward(self, low: int, high: int, kept: tuple[int, ...]) -> int:
         out = self.crossing[high]
         if not kept:
-            return max(self.first_forward[low], *self.inner_forward[low + 1 : high], 0) - out
+            return max(self.first_forward[low], max(self.inner_forward[low + 1 : high], default=0)) - out
         needs = [self.first_forward[low], *self.inner_forward[low + 1 : high]]
         later = [sum(self.crossing[cut + 1] for cut in kept if cut >= i - 1) for i in range(low, high)]
         return max(need - nbytes for need, nbytes in zip(needs, later, strict=True)) - out
