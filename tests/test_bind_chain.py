@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Hardware, TiedWeight
 from rpcompile.passes.bind_chain import BindChain
@@ -34,7 +35,7 @@ class TwoLayers(nn.Module):
 
 
 def bound(capture: Capture, **sizes: int) -> SegmentChain:
-    return BindChain(sizes, TOY).run(EstimateCosts().run(capture))
+    return BindChain(sizes, TOY, Kernels("cpu")).run(EstimateCosts().run(capture))
 
 
 def two_layers(model: nn.Module | None = None) -> Capture:
