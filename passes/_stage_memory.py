@@ -130,7 +130,10 @@ class MemoryRows:
                 base -= layout.share("scratch", (s.state_bytes for s in self._segments), slot)
         layout.model.add(own >= edge - base).only_enforce_if(slot.used)
         for segment, nbytes in enumerate(inner):
-            inside = layout.at_most(slot.low, segment + margins[0]), ~layout.at_most(slot.high, segment + margins[1])
+            inside = (
+                layout.at_most(slot.low, segment + margins[0]),
+                ~layout.at_most(slot.high, segment + margins[1]),
+            )
             layout.model.add(own >= nbytes - base).only_enforce_if(slot.used, *inside)
         return own
 

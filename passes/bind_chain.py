@@ -90,7 +90,9 @@ class _Evaluator:
 
 
 class _Binder:
-    def __init__(self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware, kernels: Kernels) -> None:
+    def __init__(
+        self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware, kernels: Kernels
+    ) -> None:
         capture = costed.capture
         self._capture = capture
         self._costs = costed.costs

@@ -12,6 +12,7 @@ operators whose kernel on the device keeps other tensors than the one that data-
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from contextlib import ExitStack, nullcontext
@@ -22,7 +23,7 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,8 +31,7 @@ from rpcompile.device_kernels import Kernels
 from rpcompile.sizes import Sizes, symbol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterable, Mapping
 
     from rpcompile.ir import Capture
 
@@ -169,7 +169,8 @@ class PeakMemory:
     def external(self, node: Node) -> object:
         """What a placeholder or an attribute of the graph stands for: a tensor, a size or a subgraph."""
         if node.op == "get_attr":
-            return functools.reduce(getattr, str(node.target).split("."), self.capture.graph_module)
+            found = functools.reduce(getattr, str(node.target).split("."), self.capture.graph_module)
+            return _on_device(found, self.kernels.device) if isinstance(found, GraphModule) else found
         size = self._bindings.get(node.name.removeprefix("sym_"))
         return self.empty(node.name) if size is None or not node.name.startswith("sym_") else size
 
@@ -193,7 +194,9 @@ class _Run:
         self._memory, self._piece, self._train = memory, piece, train
         self.tracker = StorageTracker(memory.kernels)
         self._environment: dict[Node, Any] = {}
-        self._hold = [memory.nodes[name] for name in piece.boundary or memory.capture.outputs[:1]]
+        own = {node.name for node in piece.nodes}
+        self._loss = [memory.nodes[name] for name in memory.capture.outputs[:1] if name in own]
+        self._hold = [memory.nodes[name] for name in piece.boundary] or self._loss
         self._gradients: list[torch.Tensor] = []
         self._roots: list[Any] = []
         self._prepare()
@@ -244,7 +247,7 @@ class _Run:
                 for source in ends.get(node, ()):
                     del environment[source]
         boundary = [self.tracker.key(environment[memory.nodes[name]]) for name in piece.boundary]
-        wanted = [memory.nodes[name] for name in piece.gradients_in] if piece.boundary else self._hold
+        wanted = [memory.nodes[name] for name in piece.gradients_in] if piece.boundary else self._loss
         roots = [environment[node] for node in wanted if self._train and environment[node].requires_grad]
         self._roots = [(get_gradient_edge(root), torch.empty_like(root)) for root in roots]
         del roots
@@ -273,6 +276,16 @@ class _Run:
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast, cache_enabled=False))
         return stack
+
+
+def _on_device(graph: GraphModule, device: str) -> GraphModule:
+    """A copy of a subgraph whose own tensors are made on `device`, not where it was captured."""
+    graph = copy.deepcopy(graph)
+    for node in graph.graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.update_kwarg("device", torch.device(device))
+    graph.recompile()
+    return graph
 
 
 class StorageTracker(TorchDispatchMode):

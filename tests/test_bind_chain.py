@@ -75,7 +75,8 @@ def test_every_field_of_two_segments():
     assert last.backward_s == pytest.approx(10.24 + 0.068)
 
     assert first.saved_bytes == 256  # relu keeps its result; x is the caller's
-    assert last.saved_bytes == 256  # the second layer keeps what comes in
+    assert last.saved_bytes == 0
+    assert first.saved_input_bytes == last.saved_input_bytes == 0  # relu's result is held by relu already
     # backward of the first layer: the gradient of its output (256) and of its weight (512)
     assert first.peak_bytes == 768
     # backward of the second: the gradient of its output (64), of its weight and of its input (256 each)
@@ -159,7 +160,7 @@ def test_tensor_kept_by_several_nodes_is_counted_once_a_segment():
     (whole,) = bound(capture_of(Gated(), inputs, BATCH), batch=4).segments
     assert whole.saved_bytes == 4 * 8 * 4  # h, also where a view of it is kept
     first, last = bound(capture_of(Gated(), inputs, BATCH, ["linear_1"]), batch=4).segments
-    assert (first.saved_bytes, last.saved_bytes) == (4 * 8 * 4, 4 * 8 * 4)
+    assert (first.saved_bytes, last.saved_bytes, last.saved_input_bytes) == (4 * 8 * 4, 0, 0)
 
 
 def test_tied_weight_is_uploaded_by_each_reader():
@@ -229,8 +230,10 @@ def test_rematerialised_nodes_are_charged_to_their_first_user():
     assert (first.inputs, last.inputs) == (("x",), ("ids",))
     assert last.input_bytes == 4 * 8 * 8
     assert first.boundary == ("mul",)
-    # what autograd keeps of them is there in both: the angle, and the mask
-    assert (first.saved_bytes, last.saved_bytes) == (32, 128 + 32 + 32)
+    # what autograd keeps of them is there in both: the angle, and the mask; the second layer keeps what
+    # comes in
+    assert (first.rematerialised_bytes, last.rematerialised_bytes) == (32, 32 + 32)
+    assert (first.saved_bytes, last.saved_bytes, last.saved_input_bytes) == (0, 0, 128)
 
 
 def test_size_of_an_input_does_not_read_the_input():

@@ -120,7 +120,11 @@ def transformer(layers: int, usable_bytes: int = 22_000_000_000) -> SegmentChain
     for layer in range(layers):
         for part, forward_s, parameters in (("attn", 0.011, 84_000_000), ("mlp", 0.021, 352_000_000)):
             sizes: dict[str, Any] = {"weight_bytes": parameters, "gradient_bytes": parameters, **edge}
-            sizes |= {"saved_bytes": 500_000_000, "peak_bytes": int(forward_s * 2e10), "forward_peak_bytes": int(forward_s * 1e10)}
+            sizes |= {
+                "saved_bytes": 500_000_000,
+                "peak_bytes": int(forward_s * 2e10),
+                "forward_peak_bytes": int(forward_s * 1e10),
+            }
             segments.append(segment(f"layers.{layer}.{part}", forward_s, 2 * forward_s, **sizes))
     sizes: dict[str, Any] = {
         "weight_bytes": 10**9,

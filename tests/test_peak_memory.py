@@ -86,8 +86,8 @@ def test_a_product_keeps_its_inputs_and_makes_gradients() -> None:
     """Tensors of 4 x 8 float32 take 128 bytes."""
     found = memories(Function(lambda x, w: (x * w).exp().sum(), (8,)), torch.randn(4, 8)).segment(0)
     assert found.saved_bytes == 128  # exp keeps its result; the product keeps x, which is the caller's
-    # Backward: the sum's gradient is a view of one number, exp's and the product's take 128 each, w's 32.
-    assert found.peak_bytes == 4 + 128 + 128
+    # Backward, in place of exp's result: exp's gradient, its product with x, and the sum of that for w.
+    assert found.peak_bytes == 128 + 128 + 32 - 128
     assert found.forward_peak_bytes == 256  # the product and exp
 
 
@@ -102,10 +102,12 @@ def test_in_place_and_views_take_nothing() -> None:
 
 def test_gradients_of_several_uses_are_added_in_place() -> None:
     thrice = memories(
-        Function(lambda x, w: (y := x * w, y + y * 2 + y * 3 + y * 4)[1].sum(), (8,)), torch.randn(4, 8)
+        Function(lambda x, w: (y := x * w, (y * 2).sum() + (y * 3).sum() + (y * 4).sum())[1], (8,)),
+        torch.randn(4, 8),
     ).segment(0)
-    # The gradient so far and the next one; a sum of its own would be a third.
-    assert thrice.peak_bytes == 4 + 2 * 128
+    # The gradient, its product with x, and the sum of that for w. While gradients are added up there is
+    # the one so far and the next one; a sum of its own would be a third, 384 bytes in all.
+    assert thrice.peak_bytes == 128 + 128 + 32
 
 
 def test_equal_segments_run_once_and_a_value_is_held_once() -> None:
