@@ -36,7 +36,7 @@ class SegmentMemories:
         self._held: set[str] = set()  # values that a segment so far holds for its backward
 
     def segment(self, index: int) -> SegmentMemory:
-        """Segment `index`; to be called in order, since what several segments hold is charged to the first."""
+        """Segment `index`; to be called in order: what several segments hold is charged to the first."""
         piece = self.piece(index, index)
         key = self._peak.key(piece)
         if key not in self._known:

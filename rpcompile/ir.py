@@ -243,7 +243,8 @@ class Segment:
         forward_peak_bytes: As `peak_bytes`, of a forward without autograd; below 0 where some of what goes
             out is what came in.
         saved_input_bytes: Values that came in and that its backward is the first of all to hold.
-        rematerialised_bytes: Results of rematerialised nodes that it reads; all segments of a stage share them.
+        rematerialised_bytes: Results of rematerialised nodes that it reads; the segments of a stage share
+            them.
     """
 
     name: str

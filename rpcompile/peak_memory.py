@@ -24,6 +24,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -151,9 +152,7 @@ class PeakMemory:
     def execute(self, node: Node, environment: Mapping[Node, Any]) -> Any:
         """Runs one node."""
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
-        here = torch.device(self.kernels.device)
-        args = tuple(here if isinstance(arg, torch.device) else arg for arg in args)
-        kwargs = {name: here if isinstance(arg, torch.device) else arg for name, arg in kwargs.items()}
+        args, kwargs = _on_device((args, kwargs), self.kernels.device)
         return self.kernels.call(node.target, args, kwargs)
 
     # ---------------------------------------------------------------------- tensors without data
@@ -170,7 +169,7 @@ class PeakMemory:
         """What a placeholder or an attribute of the graph stands for: a tensor, a size or a subgraph."""
         if node.op == "get_attr":
             found = functools.reduce(getattr, str(node.target).split("."), self.capture.graph_module)
-            return _on_device(found, self.kernels.device) if isinstance(found, GraphModule) else found
+            return _graph_on_device(found, self.kernels.device) if isinstance(found, GraphModule) else found
         size = self._bindings.get(node.name.removeprefix("sym_"))
         return self.empty(node.name) if size is None or not node.name.startswith("sym_") else size
 
@@ -278,12 +277,16 @@ class _Run:
         return stack
 
 
-def _on_device(graph: GraphModule, device: str) -> GraphModule:
-    """A copy of a subgraph whose own tensors are made on `device`, not where it was captured."""
+def _on_device(arguments: Any, device: str) -> Any:
+    """The arguments with `device` in place of any that the graph was captured on."""
+    here = torch.device(device)
+    return map_aggregate(arguments, lambda item: here if isinstance(item, torch.device) else item)
+
+
+def _graph_on_device(graph: GraphModule, device: str) -> GraphModule:
     graph = copy.deepcopy(graph)
     for node in graph.graph.nodes:
-        if node.kwargs.get("device") is not None:
-            node.update_kwarg("device", torch.device(device))
+        node.args, node.kwargs = _on_device((node.args, node.kwargs), device)
     graph.recompile()
     return graph
 
@@ -360,7 +363,7 @@ class StorageTracker(TorchDispatchMode):
 
 def _uses(tensor: torch.Tensor) -> tuple[int, int]:
     storage = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return tensor._use_count(), storage
+    return tensor._use_count(), storage  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
