@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers
+import torch
+
+from rpcompile import buffers, stage_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from rpcompile.ir import Schedule, TensorSpec
+    from rpcompile.ir import Schedule, SegmentChain
 
 _FLOAT32 = 4
 
@@ -44,9 +43,9 @@ class HostMemory:
 
 
 def host_memory(
-    parameters: Iterable[TensorSpec],
-    others: Iterable[TensorSpec],
+    chain: SegmentChain,
     schedule: Schedule,
+    dtype: str,
     *,
     masters: bool = False,
     optimizer_states: int = 2,
@@ -57,25 +56,25 @@ def host_memory(
     whatever the program holds besides training.
 
     Args:
-        parameters: The model's parameters that its graph reads.
-        others: Its buffers.
+        chain: The segments.
         schedule: With its host buffers.
+        dtype: Of most parameters, e.g. "bfloat16"; all that train are taken to be of it.
         masters: Whether the optimizer steps float32 copies of parameters whose dtype is smaller.
         optimizer_states: Tensors that the optimizer keeps for each parameter, of the parameter's shape and
             the dtype of what it steps: 2 for AdamW, 1 for SGD with momentum, 0 for SGD.
     """
-    distinct = {spec.name: spec for spec in parameters}.values()
-    trainable = [spec for spec in distinct if spec.trainable] if schedule.mode != "forward" else []
-    elements = [(math.prod(spec.shape), spec.nbytes) for spec in trainable]
-    low = [count for count, nbytes in elements if masters and nbytes < _FLOAT32 * count]
-    stepped = sum(nbytes for count, nbytes in elements if not masters or nbytes >= _FLOAT32 * count)
-    host = {buffers.parse(name): size for name, size in schedule.buffers.items() if name.startswith("host:")}
-    weights = {spec.name: spec.nbytes for spec in others} | {spec.name: spec.nbytes for spec in distinct}
+    every = range(len(chain.segments))
+    training = schedule.mode != "forward"
+    gradients = sum(stage_bytes.gradient_bytes(chain, every).values()) if training else 0
+    itemsize = getattr(torch, dtype, torch.float32).itemsize
+    copies = gradients // itemsize * _FLOAT32 if masters and itemsize < _FLOAT32 else 0
+    host = [(buffers.parse(name), size) for name, size in schedule.buffers.items()]
+    host = [(name, size) for name, size in host if name.space == buffers.HOST]
     return HostMemory(
-        weight_bytes=sum(weights.values()),
-        gradient_bytes=sum(spec.nbytes for spec in trainable),
-        master_bytes=_FLOAT32 * sum(low),
-        optimizer_bytes=optimizer_states * (_FLOAT32 * sum(low) + stepped),
-        boundary_bytes=sum(size for name, size in host.items() if name.kind in ("x", "dx")),
-        input_bytes=sum(size for name, size in host.items() if name.kind == "inputs"),
+        weight_bytes=sum(stage_bytes.weight_bytes(chain, every).values()),
+        gradient_bytes=gradients,
+        master_bytes=copies,
+        optimizer_bytes=optimizer_states * (copies or gradients),
+        boundary_bytes=sum(size for name, size in host if name.kind in ("x", "dx")),
+        input_bytes=sum(size for name, size in host if name.kind == "inputs"),
     )

@@ -128,7 +128,9 @@ class PeakMemory:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a captured tensor at the bindings."""
-        value: torch.Tensor = self.nodes[name].meta["val"]
+        value = self.nodes[name].meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return 0
         return functools.reduce(int.__mul__, self.shape(value), value.element_size())
 
     def key(self, piece: Piece) -> object:
@@ -157,9 +159,11 @@ class PeakMemory:
 
     # ---------------------------------------------------------------------- tensors without data
 
-    def empty(self, name: str) -> torch.Tensor:
-        """A tensor like a captured value; a parameter that trains has an accumulated gradient."""
-        value: torch.Tensor = self.nodes[name].meta["val"]
+    def empty(self, name: str) -> Any:
+        """A tensor like a captured value, or its number if it is a size; a parameter that trains has an accumulated gradient."""
+        value = self.nodes[name].meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return self._number(self._sizes.size(value))
         tensor = torch.empty(self.shape(value), dtype=value.dtype, device=self.kernels.device)
         if name in self._trainable:
             tensor.requires_grad_(True).grad = torch.empty_like(tensor)
@@ -219,7 +223,7 @@ class _Run:
         for node in set(piece.rematerialised).difference(shared):
             del environment[node]
 
-    def _received(self, name: str) -> torch.Tensor:
+    def _received(self, name: str) -> Any:
         """A value that comes in. It is no leaf: autograd would hold a leaf for the leaf's own sake."""
         value = self._memory.empty(name)
         if not self._train or name not in self._piece.gradients_out:
@@ -306,9 +310,9 @@ class StorageTracker(TorchDispatchMode):
         self.live = self.peak = 0
         self.alive: dict[int, int] = {}
 
-    def key(self, tensor: torch.Tensor) -> int:
-        """Tells storages that are alive apart."""
-        return tensor.untyped_storage()._cdata
+    def key(self, value: object) -> int:
+        """Tells storages that are alive apart; -1 for what has none."""
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
 
     def ignore(self, values: Iterable[object]) -> int:
         """Counts these tensors as nothing; returns the bytes of those that it did not know."""

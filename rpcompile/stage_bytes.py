@@ -48,7 +48,8 @@ class Workspaces:
     counted once: results of rematerialised nodes, and values that several segments hold for their backwards.
 
     Slightly too much: values that only pass by a segment of a model whose cuts are several tensors wide, and
-    values in front of a segment that a forward drops before that segment's peak. The gradient of a weight
+    values in front of a segment that a forward drops before that segment's peak, or that have a buffer since a
+    backward stage begins there. The gradient of a weight
     counts twice while it is made, as from the second microbatch on: what is accumulated and what is added.
     """
 
@@ -75,20 +76,16 @@ class Workspaces:
         self.rematerialised = [s.rematerialised_bytes for s in segments]
         self._states = list(accumulate((s.state_bytes for s in segments), initial=0))
 
-    def of(self, stage: Stage, kept: Iterable[int] = ()) -> int:
+    def of(self, stage: Stage) -> int:
         """Bytes of one stage.
 
         B also holds scratch copies of the buffers that its recompute must not change, and a tied weight's
         first gradient until the last one is made.
-
-        Args:
-            stage: The stage.
-            kept: Segments of an F stage behind which the boundary has a buffer, since a backward stage
-                begins there; the last segment's has one anyway.
         """
         low, high = stage.first, stage.last + 1
         if stage.kind is StageKind.F:
-            own = self._forward(low, high, tuple(cut for cut in kept if cut < stage.last))
+            inner = max(self.inner_forward[low + 1 : high], default=0)
+            own = max(inner, self.first_forward[low]) - self.crossing[high]
         else:
             inner = max(self.inner_backward[low : high - 1], default=0)
             own = max(inner, self.last_backward[high - 1]) - self.base_backward[low]
@@ -97,14 +94,6 @@ class Workspaces:
         if stage.kind is StageKind.B:
             own += self._states[high] - self._states[low]
         return max(0, own + max(self.rematerialised[low:high]))
-
-    def _forward(self, low: int, high: int, kept: tuple[int, ...]) -> int:
-        out = self.crossing[high]
-        if not kept:
-            return max(self.first_forward[low], max(self.inner_forward[low + 1 : high], default=0)) - out
-        needs = [self.first_forward[low], *self.inner_forward[low + 1 : high]]
-        later = [sum(self.crossing[cut + 1] for cut in kept if cut >= i - 1) for i in range(low, high)]
-        return max(need - nbytes for need, nbytes in zip(needs, later, strict=True)) - out
 
 
 def duplicates(tied: TiedWeight, low: int, high: int) -> int:
