@@ -160,7 +160,7 @@ class PeakMemory:
     # ---------------------------------------------------------------------- tensors without data
 
     def empty(self, name: str) -> Any:
-        """A tensor like a captured value, or its number if it is a size; a parameter that trains has an accumulated gradient."""
+        """A tensor like a captured value; a parameter that trains has a gradient. Sizes are numbers."""
         value = self.nodes[name].meta["val"]
         if not isinstance(value, torch.Tensor):
             return self._number(self._sizes.size(value))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.memory_bound import gpu_memory_bounds
+from rpcompile.host_memory import host_memory
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
@@ -41,8 +42,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from rpcompile.host_memory import host_memory
-from rpcompile.ir import Capture, CostedGraph, Hardware, Partition, Schedule, SegmentChain
+    from rpcompile.ir import Capture, CostedGraph, Hardware, Partition, Schedule, SegmentChain
     from rpcompile.profile import Profile
 
 DEFAULT_GPUS = 8

@@ -47,10 +47,10 @@ class Workspaces:
     while the segment next to them runs, and its results from the beginning on. What a stage shares is
     counted once: results of rematerialised nodes, and values that several segments hold for their backwards.
 
-    Slightly too much: values that only pass by a segment of a model whose cuts are several tensors wide, and
-    values in front of a segment that a forward drops before that segment's peak, or that have a buffer since a
-    backward stage begins there. The gradient of a weight
-    counts twice while it is made, as from the second microbatch on: what is accumulated and what is added.
+    Too much: values that only pass by a segment of a model whose cuts are several tensors wide, and values
+    in front of a segment that a forward drops before that segment's peak, or that have a buffer since a
+    backward stage begins there. The gradient of a weight counts twice while it is made, as from the second
+    microbatch on: what is accumulated and what is added.
     """
 
     def __init__(self, chain: SegmentChain) -> None:
