@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, PartitionError
-from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.host_memory import host_memory
+from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs

@@ -192,10 +192,10 @@ def _check_operands(
         # Gradients are read to be added to; how often, the checks of their writers say.
         found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
         found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
-        workspace = workspaces[stage.index]
-        if action.workspace_bytes != workspace:
+        if action.workspace_bytes != workspaces[stage.index]:
             raise ScheduleError(
-                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; its stage needs {workspace:,}"
+                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; "
+                f"its stage needs {workspaces[stage.index]:,}"
             )
         _compare(action, "read", reads, found_reads)
         _compare(action, "write", writes, found_writes)
