@@ -330,15 +330,19 @@ def test_transformer_costs_what_the_flop_counter_counts(batch: int, sequence: in
     assert segment.backward_flops == counter.get_total_flops()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_cutting_changes_no_total(data: st.DataObject):
     _, costed = tiny_qwen3()
     order = costed.capture.order
     positions = data.draw(st.sets(st.integers(1, len(order) - 1), max_size=6).map(sorted))
-    capture = replace(
-        costed.capture, cuts=tuple(cut_behind(costed.capture, order[position - 1]) for position in positions)
-    )
+    cuts = [cut_behind(costed.capture, order[position - 1]) for position in positions]
+    values = {node.name: node.meta.get("val") for node in costed.capture.graph_module.graph.nodes}
+    # Never between an operator with several results and those results.
+    whole_cuts = [
+        cut for cut in cuts if not any(isinstance(values[name], tuple | list) for name in cut.values)
+    ]
+    capture = replace(costed.capture, cuts=tuple(whole_cuts))
     chain = BindChain({"batch": 2, "sequence": 8}, TOY).run(replace(costed, capture=capture))
     (whole,) = BindChain({"batch": 2, "sequence": 8}, TOY).run(costed).segments
     assert sum((segment.nodes for segment in chain.segments), ()) == order
