@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.host_memory import host_memory
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
@@ -200,12 +201,14 @@ def plan_chain(
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
     tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    host = host_memory(chain, schedule, model.dtype)
     prediction = Prediction(
         iteration_s=timeline.makespan_s,
         tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
         bubble=timeline.bubble,
         gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=timeline.host_peak_bytes,
+        host_peak_bytes=host.total_bytes,
+        host=host,
     )
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(

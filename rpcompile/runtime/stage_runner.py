@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
@@ -105,7 +106,8 @@ class StageRunner:
             outputs = self._call(arguments, microbatch)
             wanted = [name for name in self.graph.gradients_in if name in gradients]
             seeds = {name: gradients[name] for name in wanted if outputs[name].requires_grad}
-            roots = {name: outputs[name] for name in seeds}
+            # Edges, not tensors: what the graph returns need not outlive the forward.
+            roots = {name: get_gradient_edge(outputs[name]) for name in seeds}
             del outputs
             return self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
@@ -117,9 +119,9 @@ class StageRunner:
         arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=True)
         with torch.enable_grad(), self._compiling("fused", microbatch):
             outputs = self._call(arguments, microbatch, self._detect_nan)
-            roots = {self._loss: outputs.pop(self._loss)}
+            loss = outputs.pop(self._loss)
             del outputs
-            loss = roots[self._loss].detach()
+            roots, loss = {self._loss: get_gradient_edge(loss)}, loss.detach()
             seeds = {self._loss: torch.full_like(loss, microbatch.loss_scale)}
             return loss, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
@@ -147,7 +149,7 @@ class StageRunner:
 
     def _propagate(
         self,
-        roots: Tensors,
+        roots: dict[str, GradientEdge],
         seeds: Tensors,
         leaves: list[torch.Tensor],
         incoming: Tensors,
