@@ -11,12 +11,19 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from rpcompile.graphs import argument, gradient_nodes, is_random, mutated_arguments, value_of
+from rpcompile.graphs import (
+    AUTOCAST,
+    GRAD_MODE,
+    argument,
+    gradient_nodes,
+    is_random,
+    mutated_arguments,
+    region_of,
+    value_of,
+)
 from rpcompile.ir import Capture
 
 _ATEN = torch.ops.aten
-_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
-_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _NO_EFFECT = {
     _ATEN._assert_tensor_metadata.default,
     _ATEN._assert_scalar.default,
@@ -100,18 +107,19 @@ def _inline(module: GraphModule, node: Node, trainable: set[str], plain: bool) -
 
     `plain`: the graph does not run under autocast, so that a region without it is nothing special.
     """
-    if node.op != "call_function" or node.target not in (_GRAD_MODE, _AUTOCAST):
+    found = region_of(node)
+    if found is None:
         return False
-    region_node, arguments = _region(node)
-    if node.target is _GRAD_MODE:
-        live = gradient_nodes(module.graph.nodes, trainable)
-        if node.args[0] is False and any(arg in live for arg in node.all_input_nodes):
-            return False
-    elif not plain or node.args[2] is not False:
+    if node.target is AUTOCAST and (not plain or node.args[2] is not False):
         return False  # changes autocast: stays one operator, which runs under its own context
-    region = module.get_submodule(str(region_node.target))
-    assert isinstance(region, GraphModule)
-    results = _copy_region(module, region, node, arguments)
+    region, arguments = found
+    detached: set[Node] = set()
+    if node.target is GRAD_MODE and node.args[0] is False:
+        live = gradient_nodes(module.graph.nodes, trainable)
+        inputs = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        detached = {inner for inner, given in zip(inputs, arguments, strict=True) if given in live}
+    results = _copy_region(module, region, node, arguments, detached)
+    region_node = next(arg for arg in node.all_input_nodes if arg.op == "get_attr")
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -122,31 +130,55 @@ def _inline(module: GraphModule, node: Node, trainable: set[str], plain: bool) -
     return True
 
 
-def _region(node: Node) -> tuple[Node, list[Any]]:
-    # (enabled, region, *args) and (device_type, dtype, enabled, cache_enabled, region, *args)
-    index = 1 if node.target is _GRAD_MODE else 4
-    region = node.args[index]
-    assert isinstance(region, Node)
-    return region, list(node.args[index + 1 :])
+def _copy_region(
+    module: GraphModule, region: GraphModule, place: Node, arguments: list[Any], detached: set[Node]
+) -> list[Node]:
+    """Copies a region's nodes before `place` and returns what they return.
 
-
-def _copy_region(module: GraphModule, region: GraphModule, place: Node, arguments: list[Any]) -> list[Node]:
-    values: dict[Node, Any] = {}
+    Args:
+        detached: Nodes of a no-grad region that carry a gradient outside of it; its operators read
+            them detached. More are added: the results of regions with gradients inside of it.
+    """
+    graph = module.graph
     inputs = [node for node in region.graph.nodes if node.op == "placeholder"]
-    values.update(zip(inputs, arguments, strict=True))
-    results: list[Node] = []
+    values: dict[Node, Any] = dict(zip(inputs, arguments, strict=True))
+    plain: dict[Node, Node] = {}
+    without_gradients = place.target is GRAD_MODE and place.args[0] is False
+
+    def read(item: Node) -> Any:
+        if item not in detached:
+            return values[item]
+        if item not in plain:
+            plain[item] = graph.call_function(_ATEN.detach.default, (values[item],))
+            plain[item].meta = dict(values[item].meta)
+        return plain[item]
+
     for inner in region.graph.nodes:
-        if inner.op == "output":
-            results = [values[item] for item in inner.args[0]]
-        elif inner.op == "get_attr":
-            name = f"{place.name}_{inner.name}"
-            module.add_submodule(name, region.get_submodule(str(inner.target)))
-            with module.graph.inserting_before(place):
-                values[inner] = module.graph.get_attr(name)
-        elif inner.op != "placeholder":
-            with module.graph.inserting_before(place):
-                values[inner] = module.graph.node_copy(inner, lambda item: values[item])
-    return results
+        if inner.op in ("placeholder", "output"):
+            continue
+        with graph.inserting_before(place):
+            if inner.op == "get_attr":
+                name = f"{place.name}_{inner.name}"
+                module.add_submodule(name, region.get_submodule(str(inner.target)))
+                values[inner] = graph.get_attr(name)
+                continue
+            inside = without_gradients and inner.target is GRAD_MODE and inner.args[0] is True
+            values[inner] = graph.node_copy(inner, values.__getitem__ if inside else read)
+        if inside:
+            detached.update(inner.users)
+    output = next(iter(reversed(region.graph.nodes)))
+    return [values[_written_to(item)] for item in output.args[0]]
+
+
+def _written_to(node: Node) -> Node:
+    """What an in-place operator returns is its own argument, and carries the gradient that this has."""
+    while node.op == "call_function" and mutated_arguments(node) and node.args[0] in mutated_arguments(node):
+        returns = getattr(node.target, "_schema").returns
+        if not returns or returns[0].alias_info is None or not returns[0].alias_info.is_write:
+            break
+        assert isinstance(node.args[0], Node)
+        node = node.args[0]
+    return node
 
 
 # ------------------------------------------------------------------- sizes

@@ -83,8 +83,8 @@ class CaptureGraph:
 
         Raises:
             CaptureError: torch.export cannot trace it; names operator and place.
-            UnsupportedModel: The graph has no scalar loss first, changes an input, or calls an
-                autograd.Function.
+            UnsupportedModel: The graph has no scalar loss first, changes an input, calls an
+                autograd.Function, or assigns a buffer of another shape.
         """
         named = self.example.named()
         symbols = symbol_dims(named)
@@ -191,14 +191,42 @@ class _Entry(torch.nn.Module):
 
         def forward(**named: torch.Tensor) -> Any:
             values = list(named.values())
-            return model(
-                *values[:positional], **dict(zip(inputs[positional:], values[positional:], strict=True))
-            )
+            keywords = dict(zip(inputs[positional:], values[positional:], strict=True))
+            with _assigned_buffers_copied(model):
+                return model(*values[:positional], **keywords)
 
         kind = inspect.Parameter.KEYWORD_ONLY
         signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])
         forward.__signature__ = signature  # type: ignore[attr-defined]
         self.forward = forward
+
+
+@contextmanager
+def _assigned_buffers_copied(model: torch.nn.Module) -> Iterator[None]:
+    """Turns `self.buffer = value` into a copy into the buffer, at the end; torch.export would drop it.
+
+    Raises:
+        UnsupportedModel: The new value has another shape or dtype.
+    """
+    before = [(path, module, dict(module._buffers)) for path, module in model.named_modules()]
+    yield
+    for path, module, buffers in before:
+        for name, old in buffers.items():
+            new = module._buffers.get(name)
+            if new is old:
+                continue
+            where = f"{path}.{name}".removeprefix(".")
+            if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} assigns {_form(new)} to its buffer {where!r}, which was "
+                    f"{_form(old)}; keep shape and dtype, or keep it out of register_buffer"
+                )
+            module._buffers[name] = old
+            old.copy_(new.detach())
+
+
+def _form(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else f"{_dtype(tensor)} of shape {tuple(tensor.shape)}"
 
 
 def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -121,9 +122,14 @@ class StageRunner:
         leaves: list[torch.Tensor],
         incoming: Tensors,
     ) -> Tensors:
+        passed: Tensors = {}
+        for name in self.graph.gradients_out:
+            # In the layout that it has here, which `.grad` would change to that of the value: kernels
+            # that read it would round differently.
+            incoming[name].register_hook(functools.partial(passed.__setitem__, name))
         if roots and leaves:
             torch.autograd.backward(roots, gradients, inputs=leaves)
-        return {name: grad for name in self.graph.gradients_out if (grad := incoming[name].grad) is not None}
+        return {name: passed[name] for name in self.graph.gradients_out if name in passed}
 
     def _call(
         self, weights: Tensors, inputs: Tensors, values: Tensors, microbatch: Microbatch, keep_state: bool
