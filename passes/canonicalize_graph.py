@@ -43,7 +43,7 @@ class CanonicalizeGraph:
         _assert_tensor_metadata(x, ...)            ->  (gone)
         to(x, float32) of a float32 x; alias(x)    ->  x
         set_(x, x)                                 ->  x
-        wrap_with_set_grad_enabled(False, f, x)    ->  f's operators, where x carries no gradient
+        wrap_with_set_grad_enabled(False, f, x)    ->  f's operators, of detach(x) where x carries a gradient
         sym_size(input_ids, 0)                     ->  the placeholder `sym_batch`
     """
 
@@ -173,7 +173,7 @@ def _copy_region(
 def _written_to(node: Node) -> Node:
     """What an in-place operator returns is its own argument, and carries the gradient that this has."""
     while node.op == "call_function" and mutated_arguments(node) and node.args[0] in mutated_arguments(node):
-        returns = getattr(node.target, "_schema").returns
+        returns = node.target._schema.returns
         if not returns or returns[0].alias_info is None or not returns[0].alias_info.is_write:
             break
         assert isinstance(node.args[0], Node)

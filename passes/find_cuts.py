@@ -174,16 +174,17 @@ class _Liveness:
         if not source:
             return
         for node in nodes:
-            tainted = [source[aliases.root(arg)] for arg in read_arguments(node) if aliases.root(arg) in source]
+            tainted = [
+                source[aliases.root(arg)] for arg in read_arguments(node) if aliases.root(arg) in source
+            ]
             for made in [node, *mutated_arguments(node)] if tainted and node.op != "output" else ():
                 source.setdefault(aliases.root(made), tainted[0])
         if (name := source.get(aliases.root(loss))) is not None:
             change = next(n for n in nodes for arg in mutated_arguments(n) if aliases.root(arg).name == name)
             raise UnsupportedModel(
-                f"{self._capture.model_name}'s loss depends on the buffer {buffers[name]!r}, which its forward "
-                f"changes ({change.target} in {module_path(change) or 'forward'}): recomputed in the "
-                f"backward, it would be another one. Change the buffer outside of forward, or return what "
-                f"it becomes and do not read it"
+                f"{self._capture.model_name}'s loss depends on the buffer {buffers[name]!r}, which its "
+                f"forward changes ({change.target} in {module_path(change) or 'forward'}): recomputed in the "
+                f"backward, it would be another one. Change the buffer outside of forward"
             )
 
     def _find_rematerialised(self, nodes: list[Node], aliases: AliasSets, changed: set[Node]) -> set[Node]:

@@ -38,7 +38,6 @@ class RandomModel(nn.Module):
     def __init__(self, steps: tuple[Step, ...], kept: int = 3) -> None:
         super().__init__()
         self.steps, self.kept = steps, kept
-        self.drawn: list[torch.Tensor] = []
         self.first, self.head = nn.Linear(W, W), nn.Linear(W, CLASSES)
         self.layers = nn.ModuleList(nn.Linear(W, W) for _ in range(3))
         self.layers[1].requires_grad_(False)
@@ -51,14 +50,17 @@ class RandomModel(nn.Module):
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         pool = [x, self.first(x)]
+        total = x.new_zeros(())
         for step in self.steps:
             a, b = pool[-1 - step.a % len(pool)], pool[-1 - step.b % len(pool)]
-            pool += OPERATORS[step.name](self, a, b, step.n, ids)
-        # What is drawn and not used is not drawn in stages, which would renumber the streams.
-        drawn = sum((value.mean() for value in self.drawn), x.new_zeros(()))
-        self.drawn.clear()
+            made = OPERATORS[step.name](self, a, b, step.n, ids)
+            # Operators whose results nothing uses do not run in stages. In eager PyTorch they take random
+            # numbers, and looking at a changed view decides on the order in which its gradients are added.
+            for value in made:
+                total = total + value.mean()
+            pool += made
         kept = torch.cat(pool[-self.kept :], -1)
-        return drawn + kept.square().mean() + functional.cross_entropy(self.head(wide(pool[-1])), ids)
+        return total + kept.square().mean() + functional.cross_entropy(self.head(wide(pool[-1])), ids)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -147,29 +149,28 @@ def attention(m: RandomModel, a: torch.Tensor, b: torch.Tensor, n: int, ids: tor
     q, k = (item.view(-1, 1, 3, 2) for item in (wide(a), wide(b)))
     dropout = 0.2 if n % 2 else 0.0
     mixed = functional.scaled_dot_product_attention(q, k, k, dropout_p=dropout, is_causal=n % 3 == 0)
-    m.drawn += [mixed] if dropout else []
     return [mixed.reshape(-1, W)]
 
 
 @_operator
 def dropout(m: RandomModel, a: torch.Tensor, b: torch.Tensor, n: int, ids: torch.Tensor) -> Values:
-    m.drawn.append(functional.dropout(a, 0.3, inplace=n % 3 == 0))
-    return m.drawn[-1:]
+    return [functional.dropout(a, 0.3, inplace=n % 3 == 0)]
 
 
 @_operator
 def noise(m: RandomModel, a: torch.Tensor, b: torch.Tensor, n: int, ids: torch.Tensor) -> Values:
-    m.drawn.append(a + torch.rand_like(a))
-    return m.drawn[-1:]
+    return [a + torch.rand_like(a)]
 
 
 @_operator
 def cut_off(m: RandomModel, a: torch.Tensor, b: torch.Tensor, n: int, ids: torch.Tensor) -> Values:
-    if n % 3 == 0:
+    if n % 5 == 0:
         return [a.detach() * _like(b, a)]
     with torch.no_grad():
-        held = a * 2
-        if n % 3 == 1:
+        held = functional.dropout(a, 0.3) if n % 5 == 1 else a * 2
+        if n % 5 == 2:
+            a.mul_(0.5)
+        if n % 5 != 3:
             return [held, held.relu_() + a]
         with torch.enable_grad():
             inner = a * _like(b, a)
