@@ -10,7 +10,10 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
+from rpcompile.errors import UnsupportedModel
 from rpcompile.graphs import (
     AUTOCAST,
     GRAD_MODE,
@@ -18,6 +21,7 @@ from rpcompile.graphs import (
     gradient_nodes,
     is_random,
     mutated_arguments,
+    place_of,
     region_of,
     value_of,
 )
@@ -50,7 +54,11 @@ class CanonicalizeGraph:
     name = "canonicalize-graph"
 
     def run(self, capture: Capture) -> Capture:
-        """Returns a capture over a copy of the graph; `capture` is left as it is."""
+        """Returns a capture over a copy of the graph; `capture` is left as it is.
+
+        Raises:
+            UnsupportedModel: A size depends on the values in a tensor, or the graph calls torch.vmap.
+        """
         module = copy.copy(capture.graph_module)
         module = GraphModule(module, copy.deepcopy(capture.graph_module.graph))
         module.meta.update(capture.graph_module.meta)
@@ -63,6 +71,7 @@ class CanonicalizeGraph:
             _drop_if_idle(graph, node, plain)
         _name_sizes(graph, module.meta["symbols"])
         _remove_dead(graph)
+        _check_operators(graph, capture.model_name)
         module.recompile()
         renamed = _output_names(graph)
         return replace(capture, graph_module=module, outputs=renamed)
@@ -225,6 +234,25 @@ def _remove_dead(graph: Graph) -> None:
             continue
         if not mutated_arguments(node) or is_random(node):
             graph.erase_node(node)
+
+
+def _check_operators(graph: Graph, model_name: str) -> None:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+            raise UnsupportedModel(
+                f"{model_name} calls torch.vmap, which torch.export leaves in pieces that do not run alone"
+                f"{place_of(node)}\n  Write it with operators that take the whole batch."
+            )
+        for value in pytree.tree_leaves(value_of(node)):
+            sizes = value.shape if isinstance(value, torch.Tensor) else ()
+            if any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes):
+                raise UnsupportedModel(
+                    f"{model_name} makes a tensor whose size depends on values: {node.target} returns "
+                    f"{tuple(sizes)}{place_of(node)}\n  Keep the size: multiply by a mask or use torch.where "
+                    f"instead of selecting elements."
+                )
 
 
 def _output_names(graph: Graph) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
 from rpcompile.export_guards import capture_error, plain_autograd
 from rpcompile.exporting import deferred_code, renumber_nodes, share_sizes
-from rpcompile.huggingface import capture_context
+from rpcompile.huggingface import capture_context, idle_mask_notice
 from rpcompile.ir import Capture, InputSpec, TensorSpec
-from rpcompile.repeated_blocks import repeated_blocks
+from rpcompile.repeated_blocks import Interference, repeated_blocks
 
 MAX_SIZE = 1 << 20
 
@@ -105,6 +105,7 @@ class CaptureGraph:
         symbols: dict[str, dict[int, str]],
         mode: FakeTensorMode | None,
     ) -> torch.export.ExportedProgram:
+        """Exports once; again with narrower ranges, or in full where copied blocks may be why it failed."""
         entry = _Entry(model, list(named), len(self.example.args))
         ranges: dict[str, tuple[int, int] | None] = {
             name: (1, MAX_SIZE) for dims in symbols.values() for name in dims.values()
@@ -119,19 +120,21 @@ class CaptureGraph:
                 values = [mode.from_tensor(value) for value in values]
             kwargs = dict(zip(entry.names, values, strict=True))
             dynamic = dict(zip(entry.names, shapes, strict=True))
+            interference = Interference()
             try:
                 with ExitStack() as stack:
                     if repeat:
-                        stack.enter_context(repeated_blocks(model))
+                        interference = stack.enter_context(repeated_blocks(model))
                         stack.enter_context(deferred_code())
                     exported = torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
             except RpcompileError:
                 raise
             except Exception as error:
                 refined = _refine(error, ranges)
-                if refined == ranges and not repeat:
-                    raise capture_error(model, error) from error
-                repeat = repeat and refined != ranges
+                if refined == ranges:
+                    if not interference.possible:
+                        raise capture_error(model, error) from error
+                    repeat = False
                 ranges = refined
             else:
                 share_sizes(exported.graph)
@@ -255,9 +258,14 @@ def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
     for key, value in named.items():
         if value.ndim and value.shape[0] == batch:
             result[key] = {0: "batch"}
-            if key in tokens and tokens[key] in lengths:
-                result[key][1] = lengths[tokens[key]]
+            if (key in tokens or _is_vectors(value)) and value.shape[1] in lengths:
+                result[key][1] = lengths[value.shape[1]]
     return result
+
+
+def _is_vectors(value: torch.Tensor) -> bool:
+    """Whether it may be one vector a token (inputs_embeds)."""
+    return value.ndim == 3 and value.dtype.is_floating_point
 
 
 def _is_target(key: str) -> bool:
@@ -289,9 +297,14 @@ def _refine(error: Exception, ranges: dict[str, tuple[int, int] | None]) -> dict
             continue
         if value.isdigit():
             result[name] = None
-        elif value.startswith("Dim("):
+        elif not value.startswith("Dim("):
+            result[name] = None  # a multiple of something, which no range can say
+        else:
             limits = {key: int(number) for key, number in re.findall(r"(min|max)=(\d+)", value)}
             result[name] = (limits.get("min", bounds[0]), limits.get("max", bounds[1]))
+    if result == ranges:
+        violated = re.search(r"Constraints violated \(([\w, ]+)\)", str(error))
+        result.update(dict.fromkeys(set(violated[1].split(", ")) & result.keys() if violated else ()))
     return result
 
 
@@ -362,7 +375,25 @@ def _to_capture(
         fingerprint=_fingerprint(parameters, buffers, inputs, module.graph, autocast),
         output_spec=exported.call_spec.out_spec,
         autocast=autocast,
+        notices=(*_fixed_sizes(model, named, symbols, ranges), *idle_mask_notice(model, named)),
     )
+
+
+def _fixed_sizes(
+    model: torch.nn.Module,
+    named: Mapping[str, torch.Tensor],
+    symbols: dict[str, dict[int, str]],
+    ranges: Mapping[str, tuple[int, int]],
+) -> Iterator[str]:
+    wanted = {name: (key, dim) for key, dims in symbols.items() for dim, name in dims.items()}
+    for name, (key, dim) in wanted.items():
+        if name not in ranges:
+            size = named[key].shape[dim]
+            yield (
+                f"the {name} of {type(model).__name__} is fixed at {size}, as in the example: its forward "
+                f"depends on the number (a loop over it, or a shape that fits only some sizes). Batches of "
+                f"another {name} need a capture of their own"
+            )
 
 
 def _strip_entry(module: torch.fx.GraphModule) -> None:

@@ -134,6 +134,8 @@ def compile(
 
 def _capture(model: nn.Module, example: ExampleInputs, bar: tqdm[Any] | None) -> Capture:
     capture = CaptureGraph(example).run(model)
+    for notice in capture.notices:
+        _log.warning(notice)
     for step in (CanonicalizeGraph(), FindCuts()):
         _announce(bar, step.name)
         capture = step.run(capture)

@@ -214,3 +214,13 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     names = [entry[0] for entry in stack.values()]
     return names[-1].removeprefix("L['self'].") if names else ""
+
+
+def place_of(node: Node) -> str:
+    """Where the model's code calls the operator, as further lines of a message: module and source line."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    files = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    path = module_path(node)
+    return (f"\n  in module {path}" if path else "") + (
+        f"\n  at {': '.join(lines[files[-1] : files[-1] + 2])}" if files else ""
+    )

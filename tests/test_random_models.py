@@ -89,7 +89,7 @@ def test_program(name: str) -> None:
     [
         (
             (Step("buffers", n=4), LINEAR),
-            r"RandomModel's loss depends on the buffer 'count', which its forward changes \(aten\.add_\.Tensor"
+            r"loss depends on the buffer 'count', which its forward changes \(aten\.add_\.Tensor"
             r" in forward\): recomputed in the backward, it would be another one\. Change the buffer outside",
         ),
         (
