@@ -260,6 +260,8 @@ def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
             result[key] = {0: "batch"}
             if (key in tokens or _is_vectors(value)) and value.shape[1] in lengths:
                 result[key][1] = lengths[value.shape[1]]
+        elif value.ndim == 3 and value.shape[1] == batch and value.shape[2] in lengths:
+            result[key] = {1: "batch", 2: lengths[value.shape[2]]}
     return result
 
 
@@ -433,8 +435,8 @@ def _inputs(
             ranges[name] = (1 if bounds is None else max(1, int(bounds.lower)), upper)
             symbol_text[name] = str(symbol)
             shape.append(name)
-        batched = symbols.get(key, {}).get(0) == "batch"
-        specs.append(InputSpec(placeholder, key, tuple(shape), _dtype(value), 0 if batched else None))
+        batch_dim = next((dim for dim, name in symbols.get(key, {}).items() if name == "batch"), None)
+        specs.append(InputSpec(placeholder, key, tuple(shape), _dtype(value), batch_dim))
     return tuple(specs), ranges, symbol_text
 
 

@@ -164,7 +164,8 @@ def remedy_for(model: nn.Module, text: str) -> str | None:
     if "grid_thw" in text or "grid_h" in text:
         return (
             "Image sizes are read from the tensor image_grid_thw, and shapes depend on them. Run the vision "
-            "tower outside the compiled module and pass it inputs_embeds, labels and position_ids, "
-            "or use a model whose images have one size (Llava)."
+            "tower before (model.get_image_features, model.get_rope_index) and compile the model for "
+            "inputs_embeds, position_ids and labels; or use a model whose images have one size (Llava, "
+            "PaliGemma, Gemma 3, InternVL)."
         )
     return None

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from rpcompile.random_streams import stream_seed
+from tests import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def forward_backward(
     total = torch.zeros(())
     with kept_generator():
         for index in range(microbatches):
-            part = {name: value.chunk(microbatches)[index] for name, value in batch.items()}
+            part = {name: models.part(name, value, microbatches, index) for name, value in batch.items()}
             with Reseed(stream_seed(seed, index)), context():
                 loss = loss_of(model(**part)) / microbatches
             loss.backward()

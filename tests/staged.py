@@ -19,7 +19,7 @@ from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.random_streams import stream_seed
 from rpcompile.runtime import batches
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
-from tests import reference
+from tests import models, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ def capture(
     microbatches: int = 4,
     find_cuts: FindCuts | None = None,
 ) -> Capture:
-    example = {name: value.chunk(microbatches)[0] for name, value in batch.items()}
+    example = {name: models.part(name, value, microbatches, 0) for name, value in batch.items()}
     raw = CaptureGraph(ExampleInputs.of(example)).run(model)
     return (find_cuts or FindCuts()).run(CanonicalizeGraph().run(raw))
 
