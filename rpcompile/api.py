@@ -38,6 +38,7 @@ from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.batches import largest_divisor
 from rpcompile.runtime.engine import Engine
 from rpcompile.simulate import Timeline, simulate
+from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
@@ -146,8 +147,7 @@ def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | 
     started = time.perf_counter()
     _announce(bar, EstimateCosts.name)
     costed = EstimateCosts().run(capture)
-    if costed.unknown:
-        _log.info("priced by bytes only, no FLOP formula: %s", ", ".join(costed.unknown))
+    _report_unknown(unknown_shares(costed, capture.example_sizes, options.hardware))
     _announce(bar, BindChain.name)
     chain = BindChain(dict(capture.example_sizes), options.hardware).run(costed)
     partition, schedule, timeline = _schedule(chain, options, mode, bar)
@@ -175,6 +175,17 @@ def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | 
         prediction=prediction,
         provenance=_provenance(options),
     )
+
+
+def _report_unknown(shares: tuple[UnknownShare, ...]) -> None:
+    if shares:
+        large = sum(share.time_share for share in shares) > WORTH_A_WARNING
+        text = ", ".join(str(share) for share in shares)
+        _log.log(
+            logging.WARNING if large else logging.INFO,
+            "no FLOP formula is known for %s; counted by their bytes, so the prediction may be low",
+            text,
+        )
 
 
 def _schedule(

@@ -153,7 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda: tiny.embedded(tiny.qwen_vl()),
         Real("Qwen2.5-VL-7B", real.qwen_vl, real.embedded_batch()),
         unread=True,
-        note="`inputs_embeds`, `position_ids` and `labels`: the vision tower runs before, outside of the plan",
+        note="`inputs_embeds`, `position_ids` and `labels`: the vision tower runs before, outside",
     ),
     Family(
         "Qwen-VL with images",
