@@ -117,13 +117,13 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
 def idle_mask_notice(model: nn.Module, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """What to say of an example whose attention mask hides nothing: it stays in the graph all the same."""
     mask = named.get("attention_mask")
-    known = mask is not None and mask.device.type != "meta"
-    if not known or base_model(model) is None or not bool(mask.all()):
+    if mask is None or mask.device.type == "meta" or base_model(model) is None:
         return
-    yield (
-        "attention_mask is all ones in the first microbatch. It stays in the graph, since a batch may be padded, and "
-        "keeps attention from its faster causal kernels; leave it out if no batch is padded"
-    )
+    if bool(mask.all()):
+        yield (
+            "attention_mask is all ones in the first microbatch. It stays in the graph, since a batch may be "
+            "padded, and keeps attention from its faster causal kernels; leave it out if no batch is padded"
+        )
 
 
 def _expand_mask(masking: Any, by_vmap: Any, mask_function: Any) -> Any:
