@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -107,8 +107,11 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None and base_model(model) is not None:
             stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
-            expand = functools.partial(_expand_mask, masking, masking._vmap_expansion_sdpa)
+            expand = functools.partial(
+                _expand_mask, masking, masking._vmap_expansion_sdpa, masking.TransformGetItemToIndex
+            )
             stack.enter_context(patch.object(masking, "_vmap_expansion_sdpa", expand))
+            stack.enter_context(patch.object(masking, "TransformGetItemToIndex", nullcontext))
             if "position_ids" not in input_names:
                 stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda _: None))
         yield
@@ -126,12 +129,13 @@ def idle_mask_notice(model: nn.Module, named: Mapping[str, torch.Tensor]) -> Ite
         )
 
 
-def _expand_mask(masking: Any, by_vmap: Any, mask_function: Any) -> Any:
+def _expand_mask(masking: Any, by_vmap: Any, indexing: Any, mask_function: Any) -> Any:
     """The mask over all (batch, head, query, key) indices, given one vector of each."""
-    if not _is_of_transformers(mask_function):
-        return by_vmap(mask_function)
 
     def expanded(*indices: torch.Tensor) -> torch.Tensor:
+        if not _is_of_transformers(mask_function):
+            with indexing():
+                return by_vmap(mask_function)(*indices)
         mask = mask_function(*masking._non_vmap_expansion_sdpa(*indices))
         return mask.expand(*(index.shape[0] for index in indices))
 

@@ -139,7 +139,13 @@ FAMILIES: tuple[Family, ...] = (
             real.image_batch(),
         ),
     ),
-    Family("Llava", tiny.llava, Real("Llava-1.5-7B", real.llava, real.text_and_image_batch()), unread=True),
+    Family(
+        "Llava",
+        tiny.llava,
+        Real("Llava-1.5-7B", real.llava, real.text_and_image_batch()),
+        unread=True,
+        note="the number of images in a microbatch may be fixed (the capture says so)",
+    ),
     Family(
         "Gemma 3 with images",
         tiny.gemma3_vision,

@@ -37,15 +37,15 @@ def test_a_sequence_that_is_looped_over_is_fixed_and_said_to_be(caplog: pytest.L
         rpcompile.compile(EveryToken(), 1, microbatches=4, example_inputs={"ids": ids}) as compiled,
     ):
         notice = (
-            "the sequence of EveryToken is fixed at 5, as in the example: its forward depends on the number (a "
-            "loop over it, or a shape that fits only some sizes). Batches of another sequence need a capture "
+            "the sequence of EveryToken is fixed at 5, as in the example: its forward depends on the number "
+            "(a loop over it, or a shape that fits only some sizes). Batches of another sequence need a capture "
             "of their own"
         )
         assert compiled.program.capture.notices == (notice,)
         assert [record.getMessage() for record in caplog.records] == [notice]
         message = (
-            r"^input 'ids' has shape \(8, 6\), compiled for \('batch', 5\); sizes that are numbers are fixed: "
-            r"pad to them, or compile with example_inputs of the size you pass$"
+            r"^input 'ids' has shape \(8, 6\), compiled for \('batch', 5\); sizes that are numbers are "
+            r"fixed: pad to them, or compile with example_inputs of the size you pass$"
         )
         with pytest.raises(BatchError, match=message):
             compiled.forward_backward(ids=torch.zeros(8, 6, dtype=torch.long))
@@ -116,7 +116,7 @@ def test_a_failure_is_exported_again_only_where_copies_may_be_why(
         return export(*args, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", counted)
-    with pytest.raises(CaptureError, match="if index == self.at and x.sum"):
+    with pytest.raises(CaptureError, match=r"if index == self\.at and x\.sum"):
         staged.capture(Branching(at), {"x": torch.zeros(8, 4)})
     assert len(calls) == exports
 
