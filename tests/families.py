@@ -150,9 +150,15 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma 3 with images",
         tiny.gemma3_vision,
         Real("Gemma-3-4B", real.gemma3_vision, real.gemma3_batch()),
+        parity=TIED,
         note="the mask stays in the graph: the tokens of an image see each other",
     ),
-    Family("PaliGemma", tiny.paligemma, note="the mask stays in the graph: image and prompt see each other"),
+    Family(
+        "PaliGemma",
+        tiny.paligemma,
+        parity=TIED,
+        note="the mask stays in the graph: image and prompt see each other",
+    ),
     Family("InternVL", tiny.internvl),
     Family(
         "Qwen-VL, embedded",
