@@ -181,12 +181,11 @@ def _copy_region(
 
 def _written_to(node: Node) -> Node:
     """What an in-place operator returns is its own argument, and carries the gradient that this has."""
-    while node.op == "call_function" and mutated_arguments(node) and node.args[0] in mutated_arguments(node):
+    while isinstance(node.target, torch._ops.OpOverload) and isinstance(first := argument(node, 0), Node):
         returns = node.target._schema.returns
         if not returns or returns[0].alias_info is None or not returns[0].alias_info.is_write:
             break
-        assert isinstance(node.args[0], Node)
-        node = node.args[0]
+        node = first
     return node
 
 

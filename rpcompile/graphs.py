@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
-_REGION_ARGUMENT = {GRAD_MODE: 1, AUTOCAST: 4}
+_REGION_ARGUMENT: dict[Any, int] = {GRAD_MODE: 1, AUTOCAST: 4}
 _CUTS_GRADIENT = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}
 # These change running statistics in training although their schemas do not say so:
 # operator -> (argument that says whether, arguments changed).

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sympy
+
 from rpcompile.roofline import Work, node_seconds
 from rpcompile.sizes import symbol
 
@@ -53,15 +55,19 @@ def unknown_shares(
     """
     if not costed.unknown:
         return ()
-    sizes = {symbol(name): size for name, size in bindings.items()}
+    sizes = {symbol(name): sympy.Integer(size) for name, size in bindings.items()}
+
+    def number(expression: sympy.Expr) -> float:
+        return float(sympy.Float(expression.xreplace(sizes)))
+
     targets = {node.name: str(node.target) for node in costed.capture.graph_module.graph.nodes}
     total_bytes = total_s = 0.0
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in costed.unknown}
     for name, cost in costed.costs.items():
-        forward = float((cost.read_bytes + cost.write_bytes).subs(sizes))
-        backward = float((cost.backward_read_bytes + cost.backward_write_bytes).subs(sizes))
-        seconds = node_seconds(Work(cost.op_class, float(cost.forward_flops.subs(sizes)), forward), hardware)
-        flops = float(cost.backward_flops.subs(sizes))
+        forward = number(cost.read_bytes) + number(cost.write_bytes)
+        backward = number(cost.backward_read_bytes) + number(cost.backward_write_bytes)
+        seconds = node_seconds(Work(cost.op_class, number(cost.forward_flops), forward), hardware)
+        flops = number(cost.backward_flops)
         seconds += node_seconds(Work(cost.op_class, flops, backward, backward=True), hardware)
         total_bytes, total_s = total_bytes + forward + backward, total_s + seconds
         if cost.source == "bytes only":

@@ -38,8 +38,8 @@ def test_a_sequence_that_is_looped_over_is_fixed_and_said_to_be(caplog: pytest.L
     ):
         notice = (
             "the sequence of EveryToken is fixed at 5, as in the example: its forward depends on the number "
-            "(a loop over it, or a shape that fits only some sizes). Batches of another sequence need a capture "
-            "of their own"
+            "(a loop over it, or a shape that fits only some sizes). Batches of another sequence need a "
+            "capture of their own"
         )
         assert compiled.program.capture.notices == (notice,)
         assert [record.getMessage() for record in caplog.records] == [notice]
