@@ -112,6 +112,7 @@ class Capture:
         fingerprint: Hash of parameter names, shapes, dtypes and of the graph.
         output_spec: How `outputs` are put together for the caller (a pytree spec), or None.
         autocast: Dtype of the autocast that the graph was captured and runs under, or None.
+        notices: What the user should know of the capture, e.g. that a size is fixed.
     """
 
     graph_module: torch.fx.GraphModule
@@ -134,6 +135,7 @@ class Capture:
     last_name: str = ""
     output_spec: object = None
     autocast: torch.dtype | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,11 @@ class StageRunner:
         arguments: tuple[Any, ...],
         microbatch: Microbatch,
     ) -> Tensors:
+        passed: Tensors = {}
+        for name in self.graph.gradients_out:
+            # In the layout that it has here, which `.grad` would change to that of the value: kernels
+            # that read it would round differently.
+            incoming[name].register_hook(functools.partial(passed.__setitem__, name))
         if roots and leaves:
             torch.autograd.backward(list(roots.values()), list(seeds.values()), inputs=leaves)
         if self._detect_nan:
@@ -168,7 +174,7 @@ class StageRunner:
                     run.run(*arguments)
                 where = blame.first_nonfinite_gradient(run, seeds)
                 raise NonFinite(f"the first gradient that is not finite comes from {where}")
-        return {name: grad for name in self.graph.gradients_out if (grad := incoming[name].grad) is not None}
+        return {name: passed[name] for name in self.graph.gradients_out if name in passed}
 
     def _arguments(
         self, weights: Tensors, inputs: Tensors, values: Tensors, microbatch: Microbatch, keep_state: bool
