@@ -79,7 +79,7 @@ def run_tiled(item: Family, tiles: int, loss_tiles: int) -> tuple[list[TiledRegi
         case.batch,
         4,
         reference.draw_seed(),
-        lambda stage: regions.extend(regions_of(stage)),
+        look=lambda stage: regions.extend(regions_of(stage)),
     )
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     mine, theirs = gradients(case.model), gradients(plain)
@@ -198,7 +198,7 @@ def tiled_mixer(between: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[T
             regions.append(region)
             region.register_forward_pre_hook(lambda _, inputs: calls.append(list(inputs)))
 
-    loss = staged.forward_backward(model, captured, with_tiles(chain, 4, 4), whole, batch, 2, 0, look)
+    loss = staged.forward_backward(model, captured, with_tiles(chain, 4, 4), whole, batch, 2, 0, look=look)
     for part in range(2):
         (plain(**{name: value.chunk(2)[part] for name, value in batch.items()}) / 2).backward()
     assert torch.isfinite(loss)
