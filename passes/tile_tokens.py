@@ -105,7 +105,7 @@ class _Rewriter:
         call = self._graph.call_module(name, (*map(self._copy, region.inputs), *valid))
         outputs = [region.loss] if region.loss else list(region.outputs)
         for index, node in enumerate(outputs):
-            item = self._graph.call_function(operator.getitem, (call, index))
+            item = self._graph.create_node("call_function", operator.getitem, (call, index), name=node.name)
             item.meta = dict(node.meta)
             self._copies[node] = item
 

@@ -58,6 +58,7 @@ def compile(
     mode: str = "sync",
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
+    tiles: str | int = "auto",
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -89,6 +90,10 @@ def compile(
         seconds: Where the plan's seconds come from: "estimated" (a roofline over FLOPs and bytes), "measured"
             (each distinct segment is timed on the first device, once for all on one machine), or a profile of
             this model, or the path of one: "given".
+        tiles: In how many chunks of tokens a stage runs what treats every token by itself, in its forward and
+            backward (the LM head with its loss, norms, projections, MLPs and experts). "auto": as few
+            as let each segment fit, and the loss in an eighth of a GPU's memory; "loss": the loss only; 1:
+            none, so that every sum is taken in the order of plain PyTorch.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
@@ -121,7 +126,7 @@ def compile(
         if loaded is None:
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
-            chain = captured.bind(hardware, seconds=given, device=device, progress=progress)
+            chain = captured.bind(hardware, seconds=given, device=device, tiles=tiles, progress=progress)
             loaded = plan_chain(chain, options, captured.described(), bar)
         else:
             _check_plan(loaded, captured.capture)

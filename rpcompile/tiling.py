@@ -54,7 +54,12 @@ class TiledRegion(nn.Module):
         chunks: Into how many parts the tokens are divided.
         takes_sequence: Whether the graph reads the number of tokens.
         needs_output: False where nobody reads the outputs, so that only the backward has to run.
+
+    Attributes:
+        at_most: Run only so many chunks; the memory of three is that of all.
     """
+
+    at_most: int | None = None
 
     def __init__(
         self,
@@ -79,6 +84,8 @@ class TiledRegion(nn.Module):
         return None in self.output_dims
 
     def forward(self, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        if not torch.is_grad_enabled():
+            return _forward(self, inputs)
         return _Tiled.apply(self, *inputs)  # type: ignore[no-any-return]
 
     def tokens(self, inputs: Sequence[Any]) -> int:
@@ -91,7 +98,7 @@ class TiledRegion(nn.Module):
         tokens = self.tokens(inputs)
         chunks = min(self.chunks, tokens)
         edges = [tokens * index // chunks for index in range(chunks + 1)]
-        return list(pairwise(edges))
+        return list(pairwise(edges))[: self.at_most]
 
     def part(self, inputs: Sequence[Any], low: int, high: int) -> list[Any]:
         """The inputs of one chunk: views."""

@@ -161,9 +161,9 @@ class StageRunner:
     ) -> Tensors:
         passed: Tensors = {}
         for name in self.graph.gradients_out:
-            # In the layout that it has here, which `.grad` would change to that of the value: kernels
-            # that read it would round differently.
-            incoming[name].register_hook(functools.partial(passed.__setitem__, name))
+            incoming[name].register_hook(
+                functools.partial(_keep_layout, passed, name, incoming[name].stride())
+            )
         if roots and leaves:
             torch.autograd.backward(list(roots.values()), list(seeds.values()), inputs=leaves)
         if self._detect_nan:
@@ -176,7 +176,8 @@ class StageRunner:
                     run.run(*arguments)
                 where = blame.first_nonfinite_gradient(run, seeds)
                 raise NonFinite(f"the first gradient that is not finite comes from {where}")
-        return {name: passed[name] for name in self.graph.gradients_out if name in passed}
+        found = ((name, passed.get(name, incoming[name].grad)) for name in self.graph.gradients_out)
+        return {name: gradient for name, gradient in found if gradient is not None}
 
     def _arguments(
         self, weights: Tensors, inputs: Tensors, values: Tensors, microbatch: Microbatch, keep_state: bool
@@ -235,6 +236,12 @@ def on_device(module: GraphModule, device: torch.device) -> GraphModule:
                 node.kwargs = map_aggregate(node.kwargs, moved)  # type: ignore[assignment]
             part.recompile()
     return module
+
+
+def _keep_layout(passed: Tensors, name: str, stride: tuple[int, ...], gradient: torch.Tensor) -> None:
+    """Keeps a gradient whose layout `.grad` would change to the value's: kernels would round it differently."""
+    if gradient.stride() != stride:
+        passed[name] = gradient
 
 
 def _merged(weights: Sequence[Tensors]) -> Tensors:
