@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import platform
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
-from rpcompile import hardware as catalogue
 from rpcompile.compiled import Compiled, Executable
 from rpcompile.errors import (
     BatchError,
@@ -23,44 +18,32 @@ from rpcompile.errors import (
     PlanMismatch,
 )
 from rpcompile.huggingface import infer_example_inputs
-from rpcompile.ir import Capture, Hardware, Partition, Program, Schedule, SegmentChain
-from rpcompile.passes.bind_chain import BindChain
-from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
-from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs, symbol_dims
-from rpcompile.passes.estimate_costs import EstimateCosts
-from rpcompile.passes.find_cuts import FindCuts
-from rpcompile.passes.insert_event_waits import InsertEventWaits
-from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
 from rpcompile.passes.lower_to_program import LowerToProgram
-from rpcompile.passes.partition_stages import PartitionStages
-from rpcompile.passes.schedule_round_robin import ScheduleRoundRobin
-from rpcompile.plan import Plan, Prediction
+from rpcompile.plan import Plan
+from rpcompile.planner import (
+    DEFAULT_GPUS,
+    SOURCES,
+    CapturedModel,
+    PlanOptions,
+    announce,
+    capture_model,
+    find_hardware,
+    plan_chain,
+    progress_bar,
+)
+from rpcompile.profile import Profile
 from rpcompile.runtime.batches import largest_divisor
 from rpcompile.runtime.engine import Engine
-from rpcompile.simulate import Timeline, simulate
-from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from os import PathLike
 
     from torch import nn
+    from tqdm import tqdm
 
-DEFAULT_GPUS = 8
-DEFAULT_GPU = "rtx4090"
-_MEMORY_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-_log = logging.getLogger("rpcompile")
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a plan is made for, after defaults are filled in."""
-
-    gpus: int
-    microbatches: int
-    hardware: Hardware
-    solver_time_s: float
-    seed: int
+    from rpcompile.ir import Capture, Hardware, Program, SegmentChain
 
 
 def compile(
@@ -73,6 +56,7 @@ def compile(
     devices: Sequence[str] | None = None,
     mode: str = "sync",
     plan: Plan | str | PathLike[str] | None = None,
+    seconds: str | Profile | PathLike[str] = "estimated",
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -95,6 +79,9 @@ def compile(
         devices: One device name per GPU. Only "cpu" (a virtual GPU on a thread of its own) so far.
         mode: "sync": the gradients of an iteration are complete when `forward_backward` returns.
         plan: A plan, or the path of one saved by `plan.save`, to use without solving.
+        seconds: Where the plan's seconds come from: "estimated" (a roofline over FLOPs and bytes), "measured"
+            (each distinct segment is timed on the first device, once for all on one machine), or a profile of
+            this model, or the path of one: "given".
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
@@ -109,130 +96,48 @@ def compile(
     gpus = _check_gpus(gpus, loaded)
     _check_modes(mode, devices, gpus)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
-    options = _Options(gpus, parts, _hardware(gpu, loaded), solver_time_s, seed)
-    bar = tqdm(total=10, desc="capture", leave=False, disable=None if progress is None else not progress)
-    with bar:
-        capture = _capture(model, example, bar)
+    options = PlanOptions(gpus, parts, mode, solver_time_s, seed)
+    hardware = find_hardware(gpu) if loaded is None else loaded.chain.hardware
+    given = _seconds_source(seconds)
+    with progress_bar(progress) as bar:
+        captured = capture_model(model, example, bar)
         if loaded is None:
-            loaded = _make_plan(capture, options, "sync", bar)
+            announce(bar, "bind-chain")
+            device = "cpu" if devices is None else devices[0]
+            chain = captured.bind(hardware, seconds=given, device=device, progress=progress)
+            loaded = plan_chain(chain, options, captured.described(), bar)
         else:
-            _check_plan(loaded, capture)
-        training = _executable(capture, loaded, bar)
-    captured: list[Capture] = []
+            _check_plan(loaded, captured.capture)
+        training = _executable(captured.capture, loaded, bar)
+    for_evaluation: list[CapturedModel] = []
 
     def evaluation(count: int) -> Executable:
-        if not captured:
-            captured.append(_capture_eval(model, example))
-        evaluated = _make_plan(captured[0], replace(options, microbatches=count), "forward", None)
-        return _executable(captured[0], evaluated, None)
+        if not for_evaluation:
+            for_evaluation.append(_capture_eval(model, example))
+        found = for_evaluation[0]
+        forward = replace(options, microbatches=count, mode="forward")
+        plan = plan_chain(found.bind(hardware), forward, found.described())
+        return _executable(found.capture, plan, None)
 
     return Compiled(model, training, evaluation)
 
 
-# ------------------------------------------------------------------- the line
-
-
-def _capture(model: nn.Module, example: ExampleInputs, bar: tqdm[Any] | None) -> Capture:
-    capture = CaptureGraph(example).run(model)
-    for step in (CanonicalizeGraph(), FindCuts()):
-        _announce(bar, step.name)
-        capture = step.run(capture)
-    return capture
-
-
-def _make_plan(capture: Capture, options: _Options, mode: str, bar: tqdm[Any] | None) -> Plan:
-    started = time.perf_counter()
-    _announce(bar, EstimateCosts.name)
-    costed = EstimateCosts().run(capture)
-    if costed.unknown:
-        _log.info("priced by bytes only, no FLOP formula: %s", ", ".join(costed.unknown))
-    _announce(bar, BindChain.name)
-    chain = BindChain(dict(capture.example_sizes), options.hardware).run(costed)
-    partition, schedule, timeline = _schedule(chain, options, mode, bar)
-    _announce(bar, "verify")
-    verify_schedule(schedule, chain, partition)
-    tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
-    prediction = Prediction(
-        iteration_s=timeline.makespan_s,
-        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
-        bubble=timeline.bubble,
-        gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=timeline.host_peak_bytes,
-    )
-    _log.info("planned %s in %.2f s", capture.model_name, time.perf_counter() - started)
-    return Plan(
-        model_name=capture.model_name,
-        fingerprint=capture.fingerprint,
-        dtype=_main_dtype(capture),
-        gpus=options.gpus,
-        microbatches=options.microbatches,
-        mode=mode,
-        chain=chain,
-        partition=partition,
-        schedule=schedule,
-        prediction=prediction,
-        provenance=_provenance(options),
-    )
-
-
-def _schedule(
-    chain: SegmentChain, options: _Options, mode: str, bar: tqdm[Any] | None
-) -> tuple[Partition, Schedule, Timeline]:
-    """Stages and schedule whose simulated peak fits.
-
-    The partition is held to a bound on what its schedule takes. Should the simulated peak exceed the
-    memory all the same, the partition is made again for less.
-    """
-    usable, excess = chain.hardware.usable_bytes, 0
-    for share in _MEMORY_SHARES:
-        _announce(bar, PartitionStages.name)
-        stages = PartitionStages(
-            options.gpus,
-            options.microbatches,
-            memory_limit_bytes=int(share * usable),
-            time_limit_s=options.solver_time_s,
-            seed=options.seed,
-            mode=mode,
-        )
-        try:
-            partition = stages.run(chain)
-        except PartitionError:
-            if excess:
-                break
-            raise
-        schedule = ScheduleRoundRobin(chain, options.gpus, options.microbatches, mode).run(partition)
-        for step in (InsertTransfers(chain), InsertEventWaits()):
-            _announce(bar, step.name)
-            schedule = step.run(schedule)
-        timeline = simulate(schedule)
-        excess = max(timeline.gpu_peak_bytes) - usable
-        if excess <= 0:
-            return replace(partition, memory_limit_bytes=usable), schedule, timeline
-    raise PartitionError(
-        f"no schedule was found whose peak fits in the {usable:,} usable bytes of {chain.hardware.name}: the "
-        f"last one needs {usable + excess:,}. Use more microbatches (smaller ones) or GPUs with more memory"
-    )
+# ------------------------------------------------------------------- running
 
 
 def _executable(capture: Capture, plan: Plan, bar: tqdm[Any] | None) -> Executable:
-    _announce(bar, LowerToProgram.name)
+    announce(bar, LowerToProgram.name)
     program: Program = LowerToProgram(capture, plan.chain, plan.partition).run(plan.schedule)
     return Executable(plan, program, Engine(program, plan.chain))
 
 
-def _capture_eval(model: nn.Module, example: ExampleInputs) -> Capture:
+def _capture_eval(model: nn.Module, example: ExampleInputs) -> CapturedModel:
     flags = {module: module.training for module in model.modules()}
     try:
-        return _capture(model.eval(), example, None)
+        return capture_model(model.eval(), example)
     finally:
         for module, training in flags.items():
             module.training = training
-
-
-def _announce(bar: tqdm[Any] | None, step: str) -> None:
-    if bar is not None:
-        bar.update()
-        bar.set_description(step)
 
 
 # ------------------------------------------------------------------- arguments
@@ -265,12 +170,10 @@ def _check_modes(mode: str, devices: Sequence[str] | None, gpus: int) -> None:
         raise NotBuiltYet(f"device {other[0]!r} cannot run programs yet; use devices={['cpu'] * gpus!r}")
 
 
-def _hardware(gpu: str | Hardware | None, plan: Plan | None) -> Hardware:
-    if plan is not None:
-        return plan.chain.hardware
-    if isinstance(gpu, Hardware):
-        return gpu
-    return catalogue.lookup(gpu or catalogue.detect() or DEFAULT_GPU)
+def _seconds_source(seconds: str | Profile | PathLike[str]) -> str | Profile:
+    if isinstance(seconds, Profile) or (isinstance(seconds, str) and seconds in SOURCES):
+        return seconds
+    return Profile.load(seconds)
 
 
 def _microbatch_example(
@@ -330,21 +233,3 @@ def _differences(chain: SegmentChain, capture: Capture) -> Iterator[str]:
             "the plan divides the model into other segments than this version of rpcompile does; compile "
             "without plan= to make a new one"
         )
-
-
-def _main_dtype(capture: Capture) -> str:
-    bytes_of: dict[str, int] = {}
-    for spec in capture.parameters:
-        bytes_of[spec.dtype] = bytes_of.get(spec.dtype, 0) + spec.nbytes
-    return max(bytes_of, key=lambda dtype: bytes_of[dtype], default="none")
-
-
-def _provenance(options: _Options) -> dict[str, str]:
-    from rpcompile import __version__
-
-    return {
-        "rpcompile": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "solver_seed": str(options.seed),
-    }

@@ -2,7 +2,7 @@
 
 Data flows one way (see `rpcompile/api.py` for the line as code)::
 
-    nn.Module -> Capture -> CostedGraph -> SegmentChain -> Partition -> Schedule -> Program
+    nn.Module -> Capture -> CostedGraph -> SegmentChain -> Partition -> Dispatch -> Schedule -> Program
 
 All types are frozen. Units are suffixes: `_bytes`, `_s` (seconds), `_flops`, `_bytes_per_s`.
 The text form of one action, e.g. `2F0`, is described at `ActionId`.
@@ -418,6 +418,28 @@ class Job:
     replica: int
     microbatches: tuple[int, ...]
     gpu: int
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which GPU runs which microbatches of which stage, and in which order.
+
+    A stage may have several jobs (replicas) that share its microbatches, on any GPUs; each
+    (stage, microbatch) belongs to one of them. A GPU may go back and forth between its jobs.
+
+    Attributes:
+        policy: Name of the rule that made it, e.g. "round_robin".
+        gpus: Number of GPUs.
+        microbatches: Number of microbatches.
+        jobs: In dispatch order; `Job.index` is the position.
+        order: By GPU, its compute actions in order, each as (job, microbatch).
+    """
+
+    policy: str
+    gpus: int
+    microbatches: int
+    jobs: tuple[Job, ...]
+    order: tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from rpcompile.verify import verify_schedule
 
 VERSION = 1
 _WIDTH = 120
+_LONGEST_S = 1e9  # thirty years
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,9 @@ def _problem(plan: Plan) -> str | None:
     segments, stages, jobs = plan.chain.segments, plan.partition.stages, plan.schedule.jobs
     if not _finite(msgspec.to_builtins(plan)):
         return "it holds a number that is not finite"
+    problem = _impossible_number(plan)
+    if problem is not None:
+        return problem
     if plan.gpus < 1 or plan.microbatches < 1 or not segments or not stages:
         return "it has no GPUs, microbatches, segments or stages"
     if (plan.schedule.gpus, plan.schedule.microbatches) != (plan.gpus, plan.microbatches):
@@ -201,6 +205,25 @@ def _problem(plan: Plan) -> str | None:
             return f"action {action.id} names the unknown buffer {min(unknown)!r}"
         if not 0 <= action.job < len(jobs) or action.stage != jobs[action.job].stage:
             return f"action {action.id} names job {action.job} and stage {action.stage}"
+    return None
+
+
+def _impossible_number(plan: Plan) -> str | None:
+    """A rate that is not positive, or a time or size that is negative or longer than a schedule can be."""
+    hardware = plan.chain.hardware
+    for name in ("flops_per_s", "memory_bytes_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s"):
+        if getattr(hardware, name) <= 0:
+            return f"hardware.{name} is {getattr(hardware, name)}; it must be above 0"
+    for action in plan.schedule.actions():
+        if not 0 <= action.seconds <= _LONGEST_S or action.nbytes < 0 or action.workspace_bytes < 0:
+            return (
+                f"action {action.id} takes {action.seconds} s, {action.nbytes} bytes and "
+                f"{action.workspace_bytes} bytes of workspace; none may be negative, and no time over "
+                f"{_LONGEST_S:.0e} s"
+            )
+    for buffer, nbytes in plan.schedule.buffers.items():
+        if nbytes < 0:
+            return f"buffer {buffer} has {nbytes} bytes"
     return None
 
 
@@ -285,11 +308,18 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
         ",".join(map(str, sorted(set(gpus)))),
         names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
         size(weights),
-        size(segments[-1].boundary_bytes),
+        size(_outgoing_bytes(plan.chain, stage)),
         seconds(compute_s),
         seconds(upload_s),
         "compute" if plan.microbatches * compute_s >= upload_s else "upload",
     )
+
+
+def _outgoing_bytes(chain: SegmentChain, stage: Stage) -> int:
+    """What a stage hands on: its last boundary, or the gradient of the one in front of it."""
+    if stage.kind is StageKind.F:
+        return chain.segments[stage.last].boundary_bytes
+    return chain.segments[stage.first - 1].boundary_gradient_bytes if stage.first else 0
 
 
 def _shared_path(plan: Plan) -> list[str]:

@@ -22,9 +22,10 @@ from rpcompile.ir import (
     Stream,
     TiedWeight,
 )
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
-from rpcompile.passes.schedule_round_robin import ScheduleRoundRobin
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -95,7 +96,8 @@ def partition(*stages: str, memory_limit_bytes: int = 10**9) -> Partition:
 def computes(
     chain: SegmentChain, stages: Partition, gpus: int, microbatches: int, mode: str = "sync"
 ) -> Schedule:
-    return ScheduleRoundRobin(chain, gpus, microbatches, mode).run(stages)
+    dispatch = DispatchRoundRobin(gpus, microbatches).run(stages)
+    return LayOutDispatch(chain, stages, mode).run(dispatch)
 
 
 def with_transfers(

@@ -114,6 +114,10 @@ ACTION = ("plan", "schedule", "queues", 0, "actions", 0)
         (("plan", "partition", "stages", 0, "last"), 9, "stage 0 at place 0 has segments 0..9"),
         (("plan", "schedule", "jobs", 1, "gpu"), 7, "job 1 at place 1 names stage 1 and GPU 7"),
         ((*ACTION, "job"), 99, "names job 99"),
+        ((*ACTION, "seconds"), 1e308, r"action 0F0 takes 1e\+308 s, 0 bytes"),
+        ((*ACTION, "seconds"), -1.0, "none may be negative"),
+        (("plan", "schedule", "buffers", "gpu0:x.s1.j0.m0"), -5, "buffer gpu0:x.s1.j0.m0 has -5 bytes"),
+        (("plan", "chain", "hardware", "h2d_bytes_per_s"), 0, "h2d_bytes_per_s is 0.0; it must be above 0"),
         ((*ACTION, "writes"), ["gpu0:nothing"], "names the unknown buffer 'gpu0:nothing'"),
         ((*ACTION, "op"), "Q", "Invalid enum value 'Q'"),
         ((*ACTION, "id"), "0F1", "its schedule does not hold"),
@@ -197,5 +201,5 @@ stage   kind   gpu   segments          weights   boundary   compute   upload   b
     0      F     0   layer0 … layer1       8 B        1 B    4.00 s   8.00 s    compute
     1     FB     1   layer2                4 B        1 B    5.00 s   4.00 s    compute
     2      B     0   layer1                4 B        1 B    5.00 s   4.00 s    compute
-    3      B     1   layer0                4 B        1 B    5.00 s   4.00 s    compute
+    3      B     1   layer0                4 B        0 B    5.00 s   4.00 s    compute
 """

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 
 from rpcompile import buffers
 from rpcompile.errors import InvalidArgument, PartitionError, ScheduleError
-from rpcompile.ir import Job, Op, TiedWeight
-from rpcompile.passes.schedule_round_robin import ScheduleRoundRobin
+from rpcompile.ir import Dispatch, Job, Op, TiedWeight
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from tests.chains import action, chain, computes, ids, partition, problems
 
 STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
@@ -188,15 +189,67 @@ def test_refuses_misnumbered_stages():
     [
         ({"gpus": 0, "microbatches": 1}, "gpus is 0; it must be at least 1"),
         ({"gpus": 1, "microbatches": -2}, "microbatches is -2; it must be at least 1"),
-        (
-            {"gpus": 1, "microbatches": 1, "mode": "async"},
-            "mode is 'async'; round robin knows 'sync' and 'forward'",
-        ),
     ],
 )
 def test_refuses_options(options, message):
     with pytest.raises(InvalidArgument, match=re.escape(message)):
-        ScheduleRoundRobin(chain(3), **options).run(STAGES)
+        DispatchRoundRobin(**options).run(STAGES)
+
+
+def test_refuses_other_modes():
+    with pytest.raises(InvalidArgument, match="mode is 'async'; schedules are for 'sync' and 'forward'"):
+        computes(chain(3), STAGES, 1, 1, mode="async")
+
+
+DISPATCH = DispatchRoundRobin(2, 2).run(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"order": (DISPATCH.order[0][1:], DISPATCH.order[1])},
+            "no job runs microbatch 0 of stage 0 (F, seg",
+        ),
+        (
+            {"order": (DISPATCH.order[0] * 2, DISPATCH.order[1])},
+            "stage 0 runs microbatch 0 more than once",
+        ),
+        (
+            {"order": (DISPATCH.order[1], DISPATCH.order[0])},
+            "gpu0 is to run microbatch 0 of job 1, which is job 1 on gpu1 with microbatches (0, 1)",
+        ),
+        ({"microbatches": 1}, "the dispatch runs 8 (stage, microbatch) pairs; the partition has 4 stages"),
+    ],
+)
+def test_refuses_a_dispatch_that_is_no_iteration(changed, message):
+    with pytest.raises(ScheduleError, match=re.escape(message)):
+        LayOutDispatch(chain(3), STAGES).run(replace(DISPATCH, **changed))
+
+
+def test_replicas_share_a_stage():
+    dispatch = Dispatch(
+        "by_hand",
+        2,
+        2,
+        (
+            Job(0, 0, 0, 0, (0, 1), 0),
+            Job(1, 1, 0, 0, (0,), 0),
+            Job(2, 1, 0, 1, (1,), 1),
+            Job(3, 2, 0, 0, (0, 1), 0),
+        ),
+        (((0, 0), (1, 0), (0, 1), (3, 0), (3, 1)), ((2, 1),)),
+    )
+    stages = partition("F0-1", "FB2-2", "B0-1")
+    schedule = LayOutDispatch(chain(3), stages).run(dispatch)
+    assert ids(schedule, 0, "compute") == "0F0 1FB0 0F1 2B0 2B1"
+    # Microbatch 0 stays on its GPU; microbatch 1 goes to the replica's GPU and back.
+    assert "gpu0:x.s1.j0.m0" in action(schedule, "1FB0").reads
+    assert "gpu1:x.s1.j2.m1" in action(schedule, "1FB1").reads
+    assert "gpu0:dx.s1.j1.m0" in action(schedule, "2B0").reads
+    assert "gpu0:dx.s1.j3.m1" in action(schedule, "2B1").reads
+    # Each replica starts a gradient of its own.
+    assert "gpu1:gradients.j2.s2" not in action(schedule, "1FB1").reads
 
 
 def test_buffer_names_come_apart():

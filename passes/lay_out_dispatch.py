@@ -1,4 +1,4 @@
-"""Lays the stages out on the GPUs round robin: job j runs stage j, on GPU j mod N.
+"""Writes a dispatch out as compute actions, with the buffers that each reads and writes.
 
 The result holds compute actions only; `insert-transfers` adds the copies between them.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
-from rpcompile.errors import InvalidArgument, PartitionError
-from rpcompile.ir import Action, ActionId, Job, Op, Queue, Schedule, StageKind, Stream
+from rpcompile.errors import InvalidArgument, PartitionError, ScheduleError
+from rpcompile.ir import Action, ActionId, Op, Queue, Schedule, StageKind, Stream
 
 if TYPE_CHECKING:
-    from rpcompile.ir import Partition, SegmentChain, Stage
+    from rpcompile.ir import Dispatch, Job, Partition, SegmentChain, Stage
 
 _OPS = {StageKind.F: Op.FORWARD, StageKind.FB: Op.FUSED, StageKind.B: Op.BACKWARD}
 
@@ -23,63 +23,64 @@ _LOSS_BYTES = 4
 
 
 @dataclass(frozen=True)
-class ScheduleRoundRobin:
-    """Partition -> Schedule, with all microbatches of a stage in one job.
+class LayOutDispatch:
+    """Dispatch -> Schedule of compute actions.
 
     Attributes:
         chain: The segments that the partition divides.
-        gpus: N, the number of GPUs.
-        microbatches: M, the number of microbatches.
-        mode: "sync" (training) or "forward" (evaluation; the partition has F stages only).
-
-    Source: RoundPipe, arXiv 2604.27085.
+        partition: Stages in execution order.
+        mode: "sync" (training), or "forward" (evaluation; the partition has F stages only).
     """
 
     chain: SegmentChain
-    gpus: int
-    microbatches: int
+    partition: Partition
     mode: str = "sync"
 
-    name = "schedule-round-robin"
+    name = "lay-out-dispatch"
 
-    def run(self, partition: Partition) -> Schedule:
-        """Makes one job of each stage, and one compute action of each of its microbatches.
+    def run(self, dispatch: Dispatch) -> Schedule:
+        """Makes one compute action of each microbatch of each job.
 
         Args:
-            partition: Stages in execution order.
+            dispatch: Jobs, and the order of their microbatches on each GPU.
 
         Returns:
             A schedule without transfers and events; `buffers` holds what lives on the GPUs.
 
         Raises:
-            InvalidArgument: `gpus` or `microbatches` is below 1, or `mode` is unknown.
+            InvalidArgument: `mode` is unknown.
             PartitionError: The stages do not make up one iteration over the chain.
+            ScheduleError: The dispatch leaves out or repeats a microbatch of a stage.
         """
-        self._check_options()
-        self._check_stages(partition.stages)
-        microbatches = tuple(range(self.microbatches))
-        jobs = tuple(
-            Job(stage.index, stage.index, 0, 0, microbatches, stage.index % self.gpus)
-            for stage in partition.stages
-        )
-        saved = frozenset(stage.first - 1 for stage in partition.stages if stage.kind is StageKind.B)
+        if self.mode not in ("sync", "forward"):
+            raise InvalidArgument(f"mode is {self.mode!r}; schedules are for 'sync' and 'forward'")
+        stages = self.partition.stages
+        self._check_stages(stages)
+        jobs_of = _check_dispatch(dispatch, stages)
+        saved = frozenset(stage.first - 1 for stage in stages if stage.kind is StageKind.B)
         nbytes: dict[str, int] = {}
-        actions: dict[int, list[Action]] = {job.gpu: [] for job in jobs}
-        for stage, job in zip(partition.stages, jobs, strict=True):
-            layout = _JobLayout(self, stage, job, saved, is_last=job is jobs[-1])
-            for microbatch in microbatches:
+        begun: set[int] = set()
+        queues: list[Queue] = []
+        for gpu, order in enumerate(dispatch.order):
+            actions: list[Action] = []
+            for index, microbatch in order:
+                job = dispatch.jobs[index]
+                source = jobs_of.get((job.stage - 1, microbatch), job)
+                layout = _JobLayout(self, stages[job.stage], job, source, saved, index not in begun)
+                begun.add(index)
                 reads, writes = layout.reads(microbatch), layout.writes(microbatch)
                 nbytes |= reads | writes
-                actions[job.gpu].append(layout.action(microbatch, tuple(reads), tuple(writes)))
-        queues = tuple(Queue(gpu, Stream.COMPUTE, tuple(actions[gpu])) for gpu in sorted(actions))
-        return Schedule("round_robin", self.mode, self.gpus, self.microbatches, jobs, queues, nbytes)
-
-    def _check_options(self) -> None:
-        for option, value in (("gpus", self.gpus), ("microbatches", self.microbatches)):
-            if value < 1:
-                raise InvalidArgument(f"{option} is {value}; it must be at least 1")
-        if self.mode not in ("sync", "forward"):
-            raise InvalidArgument(f"mode is {self.mode!r}; round robin knows 'sync' and 'forward'")
+                actions.append(layout.action(microbatch, tuple(reads), tuple(writes)))
+            queues += [Queue(gpu, Stream.COMPUTE, tuple(actions))] * bool(actions)
+        return Schedule(
+            dispatch.policy,
+            self.mode,
+            dispatch.gpus,
+            dispatch.microbatches,
+            dispatch.jobs,
+            tuple(queues),
+            nbytes,
+        )
 
     def _check_stages(self, stages: tuple[Stage, ...]) -> None:
         """Up the chain with F and FB, then down with B as far as gradients are needed."""
@@ -123,19 +124,53 @@ class ScheduleRoundRobin:
             raise PartitionError(f"no stage runs the backward of segments {needed}..{position - 1}")
 
 
+def _check_dispatch(dispatch: Dispatch, stages: tuple[Stage, ...]) -> dict[tuple[int, int], Job]:
+    """The job of each (stage, microbatch)."""
+    found: dict[tuple[int, int], Job] = {}
+    for gpu, order in enumerate(dispatch.order):
+        for index, microbatch in order:
+            job = dispatch.jobs[index]
+            if (job.index, job.gpu) != (index, gpu) or microbatch not in job.microbatches:
+                raise ScheduleError(
+                    f"gpu{gpu} is to run microbatch {microbatch} of job {index}, which is job {job.index} "
+                    f"on gpu{job.gpu} with microbatches {job.microbatches}"
+                )
+            if (job.stage, microbatch) in found:
+                raise ScheduleError(f"stage {job.stage} runs microbatch {microbatch} more than once")
+            found[job.stage, microbatch] = job
+    for stage in stages:
+        for microbatch in range(dispatch.microbatches):
+            if (stage.index, microbatch) not in found:
+                raise ScheduleError(f"no job runs microbatch {microbatch} of {_name(stage)}")
+    if len(found) != len(stages) * dispatch.microbatches:
+        raise ScheduleError(
+            f"the dispatch runs {len(found)} (stage, microbatch) pairs; the partition has {len(stages)} "
+            f"stages and there are {dispatch.microbatches} microbatches"
+        )
+    return found
+
+
 def _name(stage: Stage) -> str:
     return f"stage {stage.index} ({stage.kind}, segments {stage.first}..{stage.last})"
 
 
 @dataclass(frozen=True)
 class _JobLayout:
-    """The buffers, with their bytes, and the compute actions of one job."""
+    """The buffers, with their bytes, and the compute action of one microbatch of one job.
 
-    options: ScheduleRoundRobin
+    `source` is the job that ran the stage before on this microbatch.
+    """
+
+    options: LayOutDispatch
     stage: Stage
     job: Job
+    source: Job
     saved: frozenset[int]
-    is_last: bool
+    begins: bool
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage.index == len(self.options.partition.stages) - 1
 
     def action(self, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
         stage, segments = self.stage, self.options.chain.segments
@@ -160,8 +195,8 @@ class _JobLayout:
     def reads(self, microbatch: int) -> dict[str, int]:
         stage, job, space = self.stage, self.job.index, buffers.gpu(self.job.gpu)
         segments = self.options.chain.segments
-        # With one GPU the job before made its output right here. Otherwise this job receives a copy.
-        source = job - 1 if self.options.gpus == 1 else job
+        # What was made right here is read in place. Otherwise this job receives a copy.
+        source = self.source.index if self.source.gpu == self.job.gpu else job
         found = self._weights()
         if any(segments[index].inputs for index in stage.segments):
             size = sum(segments[index].input_bytes for index in stage.segments)
@@ -173,7 +208,7 @@ class _JobLayout:
         if stage.kind is StageKind.B:
             size = segments[stage.last].boundary_gradient_bytes
             found[buffers.boundary_gradient(space, stage.last, microbatch, source)] = size
-        if microbatch != self.job.microbatches[0]:
+        if not self.begins:
             found |= self._gradients()
         return found
 

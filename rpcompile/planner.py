@@ -1,0 +1,328 @@
+"""From a model, or a profile of one, to a plan: the line of passes, without running anything.
+
+    capture_model -> CapturedModel.bind -> SegmentChain -> plan_chain -> Plan
+
+A model is captured and priced once and can then be bound to any microbatch size in its range, and
+planned for any GPUs. `rpcompile/api.py` goes on from here to a program.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from rpcompile import hardware as catalogue
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.passes.bind_chain import BindChain
+from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
+from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
+from rpcompile.passes.estimate_costs import EstimateCosts
+from rpcompile.passes.find_cuts import FindCuts
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.passes.measure_chain import MeasureChain
+from rpcompile.passes.partition_stages import PartitionStages
+from rpcompile.plan import Plan, Prediction
+from rpcompile.runtime.stopwatch import Stopwatch
+from rpcompile.simulate import Timeline, simulate
+from rpcompile.verify import verify_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from rpcompile.ir import Capture, CostedGraph, Hardware, Partition, Schedule, SegmentChain
+    from rpcompile.profile import Profile
+
+DEFAULT_GPUS = 8
+DEFAULT_GPU = "rtx4090"
+SOURCES = ("estimated", "measured")  # of seconds, besides profiles
+_MEMORY_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+_log = logging.getLogger("rpcompile")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is made for.
+
+    Attributes:
+        gpus: Number of GPUs.
+        microbatches: Parts that each batch is split into.
+        mode: "sync" (training), or "forward" (evaluation).
+        solver_time_s: Seconds the partition solver may take.
+        seed: Seed of the partition solver.
+    """
+
+    gpus: int
+    microbatches: int
+    mode: str = "sync"
+    solver_time_s: float = 3.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model captured and priced once, to be bound to any microbatch size in its range."""
+
+    costed: CostedGraph
+
+    @property
+    def capture(self) -> Capture:
+        return self.costed.capture
+
+    def bind(
+        self,
+        hardware: Hardware,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        seconds: str | Profile = "estimated",
+        device: str = "cpu",
+        progress: bool | None = None,
+    ) -> SegmentChain:
+        """Prices the segments for one size of microbatch on one kind of GPU. Nothing is captured again.
+
+        Args:
+            hardware: The GPU.
+            sizes: Sizes of one microbatch, e.g. {"batch": 4, "sequence": 2048}; those left out are
+                as in the example inputs.
+            seconds: Where seconds come from. "estimated": a roofline over FLOPs and bytes. "measured": each
+                distinct segment is timed on `device`, once for all on one machine. A profile of this model
+                at these sizes: "given", as it says.
+            device: What measures, e.g. "cpu" or "cuda:0".
+            progress: Show a progress bar while measuring; default: if standard error is a terminal.
+
+        Raises:
+            InvalidArgument: A size is unknown or out of the captured range, or the profile is of
+                another model.
+            ExecutionError: A segment fails on the device.
+        """
+        bindings = {**self.capture.example_sizes, **(sizes or {})}
+        chain = BindChain(bindings, hardware).run(self.costed)
+        if seconds == "estimated":
+            return chain
+        if seconds == "measured":
+            return MeasureChain(self.capture, Stopwatch(device), progress=progress).run(chain)
+        if isinstance(seconds, str):
+            raise InvalidArgument(f"seconds={seconds!r}; it must be 'estimated', 'measured' or a profile")
+        return _with_given_seconds(chain, seconds)
+
+    def plan(self, chain: SegmentChain, options: PlanOptions, progress: bool | None = None) -> Plan:
+        """Partitions and schedules a chain that `bind` made.
+
+        Raises:
+            PartitionError: Nothing fits.
+        """
+        with progress_bar(progress) as bar:
+            return plan_chain(chain, options, self.described(), bar)
+
+    def described(self) -> ModelDescription:
+        """What a plan says about the model."""
+        capture = self.capture
+        return ModelDescription(capture.model_name, capture.fingerprint, _main_dtype(capture))
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Name, fingerprint and main dtype of what a plan is for."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+
+
+def capture_model(
+    model: nn.Module, example_inputs: ExampleInputs, bar: tqdm[Any] | None = None
+) -> CapturedModel:
+    """Captures a model's training graph and prices its nodes.
+
+    Args:
+        model: The module, in the state it will train in; its weights may be on the meta device.
+        example_inputs: Of one microbatch.
+        bar: Is advanced by one for each pass.
+
+    Raises:
+        UnsupportedModel: The model cannot be captured; says where and what to change.
+    """
+    capture = CaptureGraph(example_inputs).run(model)
+    for step in (CanonicalizeGraph(), FindCuts()):
+        announce(bar, step.name)
+        capture = step.run(capture)
+    announce(bar, EstimateCosts.name)
+    costed = EstimateCosts().run(capture)
+    if costed.unknown:
+        _log.info("priced by bytes only, no FLOP formula: %s", ", ".join(costed.unknown))
+    return CapturedModel(costed)
+
+
+def plan_profile(
+    profile: Profile, options: PlanOptions, name: str = "profile", progress: bool | None = None
+) -> Plan:
+    """A plan from somebody's measurement, without the model.
+
+    Args:
+        profile: What the segments cost; `rpcompile/profile.py` describes the file.
+        options: What to plan for.
+        name: What to call the model.
+        progress: Show a progress bar; default: if standard error is a terminal.
+
+    Returns:
+        A plan that can be printed, simulated, verified and saved, but not run: it has no graph.
+
+    Raises:
+        PartitionError: Nothing fits.
+    """
+    with progress_bar(progress) as bar:
+        return plan_chain(profile.to_chain(), options, ModelDescription(name, "", "given"), bar)
+
+
+def plan_chain(
+    chain: SegmentChain, options: PlanOptions, model: ModelDescription, bar: tqdm[Any] | None = None
+) -> Plan:
+    """Partition, schedule, simulation and proof of one chain.
+
+    Raises:
+        InvalidArgument: An option is out of range.
+        PartitionError: Nothing fits.
+    """
+    _check(options)
+    started = time.perf_counter()
+    partition, schedule, timeline = _schedule(chain, options, bar)
+    announce(bar, "verify")
+    verify_schedule(schedule, chain, partition)
+    tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    prediction = Prediction(
+        iteration_s=timeline.makespan_s,
+        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
+        bubble=timeline.bubble,
+        gpu_peak_bytes=timeline.gpu_peak_bytes,
+        host_peak_bytes=timeline.host_peak_bytes,
+    )
+    _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
+    return Plan(
+        model_name=model.name,
+        fingerprint=model.fingerprint,
+        dtype=model.dtype,
+        gpus=options.gpus,
+        microbatches=options.microbatches,
+        mode=options.mode,
+        chain=chain,
+        partition=partition,
+        schedule=schedule,
+        prediction=prediction,
+        provenance=_provenance(options),
+    )
+
+
+def _schedule(
+    chain: SegmentChain, options: PlanOptions, bar: tqdm[Any] | None
+) -> tuple[Partition, Schedule, Timeline]:
+    """Stages and schedule whose simulated peak fits.
+
+    The partition is held to a bound on what its schedule takes. Should the simulated peak exceed the
+    memory all the same, the partition is made again for less.
+    """
+    usable, excess = chain.hardware.usable_bytes, 0
+    for share in _MEMORY_SHARES:
+        announce(bar, PartitionStages.name)
+        stages = PartitionStages(
+            options.gpus,
+            options.microbatches,
+            memory_limit_bytes=int(share * usable),
+            time_limit_s=options.solver_time_s,
+            seed=options.seed,
+            mode=options.mode,
+        )
+        try:
+            partition = stages.run(chain)
+        except PartitionError:
+            if excess:
+                break
+            raise
+        dispatch = DispatchRoundRobin(options.gpus, options.microbatches).run(partition)
+        schedule = LayOutDispatch(chain, partition, options.mode).run(dispatch)
+        for step in (InsertTransfers(chain), InsertEventWaits()):
+            announce(bar, step.name)
+            schedule = step.run(schedule)
+        timeline = simulate(schedule)
+        excess = max(timeline.gpu_peak_bytes) - usable
+        if excess <= 0:
+            return replace(partition, memory_limit_bytes=usable), schedule, timeline
+    raise PartitionError(
+        f"no schedule was found whose peak fits in the {usable:,} usable bytes of {chain.hardware.name}: the "
+        f"last one needs {usable + excess:,}. Use more microbatches (smaller ones) or GPUs with more memory"
+    )
+
+
+def progress_bar(progress: bool | None) -> tqdm[Any]:
+    """A bar over the passes; None: if standard error is a terminal."""
+    return tqdm(total=10, desc="capture", leave=False, disable=None if progress is None else not progress)
+
+
+def announce(bar: tqdm[Any] | None, step: str) -> None:
+    """Shows that a step begins."""
+    if bar is not None:
+        bar.update()
+        bar.set_description(step)
+
+
+def find_hardware(gpu: str | Hardware | None) -> Hardware:
+    """The GPU that is named, else the one that is found, else the default.
+
+    Raises:
+        InvalidArgument: No such GPU.
+    """
+    if gpu is None or isinstance(gpu, str):
+        return catalogue.lookup(gpu or catalogue.detect() or DEFAULT_GPU)
+    return gpu
+
+
+def _check(options: PlanOptions) -> None:
+    for option, value in (("gpus", options.gpus), ("microbatches", options.microbatches)):
+        if value < 1:
+            raise InvalidArgument(f"{option}={value}; at least 1 is needed")
+
+
+def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
+    given = profile.segments
+    names = [segment.name for segment in chain.segments]
+    if [segment.name for segment in given] != names:
+        raise InvalidArgument(
+            f"the profile is of another model: it has {_names([s.name for s in given])}, this model "
+            f"{_names(names)}; make one with `rpcompile profile`"
+        )
+    segments = tuple(
+        replace(own, forward_s=other.forward_s, backward_s=other.backward_s, source="given")
+        for own, other in zip(chain.segments, given, strict=True)
+    )
+    return replace(chain, segments=segments)
+
+
+def _names(names: Sequence[str]) -> str:
+    return f"{len(names)} segments ({names[0]} … {names[-1]})"
+
+
+def _main_dtype(capture: Capture) -> str:
+    bytes_of: dict[str, int] = {}
+    for spec in capture.parameters:
+        bytes_of[spec.dtype] = bytes_of.get(spec.dtype, 0) + spec.nbytes
+    return max(bytes_of, key=lambda dtype: bytes_of[dtype], default="none")
+
+
+def _provenance(options: PlanOptions) -> dict[str, str]:
+    from rpcompile import __version__
+
+    return {
+        "rpcompile": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "solver_seed": str(options.seed),
+    }

@@ -1,0 +1,131 @@
+"""One capture planned at several sizes, and seconds from all three sources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import rpcompile
+from rpcompile.errors import InvalidArgument, ProfileFileError
+from rpcompile.passes.capture_graph import ExampleInputs
+from rpcompile.planner import CapturedModel, PlanOptions, capture_model, plan_profile
+from rpcompile.profile import Profile
+from tests.models import SLOW_GPU, make
+
+OPTIONS = PlanOptions(gpus=2, microbatches=4, solver_time_s=0.5)
+
+
+def ids(batch: int, sequence: int) -> dict[str, torch.Tensor]:
+    tokens = torch.zeros(batch, sequence, dtype=torch.long)
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+@pytest.fixture(scope="module")
+def captured() -> CapturedModel:
+    return capture_model(make("qwen3-tied").model, ExampleInputs.of(ids(2, 16)))
+
+
+def test_rebinding_equals_a_new_capture(captured: CapturedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = capture_model(make("qwen3-tied").model, ExampleInputs.of(ids(3, 40)))
+    wanted = fresh.bind(SLOW_GPU)
+    monkeypatch.setattr("torch.export.export", lambda *_, **__: pytest.fail("captured again"))
+    chain = captured.bind(SLOW_GPU, {"batch": 3, "sequence": 40})
+    for own, other in zip(chain.segments, wanted.segments, strict=True):
+        assert replace(own, forward_s=0, backward_s=0) == replace(other, forward_s=0, backward_s=0)
+        assert own.forward_s == pytest.approx(other.forward_s, rel=1e-12)
+        assert own.backward_s == pytest.approx(other.backward_s, rel=1e-12)
+    # The whole plan follows, and differs from the one at the sizes of the example.
+    larger = captured.plan(chain, OPTIONS)
+    assert larger.chain.bindings == {"batch": 3, "sequence": 40}
+    assert (
+        larger.prediction.iteration_s > captured.plan(captured.bind(SLOW_GPU), OPTIONS).prediction.iteration_s
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"sequence": 10**9}, "sequence=1000000000 is outside the captured range"),
+        ({"batch": 0}, "batch=0 is outside the captured range"),
+        ({"height": 3}, "size 'height' is not one that the graph was captured with"),
+    ],
+)
+def test_sizes_out_of_range(captured: CapturedModel, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        captured.bind(SLOW_GPU, sizes)
+
+
+def test_measured_seconds(captured: CapturedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chain = captured.bind(SLOW_GPU, seconds="measured")
+    assert {segment.source for segment in chain.segments} == {"measured"}
+    assert all(segment.forward_s > 0 for segment in chain.segments)
+    assert list(tmp_path.rglob("*.json"))
+
+
+def test_given_seconds(captured: CapturedModel, tmp_path: Path) -> None:
+    chain = captured.bind(SLOW_GPU)
+    profile = Profile.from_chain(chain)
+    doubled = tuple(
+        type(s)(**{f: getattr(s, f) for f in s.__struct_fields__} | {"forward_s": 2 * s.forward_s})
+        for s in profile.segments
+    )
+    profile = Profile(
+        format=profile.format, version=profile.version, hardware=profile.hardware, segments=doubled
+    )
+    given = captured.bind(SLOW_GPU, seconds=profile)
+    assert [s.forward_s for s in given.segments] == [2 * s.forward_s for s in chain.segments]
+    assert {segment.source for segment in given.segments} == {"given"}
+    # All else is the model's own: the plan can be run.
+    assert [replace(s, forward_s=0, source="") for s in given.segments] == [
+        replace(s, forward_s=0, source="") for s in chain.segments
+    ]
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    compiled = rpcompile.compile(
+        make("qwen3-tied").model,
+        2,
+        example_inputs=ids(8, 16),
+        microbatches=4,
+        gpu=SLOW_GPU,
+        seconds=path,
+        solver_time_s=0.5,
+    )
+    assert {segment.source for segment in compiled.plan.chain.segments} == {"given"}
+    compiled.close()
+
+
+def test_profiles_and_sources_that_do_not_fit(captured: CapturedModel, tmp_path: Path) -> None:
+    profile = Profile.from_chain(captured.bind(SLOW_GPU))
+    other = Profile(
+        format=profile.format, version=1, hardware=profile.hardware, segments=profile.segments[1:]
+    )
+    with pytest.raises(InvalidArgument, match=r"the profile is of another model: it has .* this model"):
+        captured.bind(SLOW_GPU, seconds=other)
+    with pytest.raises(
+        InvalidArgument, match="seconds='guessed'; it must be 'estimated', 'measured' or a profile"
+    ):
+        captured.bind(SLOW_GPU, seconds="guessed")
+    with pytest.raises(ProfileFileError, match=r"none\.json: cannot be read"):
+        rpcompile.compile(
+            make("qwen3-tied").model, 2, example_inputs=ids(2, 16), seconds=tmp_path / "none.json"
+        )
+
+
+def test_a_profile_alone_makes_a_plan(captured: CapturedModel) -> None:
+    chain = captured.bind(SLOW_GPU)
+    from_model = captured.plan(chain, OPTIONS)
+    plan = plan_profile(Profile.from_chain(chain), OPTIONS, "llama")
+    plan.verify()
+    assert plan.partition.stages == from_model.partition.stages
+    assert plan.prediction.iteration_s == pytest.approx(from_model.prediction.iteration_s)
+    assert "llama" in str(plan)
+
+
+@pytest.mark.parametrize("option", ["gpus", "microbatches"])
+def test_refuses_options(captured: CapturedModel, option: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"{option}=0; at least 1 is needed"):
+        captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, **{option: 0}))
