@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from rpcompile.runtime.worker import CpuWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
 
     from rpcompile.ir import Program, SegmentChain
     from rpcompile.runtime.stage_runner import Tensors
@@ -27,7 +29,7 @@ class Result:
     """What one iteration leaves on the host.
 
     Attributes:
-        outputs: Per microbatch, outputs by node name ("loss" alone in training).
+        outputs: Per microbatch, outputs by node name.
         gradients: Parameter name -> gradient, summed over jobs in job order.
         states: Buffer name -> its value after the forward.
     """
@@ -40,9 +42,14 @@ class Result:
 class Engine:
     """Workers for a program; may be run any number of times, by one caller at a time."""
 
-    def __init__(self, program: Program, chain: SegmentChain) -> None:
+    def __init__(
+        self, program: Program, chain: SegmentChain, gradient_dtype: torch.dtype | None = None
+    ) -> None:
+        """`gradient_dtype`: what gradients are cast to before jobs' are summed; default: as they come."""
         self._program = program
         self._chain = chain
+        self._gradient_dtype = gradient_dtype
+        self._readers = _readers(program.weights)
         runners = [StageRunner(stage, program.capture.outputs[0]) for stage in program.stages]
         self._workers = [CpuWorker(index, program, runners) for index in range(len(program.graphs))]
         self.before_instruction: Callable[[str], None] | None = None
@@ -53,6 +60,7 @@ class Engine:
         tensors: Mapping[str, torch.Tensor],
         inputs: Sequence[Tensors],
         microbatches: Sequence[Microbatch],
+        pending: Mapping[int, Future[None]] | None = None,
     ) -> Result:
         """Runs every GPU's graph to its end.
 
@@ -60,6 +68,8 @@ class Engine:
             tensors: The model's parameters and buffers by qualified name, on the host. They are read only.
             inputs: User inputs of each microbatch by name.
             microbatches: Seed, sizes and loss scale of each microbatch.
+            pending: Segment -> work on the host that must be over before tensors that this segment is the
+                first to read are uploaded.
 
         Raises:
             ExecutionError: An instruction failed. Nothing of the model has changed.
@@ -71,6 +81,7 @@ class Engine:
         for index, microbatch in enumerate(inputs):
             host[buffers.inputs(buffers.HOST, index)] = microbatch
         iteration = Iteration(host, self.before_instruction)
+        self._await(pending or {}, iteration)
         try:
             for worker in self._workers:
                 worker.start(iteration, microbatches)
@@ -82,8 +93,25 @@ class Engine:
                 worker.finish()
             raise
         if iteration.failure is not None:
+            if isinstance(iteration.failure.error, ExecutionError):
+                raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
         return self._result(host, len(inputs))
+
+    def _await(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
+        """Makes uploads wait for the host's work; its failure is the iteration's."""
+        for segment, owners in self._readers.items():
+            iteration.updates[segment] = tuple(f"updated.s{owner}" for owner in owners if owner in pending)
+
+        def over(segment: int, future: Future[None]) -> None:
+            event, error = f"updated.s{segment}", future.exception()
+            if error is not None:
+                iteration.fail(event, 0, error)
+            else:
+                iteration.record(event)
+
+        for segment, future in pending.items():
+            future.add_done_callback(partial(over, segment))
 
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
         gradients: Tensors = {}
@@ -91,7 +119,8 @@ class Engine:
         for job in self._program.schedule.jobs:
             for segment in range(len(self._program.weights)):
                 for name, grad in host.get(buffers.gradients(buffers.HOST, segment, job.index), {}).items():
-                    gradients[name] = gradients[name] + grad if name in gradients else grad
+                    part = grad if self._gradient_dtype is None else grad.to(self._gradient_dtype)
+                    gradients[name] = gradients[name] + part if name in gradients else part
                 states.update(host.get(buffers.state(segment, job.index), {}))
         losses = [host[buffers.loss(buffers.HOST, index)] for index in range(microbatches)]
         return Result(tuple(losses), gradients, states)
@@ -111,6 +140,17 @@ class Engine:
             f"GPU {failure.gpu} in {where}: {reason}. Weights, gradients and buffers are as they were before "
             f"this call."
         )
+
+
+def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
+    """Segment -> the segments that were the first to read what it reads."""
+    first: dict[str, int] = {}
+    for segment, names in enumerate(weights):
+        for name in names:
+            first.setdefault(name, segment)
+    return {
+        segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)
+    }
 
 
 def _close(workers: list[CpuWorker]) -> None:

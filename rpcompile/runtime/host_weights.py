@@ -133,3 +133,10 @@ class HostWeights:
                     self._copies[name].copy_(masters[name])
 
         return task
+
+
+def set_dtypes(module: torch.nn.Module, compute_dtype: torch.dtype) -> None:
+    """Makes trainable floating-point parameters float32 masters and frozen ones `compute_dtype`, in place."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)

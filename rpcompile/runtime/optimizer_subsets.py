@@ -97,7 +97,8 @@ class SubsetStepper:
         for member, state in portion:
             if member.scale is not None:
                 assert member.values.grad is not None
-                member.values.grad.mul_(member.scale)
+                with torch.no_grad():
+                    member.values.grad.mul_(member.scale)
             if state:
                 shadow.state[member.values] = state
             group = groups.setdefault(member.group, {"params": [], **self._groups[member.group]})

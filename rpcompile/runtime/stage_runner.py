@@ -82,15 +82,15 @@ class StageRunner:
 
     def fused(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
-    ) -> tuple[torch.Tensor, Tensors]:
-        """Forward, loss and backward at once; returns the detached loss and as `backward` does."""
+    ) -> tuple[Tensors, Tensors]:
+        """Forward, loss and backward at once; returns the detached outputs and as `backward` does."""
         named, leaves, incoming = self._prepare(weights, values)
         with torch.enable_grad():
             outputs = self._call(named, inputs, incoming, microbatch, keep_state=True)
-        loss = outputs.pop(self._loss)
-        del outputs
+        loss = outputs[self._loss]
+        outputs = {name: value.detach() for name, value in outputs.items()}
         seed = torch.full_like(loss, microbatch.loss_scale)
-        return loss.detach(), self._propagate([loss], [seed], leaves, incoming)
+        return outputs, self._propagate([loss], [seed], leaves, incoming)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
         """What has accumulated, one dict a segment."""

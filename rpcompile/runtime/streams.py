@@ -33,10 +33,12 @@ class Iteration:
     Attributes:
         host: Host buffers by name.
         before_instruction: Called by a stream with the instruction's text before it runs.
+        updates: Segment -> events of the host's work on its weights, which uploads wait for.
     """
 
     host: dict[str, Any]
     before_instruction: Callable[[str], None] | None = None
+    updates: dict[int, tuple[str, ...]] = field(default_factory=dict)
     failure: Failure | None = None
     _events: dict[str, threading.Event] = field(default_factory=dict)
     _cancelled: threading.Event = field(default_factory=threading.Event)

@@ -201,7 +201,8 @@ class Updates:
         def update() -> None:
             try:
                 if not failed.is_set():
-                    stepper.step(members)
+                    with unguarded():
+                        stepper.step(members)
             except BaseException as error:
                 failed.set()
                 raise ExecutionError(

@@ -69,8 +69,11 @@ class CpuWorker:
         iteration = self._iteration
         self._streams[stream].put(iteration, f"record {event}", lambda: iteration.record(event))
 
-    def prefetch(self, action: str, **arguments: Any) -> None:
-        self._copy("h2d", action, **arguments)
+    def prefetch(self, action: str, reads: Sequence[str], **arguments: Any) -> None:
+        for name in reads:
+            for event in self._iteration.updates.get(buffers.segment_of(name), ()):
+                self.wait("h2d", event)
+        self._copy("h2d", action, reads=reads, **arguments)
 
     def load(self, action: str, **arguments: Any) -> None:
         self._copy("h2d", action, **arguments)
@@ -127,8 +130,8 @@ class CpuWorker:
         def task() -> None:
             weights, inputs, values, _ = self._gather(reads)
             runner = self._runners[stage]
-            loss, result = runner.fused(weights, inputs, values, self._microbatches[microbatch])
-            self._store[buffers.loss(buffers.gpu(self.index), microbatch)] = {"loss": loss}
+            outputs, result = runner.fused(weights, inputs, values, self._microbatches[microbatch])
+            self._store[buffers.loss(buffers.gpu(self.index), microbatch)] = outputs
             self._keep_gradients(runner, reads, writes, weights, result)
 
         self._enqueue("compute", action, task)
