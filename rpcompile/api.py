@@ -71,8 +71,8 @@ def compile(
 
     Args:
         model: The module, in the state it will train in: training flag, `requires_grad` and dtypes are
-            captured. Its first output must be the loss, unless `loss_fn` is given. Weights may be on the meta device if only the
-            plan is wanted.
+            captured. Its first output must be the loss, unless `loss_fn` is given. Weights may be on the
+            meta device if only the plan is wanted.
         gpus: Number of GPUs; 8 unless a plan says otherwise.
         example_inputs: One whole batch as it will be passed to `forward_backward`: a dict of keyword
             tensors, a tuple of positional ones, or one tensor. Only shapes and dtypes matter. Inferred

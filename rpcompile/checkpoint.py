@@ -194,11 +194,13 @@ def _encode(value: Any, file: _TensorFile, path: str) -> Any:
         items = [_encode(item, file, f"{path}.{number}") for number, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, dict):
-        items = [[_encode(key, file, path), _encode(item, file, f"{path}.{key}")] for key, item in value.items()]
+        items = [
+            [_encode(key, file, path), _encode(item, file, f"{path}.{key}")] for key, item in value.items()
+        ]
         return {"counter" if isinstance(value, Counter) else "dict": items}
     raise CheckpointError(
-        f"{path} is a {type(value).__name__}, which a checkpoint cannot hold; keep it out of the state_dict, or "
-        f"save it yourself"
+        f"{path} is a {type(value).__name__}, which a checkpoint cannot hold; keep it out of the "
+        f"state_dict, or save it yourself"
     )
 
 
@@ -230,8 +232,8 @@ def _check_class(source: Path, name: str, saved: str, part: object) -> None:
         return  # names and shapes tell more
     if saved != _class(part):
         raise CheckpointError(
-            f"{source}: the checkpoint's {name} is {saved}, not {_class(part)}; make the same one, or load the "
-            f"checkpoint without it"
+            f"{source}: the checkpoint's {name} is {saved}, not {_class(part)}; make the same one, or load "
+            f"the checkpoint without it"
         )
 
 
@@ -259,6 +261,6 @@ def _check_groups(source: Path, state: dict[str, Any], optimizer: torch.optim.Op
     own = [len(group["params"]) for group in optimizer.param_groups]
     if saved != own:
         raise CheckpointError(
-            f"{source}: the checkpoint's optimizer has groups of {saved} parameters, this one of {own}; make it "
-            f"from the same parameters"
+            f"{source}: the checkpoint's optimizer has groups of {saved} parameters, this one of {own}; make "
+            f"it from the same parameters"
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpcompile import checkpoint
-from rpcompile.errors import BatchError, InvalidArgument, UnsupportedModel
+from rpcompile.errors import BatchError, ExecutionError, InvalidArgument, UnsupportedModel
 from rpcompile.random_streams import stream_seed
 from rpcompile.runtime import batches
 from rpcompile.runtime.engine import Engine
@@ -111,7 +111,7 @@ class Compiled:
                 The first time, a second program is written for it.
 
         Returns:
-            The loss, a detached scalar; or the loss and the outputs.
+            The loss, a detached scalar, at least float32; or the loss and the outputs.
 
         Raises:
             BatchError: The batch does not fit what was compiled.
@@ -130,10 +130,14 @@ class Compiled:
         scales = shares or [1.0 if summed else 1.0 / len(parts)] * len(parts)
         grown = [scale * self._loss_scale() for scale in scales]
         tensors, pending = self._weights.for_iteration(self._tensors(capture))
-        result = executable.engine.run(tensors, parts, _microbatches(capture, parts, grown), pending)
+        try:
+            result = executable.engine.run(tensors, parts, _microbatches(capture, parts, grown), pending)
+        except ExecutionError as error:
+            self._updates.forget(error)
+            raise
         self._commit(result.gradients, result.states)
         losses = [outputs[capture.outputs[0]] for outputs in result.outputs]
-        total = torch.zeros_like(losses[0])
+        total = torch.zeros((), dtype=torch.promote_types(losses[0].dtype, torch.float32))
         for loss, scale in zip(losses, scales, strict=True):
             total += loss * scale if summed or shares else loss / len(parts)
         return (total, batches.join_outputs(capture, result.outputs)) if return_outputs else total

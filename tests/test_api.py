@@ -83,7 +83,11 @@ def test_more_gpus_than_segments_names_both() -> None:
     ("options", "error", "message"),
     [
         ({"mode": "fast"}, InvalidArgument, "mode='fast'; it must be 'sync' or 'async'"),
-        ({"compute_dtype": torch.float64}, InvalidArgument, "compute_dtype=torch.float64; it must be torch.bf"),
+        (
+            {"compute_dtype": torch.float64},
+            InvalidArgument,
+            "compute_dtype=torch.float64; it must be torch.bf",
+        ),
         ({"devices": ["cpu"]}, InvalidArgument, "1 entries for 2 GPUs"),
         ({"devices": ["cuda:0", "cuda:0"]}, NotBuiltYet, "device 'cuda:0' cannot run programs yet"),
         ({"microbatches": 0}, InvalidArgument, "microbatches=0; at least 1"),

@@ -68,8 +68,8 @@ def split_batch(capture: Capture, batch: Tensors, microbatches: int) -> list[Ten
         size = value.shape[spec.batch_dim]
         if size < microbatches:
             raise BatchError(
-                f"a batch of {size} ({spec.name!r}) does not divide into {microbatches} microbatches; pass at "
-                f"least {microbatches} rows, or compile with microbatches={max(size, 1)}"
+                f"a batch of {size} ({spec.name!r}) does not divide into {microbatches} microbatches; pass "
+                f"at least {microbatches} rows, or compile with microbatches={max(size, 1)}"
             )
         for part, chunk in zip(parts, value.tensor_split(microbatches, spec.batch_dim), strict=True):
             part[spec.name] = chunk

@@ -148,9 +148,7 @@ def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
     for segment, names in enumerate(weights):
         for name in names:
             first.setdefault(name, segment)
-    return {
-        segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)
-    }
+    return {segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)}
 
 
 def _close(workers: list[CpuWorker]) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rpcompile.runtime.read_guard import unguarded
 from rpcompile.runtime.updates import FINISH, PUBLISH, UPDATE, Updates
 
 if TYPE_CHECKING:

@@ -132,7 +132,16 @@ class Updates:
             self._futures = [future for future in self._futures if not future.done()]
         errors = [error for future in over if (error := future.exception()) is not None]
         if errors:
+            self.forget(errors[0])
             raise errors[0]
+
+    def forget(self, error: BaseException) -> None:
+        """A failure that the user has been told of; the next call works with the weights as they are."""
+        with self._lock:
+            self._futures = [f for f in self._futures if not (f.done() and f.exception() is error)]
+            self.pending = {
+                s: f for s, f in self.pending.items() if not (f.done() and f.exception() is error)
+            }
 
     def close(self) -> None:
         """Waits, then ends the thread."""
@@ -142,11 +151,12 @@ class Updates:
     # ------------------------------------------------------------------- helpers
 
     def _is_separable(self, optimizer: Optimizer) -> bool:
-        hyperparameters = [
-            {name: v for name, v in group.items() if name not in ("params", "lr")}
+        # Schedulers change floats in every step (rates, betas); those do not make an optimizer another one.
+        choices = [
+            {name: v for name, v in group.items() if isinstance(v, bool | int | str | None) or not v}
             for group in optimizer.param_groups
         ]
-        key = repr(hyperparameters)
+        key = repr(choices)
         known, separable = self._separable.get(optimizer, ("", False))
         if known != key:
             separable = is_separable(optimizer)
