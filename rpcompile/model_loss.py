@@ -34,7 +34,7 @@ class ModelWithLoss(nn.Module):
         if LABELS in kwargs:
             labels = kwargs.pop(LABELS)
         elif args:
-            *args, labels = args
+            args, labels = args[:-1], args[-1]
         else:
             raise InvalidArgument(
                 f"loss_fn needs labels, and the batch has {sorted(kwargs)}; pass the keyword {LABELS!r}, or "

@@ -78,10 +78,11 @@ def split_batch(capture: Capture, batch: Tensors, microbatches: int) -> list[Ten
 
 def row_weights(capture: Capture, parts: Sequence[Tensors]) -> list[float] | None:
     """Each part's share of the batch's rows; None where all are equal."""
-    batched = [spec for spec in capture.inputs if spec.batch_dim is not None]
+    batched = [(spec.name, spec.batch_dim) for spec in capture.inputs if spec.batch_dim is not None]
     if not batched:
         return None
-    rows = [part[batched[0].name].shape[batched[0].batch_dim] for part in parts]
+    name, dim = batched[0]
+    rows = [part[name].shape[dim] for part in parts]
     return None if len(set(rows)) == 1 else [count / sum(rows) for count in rows]
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rpcompile.errors import ExecutionError
 from rpcompile.runtime.host_queue import HostQueue
@@ -70,12 +70,12 @@ class Updates:
             optimizer.step()
             return
         before()
-        hooks = (torch_optimizer._global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
+        hooks = (_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
         _run_hooks(optimizer, chain.from_iterable(found.values() for found in hooks))
         self._queue_step(optimizer, owners)
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             optimizer._opt_called = True  # type: ignore[attr-defined]
-        hooks = (optimizer._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks)
+        hooks = (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks)
         _run_hooks(optimizer, chain.from_iterable(found.values() for found in hooks))
 
     def clip_grad_norm_(
@@ -151,9 +151,9 @@ class Updates:
     # ------------------------------------------------------------------- helpers
 
     def _is_separable(self, optimizer: Optimizer) -> bool:
-        # Schedulers change floats in every step (rates, betas); those do not make an optimizer another one.
+        # Schedulers change numbers in every step; what matters is which are zero.
         choices = [
-            {name: v for name, v in group.items() if isinstance(v, bool | int | str | None) or not v}
+            {name: v for name, v in group.items() if isinstance(v, bool | str | None) or not v}
             for group in optimizer.param_groups
         ]
         key = repr(choices)
