@@ -442,7 +442,7 @@ class Dispatch:
     order: tuple[tuple[tuple[int, int], ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """One instruction of one stream.
 
