@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
 from rpcompile.export_guards import capture_error, plain_autograd
-from rpcompile.exporting import deferred_code, renumber_nodes, share_sizes
+from rpcompile.exporting import EXPORT_LOCK, deferred_code, renumber_nodes, share_sizes
 from rpcompile.huggingface import capture_context
 from rpcompile.ir import Capture, InputSpec, TensorSpec
 from rpcompile.repeated_blocks import repeated_blocks
@@ -91,7 +91,10 @@ class CaptureGraph:
         named = self.example.named()
         symbols = symbol_dims(named)
         autocast = _callers_autocast()
+        for tensor in model.parameters():
+            tensor.detach()  # waits for an update in flight, which may need the lock
         with (
+            EXPORT_LOCK,
             capture_context(model, frozenset(named)),
             plain_autograd(model),
             _on_cpu(model, self.compute_dtype) as mode,

@@ -496,3 +496,22 @@ def test_random_orders_of_calls_equal_the_same_calls_on_a_plain_model(
     for _ in range(30):
         choices.choices(calls, weights)[0]()
     pair.assert_equal()
+
+
+def test_an_export_meanwhile_changes_no_bit(pair: training.Pair) -> None:
+    """torch.export sets a process-wide flag by which AdamW would round its bias corrections differently."""
+    mine, theirs = optim.AdamW(pair.model.parameters(), 0.1), optim.AdamW(pair.plain.parameters(), 0.1)
+    for step in range(4):
+        pair.forward_backward(step)
+        pair.compiled.step(mine)
+        theirs.step()
+        training.pair().compiled.close()
+        pair.assert_equal()
+
+
+def test_compiling_the_model_again_waits_for_its_updates(pair: training.Pair) -> None:
+    gate, _, _ = under_way(pair)
+    case = models.Case(pair.model, pair.batch)
+    again = gate.opened_by(lambda: training.compile_case(case, "mlp"))
+    assert torch.equal(again.forward_backward(**pair.batch), pair.compiled.forward_backward(**pair.batch))
+    again.close()

@@ -71,7 +71,8 @@ class ReadGuard:
 
     def is_held(self, item: object) -> bool:
         """Whether a tensor or optimizer is guarded now."""
-        return id(item) in self._held
+        with self._lock:  # not between being let go and having its own class back
+            return id(item) in self._held
 
     def release(self, items: Iterable[object]) -> None:
         """Gives items their own class back, those that are guarded."""

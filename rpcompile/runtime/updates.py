@@ -13,6 +13,7 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rpcompile.errors import ExecutionError
+from rpcompile.exporting import EXPORT_LOCK
 from rpcompile.runtime.host_queue import HostQueue
 from rpcompile.runtime.optimizer_subsets import Member, SubsetStepper, is_separable
 from rpcompile.runtime.read_guard import ReadGuard, unguarded
@@ -211,7 +212,7 @@ class Updates:
         def update() -> None:
             try:
                 if not failed.is_set():
-                    with unguarded():
+                    with unguarded(), EXPORT_LOCK:
                         stepper.step(members)
             except BaseException as error:
                 failed.set()
