@@ -35,8 +35,9 @@ from rpcompile.planner import (
 )
 from rpcompile.profile import Profile
 from rpcompile.runtime.batches import largest_divisor
-from rpcompile.runtime.engine import Engine
+from rpcompile.runtime.engine import Engine, RuntimeOptions
 from rpcompile.runtime.host_weights import set_dtypes
+from rpcompile.runtime.weight_arenas import WeightArenas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +67,10 @@ def compile(
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
+    pin: str = "auto",
+    timeout_s: float = 600.0,
+    detect_nan: bool = False,
+    compile_stages: bool = False,
 ) -> Compiled:
     """Compiles a model into a program that trains it on `gpus` GPUs, weights staying on the host.
 
@@ -82,7 +87,9 @@ def compile(
             batch size up to twice the number of GPUs.
         gpu: Kind of GPU to plan for: a name from `rpcompile.hardware.names()`, or a `Hardware` with
             figures of your own. Default: the one that is found, else "rtx4090".
-        devices: One device name per GPU. Only "cpu" (a virtual GPU on a thread of its own) so far.
+        devices: One device name per GPU: all "cpu" (virtual GPUs, on threads of their own), or CUDA devices,
+            of which several GPUs may share one: `["cuda:0"] * 4`. Default: the first `gpus` CUDA devices
+            where there are as many, else "cpu".
         mode: "sync": every iteration computes with all updates before it. "async": iteration i computes,
             forward and backward, with the weights after max(i - 1, 0) updates, while the next update is
             under way. That is meant for fine-tuning, where weights change little in a step; it keeps a
@@ -103,6 +110,15 @@ def compile(
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
+        pin: On CUDA devices, "auto" moves the model's weights into memory that is registered with CUDA, a
+            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are: for
+            models that are memory-mapped because they are larger than the host's memory.
+        timeout_s: Seconds in which at least one instruction must come to its end; otherwise
+            `forward_backward` raises `WorkerTimeout`, which says who waits for whom.
+        detect_nan: Check every stage's results and gradients, and raise `NonFinite` that names the stage,
+            microbatch, GPU and module of the first that is not finite. Makes the host wait for the GPUs.
+        compile_stages: Run stages through `torch.compile`, each distinct one compiled once. Results are
+            then equal within rounding, not bit for bit.
 
     Returns:
         The compiled model.
@@ -112,8 +128,11 @@ def compile(
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
     gpus = _check_gpus(gpus, loaded)
-    _check_modes(mode, devices, gpus)
+    _check_mode(mode)
     _check_dtype(compute_dtype)
+    runtime = _runtime(_devices(devices, gpus), pin, timeout_s, detect_nan, compile_stages)
+    if compute_dtype is not None:
+        runtime = replace(runtime, gradient_dtype=torch.float32)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
     module = model if loss_fn is None else ModelWithLoss(model, loss_fn)
     if compute_dtype is not None:
@@ -127,12 +146,14 @@ def compile(
         captured = capture_model(module, example, bar, compute_dtype)
         if loaded is None:
             announce(bar, "bind-chain")
-            device = "cpu" if devices is None else devices[0]
+            device = "cpu" if runtime.devices is None else str(runtime.devices[0])
             chain = captured.bind(hardware, seconds=given, device=device, progress=progress)
             loaded = plan_chain(chain, options, captured.described(), bar)
         else:
             _check_plan(loaded, captured.capture)
-        training = _executable(captured.capture, loaded, bar, compute_dtype)
+        pinned = runtime.cuda and pin == "auto"
+        arenas = WeightArenas(pin=pinned, adopt=pinned)
+        training = _executable(captured.capture, loaded, runtime, arenas, bar)
     chosen = loaded
     for_evaluation: list[CapturedModel] = []
 
@@ -142,10 +163,10 @@ def compile(
         found = for_evaluation[0]
         forward = replace(options, microbatches=count, mode="forward")
         plan = plan_chain(found.bind(hardware), forward, found.described())
-        return _executable(found.capture, plan, None)
+        return _executable(found.capture, plan, runtime, arenas, None)
 
     def with_outputs() -> Executable:
-        return _executable(captured.capture, chosen, None, compute_dtype, outputs=True)
+        return _executable(captured.capture, chosen, runtime, arenas, None, outputs=True)
 
     makers = Makers(with_outputs, evaluation)
     return Compiled(model, module, training, makers, TrainingOptions(mode, compute_dtype, grad_scaler))
@@ -157,14 +178,14 @@ def compile(
 def _executable(
     capture: Capture,
     plan: Plan,
+    runtime: RuntimeOptions,
+    arenas: WeightArenas,
     bar: tqdm[Any] | None,
-    compute_dtype: torch.dtype | None = None,
     outputs: bool = False,
 ) -> Executable:
     announce(bar, LowerToProgram.name)
     program: Program = LowerToProgram(capture, plan.chain, plan.partition, outputs).run(plan.schedule)
-    masters = None if compute_dtype is None else torch.float32
-    return Executable(plan, program, Engine(program, plan.chain, masters))
+    return Executable(plan, program, Engine(program, plan.chain, runtime, arenas))
 
 
 def _capture_eval(
@@ -194,16 +215,48 @@ def _check_gpus(gpus: int | None, plan: Plan | None) -> int:
     return gpus
 
 
-def _check_modes(mode: str, devices: Sequence[str] | None, gpus: int) -> None:
+def _check_mode(mode: str) -> None:
     if mode not in ("sync", "async"):
         raise InvalidArgument(f"mode={mode!r}; it must be 'sync' or 'async'")
+
+
+def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ...] | None:
+    """The device of each GPU; None for CPU workers."""
+    found = torch.cuda.device_count()
     if devices is None:
-        return
+        return tuple(torch.device("cuda", index) for index in range(gpus)) if 0 < gpus <= found else None
     if len(devices) != gpus:
         raise InvalidArgument(f"devices has {len(devices)} entries for {gpus} GPUs; give one a GPU")
-    other = [device for device in devices if torch.device(device).type != "cpu"]
+    named = [torch.device(device) for device in devices]
+    kinds = {device.type for device in named}
+    if kinds == {"cpu"}:
+        return None
+    other = sorted(kinds - {"cuda", "cpu"})
     if other:
-        raise NotBuiltYet(f"device {other[0]!r} cannot run programs yet; use devices={['cpu'] * gpus!r}")
+        raise NotBuiltYet(f"{other[0]!r} devices cannot run programs; use 'cpu' or 'cuda:<number>'")
+    if "cpu" in kinds:
+        raise InvalidArgument(f"devices={list(devices)!r} mixes 'cpu' with CUDA devices; use one kind")
+    for device in named:
+        if (device.index or 0) >= found:
+            raise InvalidArgument(
+                f"devices names {str(device)!r}, but torch {torch.__version__} sees {found} CUDA devices "
+                f"here; use devices={['cpu'] * gpus!r} for CPU workers"
+            )
+    return tuple(torch.device("cuda", device.index or 0) for device in named)
+
+
+def _runtime(
+    devices: tuple[torch.device, ...] | None,
+    pin: str,
+    timeout_s: float,
+    detect_nan: bool,
+    compile_stages: bool,
+) -> RuntimeOptions:
+    if pin not in ("auto", "off"):
+        raise InvalidArgument(f"pin={pin!r}; it must be 'auto' or 'off'")
+    if timeout_s <= 0:
+        raise InvalidArgument(f"timeout_s={timeout_s}; it must be above 0")
+    return RuntimeOptions(devices, pin, timeout_s, detect_nan, compile_stages)
 
 
 def _check_dtype(compute_dtype: torch.dtype | None) -> None:
@@ -260,7 +313,8 @@ def _microbatch_example(
 
 def _narrow(whole: ExampleInputs, dims: dict[str, dict[int, str]], size: int) -> ExampleInputs:
     def cut(key: str, value: torch.Tensor) -> torch.Tensor:
-        return value[:size] if dims.get(key, {}).get(0) == "batch" else value
+        batch_dim = next((dim for dim, name in dims.get(key, {}).items() if name == "batch"), None)
+        return value if batch_dim is None else value.narrow(batch_dim, 0, size)
 
     args = tuple(cut(str(index), value) for index, value in enumerate(whole.args))
     return ExampleInputs(args, {key: cut(key, value) for key, value in whole.kwargs.items()})

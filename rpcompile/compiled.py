@@ -129,9 +129,11 @@ class Compiled:
         shares = None if summed else batches.row_weights(capture, parts)
         scales = shares or [1.0 if summed else 1.0 / len(parts)] * len(parts)
         grown = [scale * self._loss_scale() for scale in scales]
-        tensors, pending = self._weights.for_iteration(self._tensors(capture))
+        microbatches = _microbatches(capture, parts, grown)
         try:
-            result = executable.engine.run(tensors, parts, _microbatches(capture, parts, grown), pending)
+            with unguarded():  # the engine waits for each segment's update
+                tensors, pending = self._weights.for_iteration(self._tensors(capture))
+                result = executable.engine.run(tensors, parts, microbatches, pending)
         except ExecutionError as error:
             self._updates.forget(error)
             raise
@@ -342,14 +344,12 @@ class Compiled:
         }
 
     def _tensors(self, capture: Capture) -> dict[str, torch.Tensor]:
-        """The model's tensors by name, as plain tensors over the same memory."""
+        """The model's tensors by name."""
         tensors: dict[str, torch.Tensor] = {
             **dict(self._module.named_parameters(remove_duplicate=False)),
             **dict(self._module.named_buffers(remove_duplicate=False)),
             **capture.constants,
         }
-        with unguarded():
-            tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
         if absent:
             raise UnsupportedModel(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpcompile import buffers
-from rpcompile.errors import ExecutionError
+from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
 from rpcompile.ir import ActionId
+from rpcompile.runtime import blame
+from rpcompile.runtime.compiled_stages import CompiledStages
+from rpcompile.runtime.cuda_streams import CudaStreams
+from rpcompile.runtime.host_slots import HostSlots
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
-from rpcompile.runtime.streams import Failure, Iteration
-from rpcompile.runtime.worker import CpuWorker
+from rpcompile.runtime.streams import CpuStreams, Failure, Iteration, Streams
+from rpcompile.runtime.watchdog import await_all
+from rpcompile.runtime.weight_arenas import WeightArenas
+from rpcompile.runtime.worker import LANES, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +30,34 @@ if TYPE_CHECKING:
 
     from rpcompile.ir import Program, SegmentChain
     from rpcompile.runtime.stage_runner import Tensors
+
+_UPDATED = "updated.s"
+"""Begins the name of the event that the host's work on a segment's weights is over."""
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a program is run; `rpcompile.compile` says what each means.
+
+    Attributes:
+        devices: One device a GPU; None for CPU workers.
+        pin: "auto" or "off".
+        timeout_s: How long no instruction may come to its end.
+        detect_nan: Whether results and gradients are checked.
+        compile_stages: Whether stages go through `torch.compile`.
+        gradient_dtype: What gradients are cast to before jobs' are summed; None: as they come.
+    """
+
+    devices: tuple[torch.device, ...] | None = None
+    pin: str = "auto"
+    timeout_s: float = 600.0
+    detect_nan: bool = False
+    compile_stages: bool = False
+    gradient_dtype: torch.dtype | None = None
+
+    @property
+    def cuda(self) -> bool:
+        return any(device.type == "cuda" for device in self.devices or ())
 
 
 @dataclass(frozen=True)
@@ -40,19 +76,41 @@ class Result:
 
 
 class Engine:
-    """Workers for a program; may be run any number of times, by one caller at a time."""
+    """Workers for a program; may be run any number of times, by one caller at a time.
+
+    Args:
+        program: What to run.
+        chain: The segments it was made of.
+        options: How to run it.
+        arenas: The model's weights in host memory, shared by all programs of one model.
+
+    Attributes:
+        before_instruction: Called by a stream with an instruction's text before it runs it.
+        record_times: Whether the next run records when each action ran.
+        times: Start and end of each action of the last run by id, if recorded (`time.perf_counter`).
+    """
 
     def __init__(
-        self, program: Program, chain: SegmentChain, gradient_dtype: torch.dtype | None = None
+        self,
+        program: Program,
+        chain: SegmentChain,
+        options: RuntimeOptions | None = None,
+        arenas: WeightArenas | None = None,
     ) -> None:
-        """`gradient_dtype`: what gradients are cast to before jobs' are summed; default: as they come."""
         self._program = program
         self._chain = chain
-        self._gradient_dtype = gradient_dtype
+        self._options = options = options or RuntimeOptions()
+        pin = options.cuda and options.pin == "auto"
+        self._arenas = arenas or WeightArenas(pin=pin, adopt=pin)
         self._readers = _readers(program.weights)
-        runners = [StageRunner(stage, program.capture.outputs[0]) for stage in program.stages]
-        self._workers = [CpuWorker(index, program, runners) for index in range(len(program.graphs))]
+        self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
+        self._runners = self._make_runners()
+        self._slots: HostSlots
+        self._workers: list[Worker] = []
+        self._make_workers()
         self.before_instruction: Callable[[str], None] | None = None
+        self.record_times = False
+        self.times: dict[str, tuple[float, float]] = {}
         self.close = weakref.finalize(self, _close, self._workers)
 
     def run(
@@ -73,38 +131,45 @@ class Engine:
 
         Raises:
             ExecutionError: An instruction failed. Nothing of the model has changed.
+            WorkerTimeout: No instruction came to its end for `timeout_s`.
         """
+        if pending and not self._arenas.follow(self._program.weights, tensors):
+            wait(pending.values())  # what is about to be copied must be there
+        self._arenas.refresh(self._program.weights, tensors)
+        self._slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
         host: dict[str, Any] = {
             buffers.weights(buffers.HOST, segment): {name: tensors[name] for name in names}
             for segment, names in enumerate(self._program.weights)
         }
         for index, microbatch in enumerate(inputs):
-            host[buffers.inputs(buffers.HOST, index)] = microbatch
-        iteration = Iteration(host, self.before_instruction)
-        self._await(pending or {}, iteration)
+            host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
+        iteration = Iteration(host, self.before_instruction, self.record_times)
+        self._await_host(pending or {}, iteration)
         try:
             for worker in self._workers:
                 worker.start(iteration, microbatches)
-            for worker in self._workers:
-                worker.finish()
+            self._await(iteration)
         except BaseException:
             iteration.cancel()
-            for worker in self._workers:
-                worker.finish()
+            self._come_to_rest(iteration)
             raise
+        for worker in self._workers:
+            worker.clear()
         if iteration.failure is not None:
-            if isinstance(iteration.failure.error, ExecutionError):
+            if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
+        times = iteration.times or {}
+        self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
         return self._result(host, len(inputs))
 
-    def _await(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
+    def _await_host(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
         """Makes uploads wait for the host's work; its failure is the iteration's."""
         for segment, owners in self._readers.items():
-            iteration.updates[segment] = tuple(f"updated.s{owner}" for owner in owners if owner in pending)
+            iteration.updates[segment] = tuple(f"{_UPDATED}{owner}" for owner in owners if owner in pending)
 
         def over(segment: int, future: Future[None]) -> None:
-            event, error = f"updated.s{segment}", future.exception()
+            event, error = f"{_UPDATED}{segment}", future.exception()
             if error is not None:
                 iteration.fail(event, 0, error)
             else:
@@ -113,32 +178,104 @@ class Engine:
         for segment, future in pending.items():
             future.add_done_callback(partial(over, segment))
 
+    def _await(self, iteration: Iteration) -> None:
+        drains = [event for worker in self._workers for event in worker.drain()]
+        await_all(drains, iteration, self._program.schedule, self._options.timeout_s)
+
+    def _come_to_rest(self, iteration: Iteration) -> None:
+        """Waits for what runs; leaves behind what does not end, with the memory it may write to."""
+        try:
+            self._await(iteration)
+        except BaseException as error:
+            for worker in self._workers:
+                worker.close()
+            self._make_workers()
+            if not isinstance(error, WorkerTimeout):
+                raise
+        else:
+            for worker in self._workers:
+                worker.clear()
+
+    def _make_runners(self) -> dict[torch.device, list[StageRunner]]:
+        """The stages on each device."""
+        compiled = CompiledStages() if self._options.compile_stages else None
+        loss = self._program.capture.outputs[0]
+        return {
+            device: [
+                StageRunner(
+                    stage,
+                    loss,
+                    None if device.type == "cpu" else device,
+                    self._options.detect_nan,
+                    compiled,
+                )
+                for stage in self._program.stages
+            ]
+            for device in dict.fromkeys(self._devices)
+        }
+
+    def _make_workers(self) -> None:
+        names = self._program.schedule.buffers
+        self._slots = HostSlots(names, pin=self._options.cuda and self._options.pin == "auto")
+        self._workers[:] = [
+            Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
+            for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
+        ]
+
+    def _make_streams(self) -> list[Streams]:
+        workers = len(self._devices)
+        # Workers that each used every core would stand in one another's way.
+        threads = None if workers == 1 else max(1, torch.get_num_threads() // workers)
+        return [
+            CpuStreams(index, LANES, threads) if device.type == "cpu" else CudaStreams(index, device, LANES)
+            for index, device in enumerate(self._devices)
+        ]
+
+    def _staged(self, inputs: Tensors) -> Tensors:
+        """A caller's tensors where a CUDA device can copy them from without making the host wait."""
+        if not self._options.cuda:
+            return inputs
+        return {
+            name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in inputs.items()
+        }
+
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
         gradients: Tensors = {}
         states: Tensors = {}
+        dtype = self._options.gradient_dtype
         for job in self._program.schedule.jobs:
             for segment in range(len(self._program.weights)):
                 for name, grad in host.get(buffers.gradients(buffers.HOST, segment, job.index), {}).items():
-                    part = grad if self._gradient_dtype is None else grad.to(self._gradient_dtype)
+                    part = grad if dtype is None else grad.to(dtype)
                     gradients[name] = gradients[name] + part if name in gradients else part
                 states.update(host.get(buffers.state(segment, job.index), {}))
         losses = [host[buffers.loss(buffers.HOST, index)] for index in range(microbatches)]
         return Result(tuple(losses), gradients, states)
 
     def _error(self, failure: Failure) -> ExecutionError:
-        reason = f"{type(failure.error).__name__}: {failure.error}"
+        """What the caller is told; the failed stage's tensors are let go of."""
+        error = failure.error
+        kind = NonFinite if isinstance(error, NonFinite) else ExecutionError
+        reason = str(error) if kind is NonFinite else f"{type(error).__name__}: {error}"
         try:
             action = ActionId.parse(failure.instruction)
         except Exception:
-            return ExecutionError(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}")
-        stage = self._program.stages[action.stage].stage
-        first, last = (self._chain.segments[index].name for index in (stage.first, stage.last))
+            traceback.clear_frames(error.__traceback__)
+            return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}")
+        graph = self._workers[failure.gpu].runners[action.stage].graph
+        node = blame.failing_node(error, graph.graph_module)
+        traceback.clear_frames(error.__traceback__)
+        first, last = (self._chain.segments[i].name for i in (graph.stage.first, graph.stage.last))
         where = first if first == last else f"{first} … {last}"
+        where += f", at {blame.describe(node)}" if node is not None else ""
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
-        return ExecutionError(
+        advice = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
+        return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}. Weights, gradients and buffers are as they were before "
-            f"this call."
+            f"GPU {failure.gpu} in {where}: {reason}.{advice} Weights, gradients and buffers are as they "
+            f"were before this call."
         )
 
 
@@ -151,6 +288,6 @@ def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
     return {segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)}
 
 
-def _close(workers: list[CpuWorker]) -> None:
+def _close(workers: list[Worker]) -> None:
     for worker in workers:
         worker.close()

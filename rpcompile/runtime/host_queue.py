@@ -9,6 +9,8 @@ import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from rpcompile.runtime.read_guard import unguarded
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -57,6 +59,10 @@ class _Shared:
         self._closed = False
 
     def serve(self) -> None:
+        with unguarded():  # this thread makes what others wait for
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self.changed:
                 while not self.tasks and not self._closed:

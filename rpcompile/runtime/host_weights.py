@@ -63,7 +63,7 @@ class HostWeights:
         """Asynchronous mode: keeps the weights as they are for the next iteration.
 
         Args:
-            masters: The model's tensors by name, none of them guarded.
+            masters: The model's tensors by name.
         """
         if self._asynchronous and not self._stepped:
             self._updates.wait()
@@ -85,7 +85,7 @@ class HostWeights:
         """What an iteration uploads.
 
         Args:
-            masters: The model's tensors by name, none of them guarded.
+            masters: The model's tensors by name; the caller reads guarded ones.
 
         Returns:
             Tensors by name; and segment -> the work that must be over before anything is uploaded that
@@ -104,7 +104,7 @@ class HostWeights:
     def for_evaluation(self, masters: Mapping[str, torch.Tensor]) -> Tensors:
         """The weights as they are, in the compute dtype; nothing may be in flight."""
         names = self.owners() if self._dtype is not None else ()
-        return {**masters, **{name: masters[name].to(self._dtype) for name in names}}
+        return {**masters, **{name: masters[name].detach().to(self._dtype) for name in names}}
 
     def _current(self, masters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
         """What tells whether a tensor has been changed in place or replaced."""

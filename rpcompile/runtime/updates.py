@@ -212,7 +212,7 @@ class Updates:
         def update() -> None:
             try:
                 if not failed.is_set():
-                    with unguarded(), EXPORT_LOCK:
+                    with EXPORT_LOCK:
                         stepper.step(members)
             except BaseException as error:
                 failed.set()
