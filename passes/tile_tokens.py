@@ -54,7 +54,7 @@ class TileTokens:
         regions = [
             region
             for region in find_regions(stage.graph_module.graph, self.torch_names, segment_of)
-            if self._tiles(region.segment) > 1 and (region.loss is None or kind is StageKind.FB)
+            if self._tiles(region.segment) > 1 and (region.loss is None or _ends_in_loss(region, kind))
         ]
         if not regions:
             return stage
@@ -158,6 +158,11 @@ def _partial_loss(graph: Graph, loss: Node, copies: dict[Node, Node], valid: Nod
 
 def _is_mean(loss: Node) -> bool:
     return arguments(loss)["reduction"] == _MEAN
+
+
+def _ends_in_loss(region: TokenRegion, kind: StageKind) -> bool:
+    """Whether nothing but the loss leaves it: logits that somebody asked for are made whole."""
+    return kind is StageKind.FB and not region.outputs
 
 
 def _only_returned(region: TokenRegion) -> bool:
