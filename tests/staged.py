@@ -154,9 +154,9 @@ def forward_backward(
                 for segment, names in graph.emits.items():
                     saved[index][segment] = sent({name: outputs[name] for name in names})
             elif stage.kind is StageKind.FB:
-                loss, gradients = runner.fused(copies, part, values, facts[index])
+                outputs, gradients = runner.fused(copies, part, values, facts[index])
                 incoming[index] = sent(gradients)
-                total += loss / microbatches
+                total += outputs[captured.outputs[0]] / microbatches
             else:
                 gradients = runner.backward(copies, part, values, incoming[index], facts[index])
                 incoming[index] = sent(gradients)

@@ -239,7 +239,7 @@ def on_device(module: GraphModule, device: torch.device) -> GraphModule:
 
 
 def _keep_layout(passed: Tensors, name: str, stride: tuple[int, ...], gradient: torch.Tensor) -> None:
-    """Keeps a gradient whose layout `.grad` would change to the value's: kernels would round it differently."""
+    """Keeps a gradient whose layout `.grad` would change to the value's: kernels would round it otherwise."""
     if gradient.stride() != stride:
         passed[name] = gradient
 
