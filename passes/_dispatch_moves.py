@@ -67,7 +67,9 @@ def energy(
     stages = stages_of(tables, size, state.cuts)
     played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], starts[:size])
     over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / machine.limit_bytes.min()
-    return (played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s) * (1.0 + _PENALTY * over)
+    return (played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s) * (
+        1.0 + _PENALTY * over
+    )
 
 
 @njit(cache=True, nogil=True)

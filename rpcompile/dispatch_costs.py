@@ -42,7 +42,9 @@ class Tables(NamedTuple):
     updated_bytes: np.ndarray
 
 
-def price_stages(chain: SegmentChain, gpus: int, microbatches: int, fused_segments: int | None = None) -> Tables:
+def price_stages(
+    chain: SegmentChain, gpus: int, microbatches: int, fused_segments: int | None = None
+) -> Tables:
     """The tables of one chain, for training."""
     costs, n = StageCosts(chain, gpus, microbatches), len(chain.segments)
     line = 2 * n - chain.first_backward

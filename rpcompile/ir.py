@@ -433,6 +433,8 @@ class Dispatch:
         microbatches: Number of microbatches.
         jobs: In dispatch order; `Job.index` is the position.
         order: By GPU, its compute actions in order, each as (job, microbatch).
+        rotate: GPUs by which each of chained iterations is shifted against the one before: job j of
+            iteration i runs on GPU (jobs[j].gpu + i * rotate) mod `gpus`.
     """
 
     policy: str
@@ -440,6 +442,7 @@ class Dispatch:
     microbatches: int
     jobs: tuple[Job, ...]
     order: tuple[tuple[tuple[int, int], ...], ...]
+    rotate: int = 0
 
 
 @dataclass(frozen=True)
