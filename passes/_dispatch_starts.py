@@ -64,17 +64,14 @@ class Problem:
         )
 
 
-def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[tuple[float, int, State]]:
-    """All starts, the best first, each with its energy and a number that breaks ties."""
-    found: list[tuple[float, int, State]] = []
-    known: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    for cuts, wanted in _shapes(problem, partitions):
-        key = (tuple(cuts), tuple(int(count) for count in wanted))
-        if key not in known:
-            known.add(key)
-            state = problem.state(*key)
-            found.append((problem.energy(state), len(found), state))
-    return sorted(found, key=lambda entry: entry[:2])
+def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[State]:
+    """The best start for each way to cut, the best first."""
+    best: dict[tuple[int, ...], tuple[float, int, State]] = {}
+    for number, (cuts, wanted) in enumerate(_shapes(problem, partitions)):
+        state = problem.state(cuts, wanted)
+        entry = (problem.energy(state), number, state)
+        best[tuple(cuts)] = min(entry, best.get(tuple(cuts), entry), key=lambda entry: entry[:2])
+    return [state for _, _, state in sorted(best.values(), key=lambda entry: entry[:2])]
 
 
 def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -84,7 +81,9 @@ def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple
     cuttings += [_cuts_of(partition, tables) for partition in partitions]
     for cuts in cuttings:
         fused = sum(cut < tables.segments for cut in cuts) - 1
-        for middle, heads in product(sorted({1, min(2, gpus), gpus}), sorted({1, min(4, gpus), gpus})):
+        for middle, heads in product(
+            sorted({1, min(2, gpus), gpus}), sorted({min(count, gpus) for count in (1, 2, 4, gpus)})
+        ):
             wanted = np.full(len(cuts) - 1, middle)
             wanted[fused] = max(middle, heads)
             yield cuts, wanted

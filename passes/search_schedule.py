@@ -36,7 +36,7 @@ _WIDEST = 64  # GPUs
 _MOST_MICROBATCHES = 512
 _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
-_KEPT = 6  # starts that are annealed
+_KEPT = 8  # starts that are annealed
 _REFINED = 2  # of those, how many GPU by GPU
 
 
@@ -139,7 +139,7 @@ class SearchSchedule:
         _compile(problem)
         searching = time.monotonic()
         states = regular_states(problem, self.partitions)[:_KEPT]
-        states, ended_by = self._improve(problem, [state for _, _, state in states], searching)
+        states, ended_by = self._improve(problem, bound_s, states, searching)
         return self._answer(chain, problem, states[0], bound_s, ended_by, began)
 
     # ------------------------------------------------------------------ checks
@@ -216,18 +216,22 @@ class SearchSchedule:
 
     # ------------------------------------------------------------------ search
 
-    def _improve(self, problem: Problem, states: list[State], began: float) -> tuple[list[State], str]:
+    def _improve(
+        self, problem: Problem, bound_s: float, states: list[State], began: float
+    ) -> tuple[list[State], str]:
         """Anneals all states as they are dealt out, then the best of them GPU by GPU."""
         effort = EFFORTS[self.effort]
         ends = began + (effort.limit_s if self.time_limit_s is None else self.time_limit_s)
         share = 1.0 if problem.machine.ring else 0.6
-        first = _Run(problem, effort.plays * share / len(states), 3e-3, 1e-4, began + share * (ends - began))
+        first = _Run(
+            problem, bound_s, effort.plays * share / len(states), 3e-3, 1e-4, began + share * (ends - began)
+        )
         states, ended = self._anneal(first, states)
         if not problem.machine.ring and self.gpus > 1:
             for state in states[:_REFINED]:
                 problem.energy(state)
                 state.wanted[:] = 0
-            second = _Run(problem, effort.plays * (1 - share) / _REFINED, 2e-4, 1e-5, ends)
+            second = _Run(problem, bound_s, effort.plays * (1 - share) / _REFINED, 2e-4, 1e-5, ends)
             refined, late = self._anneal(second, states[:_REFINED])
             states, ended = refined, ended or late
         return states, "clock" if ended else "moves"
@@ -256,6 +260,8 @@ class SearchSchedule:
         order, starts = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
         stages = stages_of(problem.tables, size, state.cuts)
         machine, wanted = problem.machine, state.wanted[:size]
+        if machine.iterations > 1:  # long enough for any pattern over several iterations to show
+            machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
         played: Played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
         if played.excess_bytes > 0:
             raise self._nothing_fits(problem, played.excess_bytes)
@@ -313,6 +319,7 @@ class _Run:
     """Annealing of one state: how much, how hot, and until when."""
 
     problem: Problem
+    bound_s: float
     plays: float
     hot: float
     cold: float
@@ -341,6 +348,8 @@ class _Run:
                 self.cold,
                 seed * _PIECES + piece,
             )
+            if value <= self.bound_s * (1 + 1e-9):
+                break
             if time.monotonic() > self.ends and piece < _PIECES - 1:
                 return value, True
         return value, False
