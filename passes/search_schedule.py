@@ -36,6 +36,7 @@ _WIDEST = 64  # GPUs
 _MOST_MICROBATCHES = 512
 _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
+_MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do not pay on short ones
 _KEPT = 8  # starts that are annealed
 _REFINED = 2  # of those, how many GPU by GPU
 
@@ -330,7 +331,7 @@ class _Run:
         problem = self.problem
         now, then = (State(*(array.copy() for array in state)) for _ in range(2))
         each = int(state.size[0]) * problem.microbatches * problem.machine.iterations
-        moves = max(_PIECES, int(self.plays / each))
+        moves = max(_PIECES, min(int(self.plays / each), _MOVES_A_PLACE * problem.tables.line))
         value = math.inf
         for piece in range(_PIECES):
             begin, end = piece * moves // _PIECES, (piece + 1) * moves // _PIECES
