@@ -119,11 +119,11 @@ def _split(state: State, s: int, position: int) -> None:
 
 @njit(cache=True, nogil=True)
 def _move_cuts(tables: Tables, state: State) -> bool:
-    """Shifts one cut, or a few neighbours, by one or two positions."""
+    """Shifts one cut, or a few neighbours, by one, two or four positions."""
     size, f = state.size[0], _fused(tables, state)
     first = np.random.randint(1, size) if size > 1 else 0
     last = first + (np.random.randint(0, 6) if np.random.random() < 0.3 else 0)
-    step = (1 if np.random.random() < 0.5 else -1) * (1 if np.random.random() < 0.7 else 2)
+    step = (1 if np.random.random() < 0.5 else -1) * (1 << np.random.randint(0, 3))
     if first == 0 or last >= size or first <= f <= last or first <= f + 1 <= last:
         return False
     for cut in range(first, last + 1):
@@ -165,18 +165,22 @@ def _move_fused(tables: Tables, state: State) -> bool:
     if begin == state.cuts[f] or begin < tables.first_fused or begin >= n:
         return False
     end = min(2 * n - begin, tables.line)
-    if (begin == 0) != (state.cuts[f] == 0):
-        return False  # a stage more or less in front of it; rare enough to leave to the start
-    if f > 0 and begin <= state.cuts[f - 1]:
-        return False
-    behind = f + 1 < state.size[0]
-    if behind and end >= state.cuts[f + 2]:
-        return False
-    if not behind and end < tables.line:
-        return False
+    if f > 0 and begin < state.cuts[f]:
+        if begin < state.cuts[f - 1]:
+            return False
+        if begin == state.cuts[f - 1]:
+            _remove(state, f)
+            f -= 1
+    elif f == 0:
+        _split(state, 0, begin)
+        f = 1
+    while f + 2 <= state.size[0] and state.cuts[f + 2] <= end:
+        _remove(state, f + 1)
+    if f + 1 == state.size[0] and end < tables.line:
+        _split(state, f, end)
     state.cuts[f] = begin
-    if behind:
-        state.cuts[f + 1] = end
+    state.cuts[f + 1] = end
+    behind = f + 1 < state.size[0]
     return (f == 0 or _short(tables, state, f - 1)) and (not behind or _short(tables, state, f + 1))
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +38,9 @@ _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
 _MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do not pay on short ones
 _KEPT = 8  # starts that are annealed
-_REFINED = 2  # of those, how many GPU by GPU
+_FIRST = 0.6  # share of the work that goes there
+_REFINED = 2  # how many of those are annealed again, GPU by GPU
+_AGAIN = 4  # how often each where there is nothing else to decide, on a ring
 
 
 @dataclass(frozen=True)
@@ -221,21 +223,23 @@ class SearchSchedule:
         self, problem: Problem, bound_s: float, states: list[State], began: float
     ) -> tuple[list[State], str]:
         """Anneals all states as they are dealt out, then the best of them GPU by GPU."""
-        effort = EFFORTS[self.effort]
-        ends = began + (effort.limit_s if self.time_limit_s is None else self.time_limit_s)
-        share = 1.0 if problem.machine.ring else 0.6
-        first = _Run(
-            problem, bound_s, effort.plays * share / len(states), 3e-3, 1e-4, began + share * (ends - began)
-        )
-        states, ended = self._anneal(first, states)
-        if not problem.machine.ring and self.gpus > 1:
-            for state in states[:_REFINED]:
+        effort, ring = EFFORTS[self.effort], problem.machine.ring
+        until = began + (effort.limit_s if self.time_limit_s is None else self.time_limit_s)
+        half = began + _FIRST * (until - began)
+        run = _Run(problem, bound_s, effort.plays / len(states), 1e-3 if ring else 3e-3, 1e-4, half)
+        states, ended = self._anneal(run.scaled(_FIRST), states)
+        if ring:
+            again = [State(*(array.copy() for array in state)) for state in states[:_REFINED] * _AGAIN]
+            run = _Run(problem, bound_s, effort.plays / len(again), 1e-3, 3e-5, until)
+            states = [states[0], *again]
+        else:
+            states = states[:_REFINED]
+            for state in states:
                 problem.energy(state)
                 state.wanted[:] = 0
-            second = _Run(problem, bound_s, effort.plays * (1 - share) / _REFINED, 2e-4, 1e-5, ends)
-            refined, late = self._anneal(second, states[:_REFINED])
-            states, ended = refined, ended or late
-        return states, "clock" if ended else "moves"
+            run = _Run(problem, bound_s, effort.plays / len(states), 2e-4, 1e-5, until)
+        states, late = self._anneal(run.scaled(1 - _FIRST), states)
+        return states, "clock" if ended or late else "moves"
 
     def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
         """All states annealed, the best first, and whether the clock ended it."""
@@ -325,6 +329,10 @@ class _Run:
     hot: float
     cold: float
     ends: float
+
+    def scaled(self, share: float) -> _Run:
+        """The same with a share of the work."""
+        return replace(self, plays=self.plays * share)
 
     def anneal(self, state: State, seed: int) -> tuple[float, bool]:
         """Improves a state in place; its energy, and whether the clock ended it."""
