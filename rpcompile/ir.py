@@ -445,7 +445,7 @@ class Dispatch:
     rotate: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """One instruction of one stream.
 

@@ -113,6 +113,45 @@ def simulate(schedule: Schedule) -> Timeline:
     )
 
 
+def measured(schedule: Schedule, times: Mapping[str, tuple[float, float]]) -> Timeline:
+    """The timeline of a run, in the form that `simulate` gives a prediction.
+
+    Args:
+        schedule: What was run.
+        times: Start and end of every action by id, in seconds of any clock.
+
+    Returns:
+        The timeline from second 0. Its memory is that of the schedule's buffers, by their predicted sizes, at
+        the measured times; its critical path is empty.
+
+    Raises:
+        ScheduleError: An action has no times.
+    """
+    actions = list(schedule.actions())
+    missing = [action.id for action in actions if action.id not in times]
+    if missing:
+        raise ScheduleError(f"{missing[0]} has no measured times; record the run of this schedule")
+    zero = min((times[action.id][0] for action in actions), default=0.0)
+    starts = [times[action.id][0] - zero for action in actions]
+    ends = [times[action.id][1] - zero for action in actions]
+    makespan_s = max(ends, default=0.0)
+    busy_s: dict[tuple[int, Stream], float] = defaultdict(float)
+    for action, start, end in zip(actions, starts, ends, strict=True):
+        busy_s[action.gpu, action.stream] += end - start
+    compute_s = sum(seconds for (_, stream), seconds in busy_s.items() if stream is Stream.COMPUTE)
+    memory = _memory(schedule, starts, ends)
+    return Timeline(
+        start_s={action.id: start for action, start in zip(actions, starts, strict=True)},
+        end_s={action.id: end for action, end in zip(actions, ends, strict=True)},
+        makespan_s=makespan_s,
+        busy_s=dict(busy_s),
+        bubble=1 - compute_s / (schedule.gpus * makespan_s) if makespan_s else 0.0,
+        gpu_memory=tuple(memory[buffers.gpu(gpu)] for gpu in range(schedule.gpus)),
+        host_memory=memory[buffers.HOST],
+        critical_path=(),
+    )
+
+
 def _critical_path(graph: ActionGraph, ends: list[float], causes: list[int | None]) -> tuple[str, ...]:
     path: list[str] = []
     number = max(range(len(ends)), key=ends.__getitem__) if ends else None

@@ -26,29 +26,32 @@ _TICKS_PER_US = 64
 _LINE = re.compile(rf"gpu(?P<gpu>\d+) +(?P<stream>{'|'.join(_STREAMS)})(?P<cells>( +\S+)*)")
 
 
-def write_trace(schedule: Schedule, timeline: Timeline, path: str | os.PathLike[str]) -> None:
-    """Writes a simulated timeline in the Chrome trace format.
+def write_trace(
+    schedule: Schedule, timeline: Timeline, path: str | os.PathLike[str], source: str = "simulated"
+) -> None:
+    """Writes a timeline in the Chrome trace format.
 
     One process a GPU, one thread a stream, one slice an action (an instant for FREE), arrows from
     HANDOFF to RECEIVE, and a counter of each GPU's memory. The file is complete or not there.
 
     Args:
-        schedule: What was simulated.
+        schedule: What was simulated or run.
         timeline: The result.
         path: File to write; an old one is replaced.
+        source: Where the times are from, "simulated" or "measured"; shown beside every GPU.
 
     Source: "Trace Event Format", the document that chrome://tracing and ui.perfetto.dev follow.
     """
     trace = {
         "traceEvents": [
-            *_names(schedule),
+            *_names(schedule, source),
             *_slices(schedule, timeline),
             *_arrows(schedule, timeline),
             *_memory(timeline),
         ],
         "displayTimeUnit": "ms",
         "metadata": {
-            "source": "rpcompile, simulated",
+            "source": f"rpcompile, {source}",
             "policy": schedule.policy,
             "mode": schedule.mode,
             "gpus": schedule.gpus,
@@ -68,9 +71,9 @@ def _track(action: Action) -> dict[str, Any]:
     return {"pid": action.gpu, "tid": _STREAMS.index(action.stream)}
 
 
-def _names(schedule: Schedule) -> Iterator[dict[str, Any]]:
+def _names(schedule: Schedule, source: str) -> Iterator[dict[str, Any]]:
     for gpu in range(schedule.gpus):
-        yield {"ph": "M", "name": "process_name", "pid": gpu, "args": {"name": f"GPU {gpu} (simulated)"}}
+        yield {"ph": "M", "name": "process_name", "pid": gpu, "args": {"name": f"GPU {gpu} ({source})"}}
         yield {"ph": "M", "name": "process_sort_index", "pid": gpu, "args": {"sort_index": gpu}}
     for queue in schedule.queues:
         tid = _STREAMS.index(queue.stream)
