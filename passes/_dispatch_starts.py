@@ -76,8 +76,11 @@ def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[St
 
 def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple[list[int], np.ndarray]]:
     tables, gpus = problem.tables, len(problem.machine.speed)
-    lengths = product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS)
+    lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS))
     cuttings = [_regular_cuts(tables, forward, backward) for forward, backward in lengths]
+    if problem.machine.ring:
+        # The queues of chained iterations let the first stages take longer than those behind them.
+        cuttings += [_regular_cuts(tables, length, backward, 3 * length // 2) for length, backward in lengths]
     cuttings += [_cuts_of(partition, tables) for partition in partitions]
     for cuts in cuttings:
         fused = sum(cut < tables.segments for cut in cuts) - 1
@@ -92,12 +95,14 @@ def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple
                     yield cuts, _tapered(problem, cuts, wanted.copy(), fused, taper)
 
 
-def _regular_cuts(tables: Tables, forward: int, backward: int) -> list[int]:
-    """Stages of equal numbers of segments around the smallest fused stage."""
+def _regular_cuts(tables: Tables, forward: int, backward: int, first: int = 0) -> list[int]:
+    """Stages of equal numbers of segments around the smallest fused stage; the first two may differ."""
     n, line = tables.segments, tables.line
     forward, backward = min(forward, tables.longest), min(backward, tables.longest)
-    begin = n - 1
-    return sorted({*range(0, begin, forward), begin, *range(min(n + 1, line), line, backward), line})
+    begin, first = n - 1, min(first or forward, tables.longest)
+    firsts = {cut for cut in (first, 2 * first) if cut < begin}
+    up = range(2 * first, begin, forward)
+    return sorted({0, *firsts, *up, begin, *range(min(n + 1, line), line, backward), line})
 
 
 def _cuts_of(partition: Partition, tables: Tables) -> list[int]:

@@ -45,9 +45,9 @@ class PartitionStages:
         microbatches: Number of microbatches, M; each job runs all of them.
         memory_limit_bytes: What may be used on each GPU, by the rules of
             `StageCosts.resident_bytes`; None for `chain.hardware.usable_bytes`.
-        time_limit_s: Limit of CP-SAT's wall time; the search before it works for about half as long.
+        time_limit_s: Limit of the wall time, of which the search before CP-SAT takes half at most.
         seed: Of the search and of CP-SAT. The same seed gives the same stages, unless the wall clock
-            ends CP-SAT (see `StageModel.solve`).
+            ends either (see `StageModel.solve`).
         mode: "sync" to train, "forward" to evaluate.
     """
 
@@ -77,7 +77,9 @@ class PartitionStages:
 
         line = n if self.mode == "forward" else 2 * n - chain.first_backward
         search = StageSearch(costs, line, limit, self.seed)
-        best, answer = self._improve(search, search.run(effort=self.time_limit_s / 2))
+        best, answer = self._improve(
+            search, began, search.run(self.time_limit_s / 2, began + self.time_limit_s / 2)
+        )
         if best.excess_bytes:
             raise self._nothing_fits(search, answer.status)
         return Partition(
@@ -111,11 +113,11 @@ class PartitionStages:
 
     # ------------------------------------------------------------------ solver
 
-    def _improve(self, search: StageSearch, best: Candidate) -> tuple[Candidate, Answer]:
+    def _improve(self, search: StageSearch, began: float, best: Candidate) -> tuple[Candidate, Answer]:
         """Solve with few stages allowed first, then with more, as long as there is time."""
         n, training = search.segments, self.mode != "forward"
         most_forward, most_backward = (n - 1, max(0, search.line - n - 1)) if training else (n, 0)
-        ends, work = time.monotonic() + self.time_limit_s, self.time_limit_s / 2
+        ends, work = began + self.time_limit_s, self.time_limit_s / 2
         kinds = [stage.kind for stage in stages_between(best.cuts, n)]
         forward = max(_SLOTS, kinds.count(StageKind.F) + 2)
         backward = max(_SLOTS, kinds.count(StageKind.B) + 2)

@@ -291,9 +291,7 @@ def test_a_segment_that_does_not_fit() -> None:
 
 
 def test_nothing_that_fits_names_the_tightest() -> None:
-    with pytest.raises(
-        PartitionError, match=r"over the 0.6 GB .* The tightest is the backward of segment"
-    ):
+    with pytest.raises(PartitionError, match=r"over the 0.6 GB .* The tightest is the backward of segment"):
         search(decoder(3), 2, 2, memory_limit_bytes=560_000_000)
 
 
