@@ -9,6 +9,8 @@ stage but in rows marked *, where layers that fit are fused, too, and not comput
 
 Time and bubble are those of the search's own model (`rpcompile/dispatch_time.py`); the bubble is
 1 - work / (GPUs x time), all ends included: the first upload, the last gradient's way to the host.
+`full` is the bubble of the same dispatch with every copy and event, by `rpcompile.simulate` (single
+iterations; its own wall time is not counted).
 The rows "optimizer" are at the published batch sizes in microbatches of 4 sequences, with per-segment
 updates at 0.15 ns a parameter behind the global norm; `over async` compares them with work / GPUs.
 """
@@ -28,8 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rpcompile.ir import SegmentChain
-from rpcompile.passes.search_schedule import EFFORTS, SearchSchedule
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.passes.search_schedule import EFFORTS, SearchedSchedule, SearchSchedule
 from rpcompile.profile import Profile
+from rpcompile.simulate import simulate
 
 HERE = Path(__file__).parent
 GPUS, MICROBATCHES, LINK_BYTES_PER_S = 8, 16, 25e9
@@ -54,6 +60,7 @@ class Row:
     bound_s: float
     gap: float
     bubble: float
+    full_bubble: float | None
     published_bubble: float | None
     over_async: float | None
     traffic: float
@@ -84,11 +91,17 @@ def halves(model: str) -> SegmentChain:
     return SegmentChain((*segments, chain.segments[-1]), chain.bindings, hardware)
 
 
+def full_bubble(chain: SegmentChain, found: SearchedSchedule) -> float:
+    """The bubble with all copies and events, of a single iteration."""
+    schedule = LayOutDispatch(chain, found.partition).run(found.dispatch)
+    return simulate(InsertEventWaits().run(InsertTransfers(chain).run(schedule))).bubble
+
+
 def measure(model: str, case: str, search: SearchSchedule, published: float | None) -> Row:
     """One row of the table."""
     chain = halves(model)
     found = search.run(chain)
-    partition = found.partition
+    partition, optimizer = found.partition, search.update_s_per_byte > 0
     body, head = chain.segments[:-1], chain.segments[-1]
     work_s = sum(2 * s.forward_s + s.backward_s for s in body) + head.forward_s + head.backward_s
     async_s = work_s * search.microbatches / search.gpus
@@ -100,8 +113,9 @@ def measure(model: str, case: str, search: SearchSchedule, published: float | No
         bound_s=partition.bound_s,
         gap=partition.gap,
         bubble=found.bubble,
+        full_bubble=None if search.mode == "async" or optimizer else full_bubble(chain, found),
         published_bubble=published,
-        over_async=partition.objective_s / async_s - 1 if search.update_s_per_byte else None,
+        over_async=partition.objective_s / async_s - 1 if optimizer else None,
         traffic=found.traffic,
         stages=len(partition.stages),
         jobs=len(found.dispatch.jobs),
@@ -132,13 +146,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "schedule_search.json")
     options = parser.parse_args()
-    columns = "model|case|time s|bound s|gap|bubble|published|over async|traffic|stages|jobs|seconds|ended by"
+    columns = (
+        "model|case|time s|bound s|gap|bubble|full|published|over async|traffic|stages|jobs|seconds|ended by"
+    )
     table = Table(*columns.split("|"), title="Simulated bubbles of searched schedules")
     rows: list[Row] = []
     for model in MODELS:
         for row in rows_of(model, options.effort, options.seed):
             rows.append(row)
-            shares = [row.gap, row.bubble, row.published_bubble, row.over_async]
+            shares = [row.gap, row.bubble, row.full_bubble, row.published_bubble, row.over_async]
             table.add_row(
                 row.model,
                 row.case,

@@ -39,7 +39,7 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
     """The costs of the stages between cuts."""
     compute, loaded, weights = np.empty(size), np.empty(size), np.empty(size)
     gradients, memory, hop = np.empty(size), np.empty(size), np.empty(size)
-    handed, updated = np.empty(size), np.zeros(size)
+    handed, updated, lingering = np.empty(size), np.zeros(size), np.empty(size)
     n = tables.segments
     for s in range(size):
         begin, end = cuts[s], cuts[s + 1]
@@ -47,10 +47,11 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
         if end < n or begin >= n:
             row = tables.runs[begin, end - begin]
         compute[s], loaded[s], weights[s], gradients[s], memory[s] = row[0], row[1], row[2], row[3], row[4]
+        lingering[s] = row[5]
         hop[s], handed[s] = tables.hop_s[begin], tables.handed_bytes[begin]
         if begin < n:
             updated[s] = tables.updated_bytes[min(end, n)] - tables.updated_bytes[begin]
-    return Stages(compute, hop, handed, loaded, weights, gradients, updated, memory)
+    return Stages(compute, hop, handed, loaded, weights, gradients, updated, memory, lingering)
 
 
 @njit(cache=True, nogil=True)

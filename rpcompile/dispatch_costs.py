@@ -12,7 +12,7 @@ from rpcompile.round_robin_time import StageCost, StageCosts
 if TYPE_CHECKING:
     from rpcompile.ir import SegmentChain
 
-FIELDS = ("compute_s", "load_bytes", "weight_bytes", "gradient_bytes", "memory_bytes")
+FIELDS = ("compute_s", "load_bytes", "weight_bytes", "gradient_bytes", "memory_bytes", "lingering_bytes")
 _ENTRIES = 20_000  # stages that are priced at most; on long chains, longer stages are not considered
 
 

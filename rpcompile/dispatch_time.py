@@ -4,6 +4,7 @@ Jobs run in the order of their stages, each GPU one job after the other, each jo
 the order in which they arrive. With c the compute seconds of a microbatch and h the hop into a stage::
 
     start(stage, m) = max(end(stage - 1, m) + (h if it ran on another GPU), end of what the GPU ran before)
+    a hop also waits until the gradients of the job before have left its GPU: they share a queue
     upload starts   = max(end of the upload before, end of the job two before)       two resident jobs
     a job's first microbatch also waits for its upload and, if it makes gradients, until the gradients
     of the gradient-making job two before have left the GPU
@@ -70,6 +71,7 @@ class Stages(NamedTuple):
         gradient_bytes: Downloaded by each job.
         updated_bytes: Gradients of the segments that this stage is the first to need; 0 for B stages.
         memory_bytes: All that one job of the stage can have on its GPU.
+        lingering_bytes: Not 0 if the stage changes buffers of the model, which only one job may do.
     """
 
     compute_s: np.ndarray
@@ -80,6 +82,7 @@ class Stages(NamedTuple):
     gradient_bytes: np.ndarray
     updated_bytes: np.ndarray
     memory_bytes: np.ndarray
+    lingering_bytes: np.ndarray
 
 
 class Played(NamedTuple):
@@ -144,7 +147,8 @@ def play(
     sent, sent_before, busy = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     lands, load = np.zeros(gpus), np.zeros(gpus)
     memory, weights, gradients = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
-    ready, came = np.zeros(microbatches), np.empty(microbatches, np.int64)
+    ready, left_at = np.zeros(microbatches), np.zeros(microbatches)
+    came = np.empty(microbatches, np.int64)
     line = np.arange(microbatches)
     chosen = np.zeros(gpus, np.int64)
     jobs, here = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
@@ -171,9 +175,10 @@ def play(
                 updated = _draw(left, machine.slice_s, updated, work, machine.host_bytes_per_s)
                 released = updated
             dealt = wanted[s] > 0 and iteration == 0
+            width = min(wanted[s], gpus) if stages.lingering_bytes[s] == 0.0 else min(wanted[s], 1)
             if dealt and machine.ring:
                 for i in range(microbatches):
-                    gpu_of[s, i] = (dealt_jobs + i % wanted[s]) % gpus
+                    gpu_of[s, i] = (dealt_jobs + i % width) % gpus
             elif dealt:
                 # The GPUs that are free first, or have least to do where iterations are chained.
                 for g in range(gpus):
@@ -181,7 +186,7 @@ def play(
                     if chained:
                         lands[g] = load[g]
                     chosen[g] = g
-                for i in range(min(wanted[s], gpus)):
+                for i in range(width):
                     for k in range(i + 1, gpus):
                         if lands[chosen[k]] < lands[chosen[i]]:
                             chosen[i], chosen[k] = chosen[k], chosen[i]
@@ -195,19 +200,20 @@ def play(
             jobs[:] = 0
             here[:] = 0
             if dealt and not machine.ring:
-                for i in range(min(wanted[s], gpus)):
+                for i in range(width):
                     g = chosen[i]
                     if not chained:
                         lands[g] = max(lands[g], free[g])
                 for i in range(microbatches):
                     m = line[i]
                     best, ends = chosen[0], np.inf
-                    for k in range(min(wanted[s], gpus)):
+                    for k in range(width):
                         g = chosen[k]
                         end = lands[g] + compute / machine.speed[g]
                         if not chained:
                             hop = 0.0 if came[m] == g or came[m] < 0 else stages.hop_s[s]
-                            end = max(lands[g], ready[m] + hop) + compute / machine.speed[g]
+                            since = ready[m] if hop == 0.0 else left_at[m] + hop
+                            end = max(lands[g], since) + compute / machine.speed[g]
                         if end < ends:
                             best, ends = g, end
                     lands[best] = ends
@@ -246,12 +252,13 @@ def play(
                 g = (gpu_of[s, m] + shift) % gpus
                 start = max(free[g], ready[m])
                 if came[m] != g and came[m] >= 0:
-                    start = max(free[g], ready[m] + stages.hop_s[s])
+                    start = max(free[g], left_at[m] + stages.hop_s[s])
                     k = int(start / machine.slice_s)
                     if k < left.size:
                         left[k] = max(0.0, left[k] - 2.0 * stages.handed_bytes[s])
                 free[g] = start + compute / machine.speed[g]
                 ready[m] = free[g]
+                left_at[m] = max(free[g], sent[g])  # behind the gradients of the job before
                 came[m] = g
                 order[s, i] = m
                 starts[s, m] = start
@@ -269,6 +276,8 @@ def play(
                     )
                     arrived = max(arrived, sent[g])
                 final = max(final, free[g])
+            if parts > 1 and stages.lingering_bytes[s] > 0.0:
+                excess = max(excess, machine.limit_bytes.max())
             if parts > 1 and stages.gradient_bytes[s] > 0.0:
                 work = (parts + 1) * stages.gradient_bytes[s]
                 summed = _draw(left, machine.slice_s, max(arrived, summed), work, machine.host_bytes_per_s)

@@ -95,7 +95,11 @@ def play_by_definition(
                     nbytes = segments[below].boundary_bytes
                 hop = nbytes / hardware.d2h_bytes_per_s + nbytes / hardware.h2d_bytes_per_s
                 hop += 2 * hardware.latency_s
-                waits.append(end(source.index, microbatch) + (hop if source.gpu != job.gpu else 0.0))
+                arrives = end(source.index, microbatch)
+                if source.gpu != job.gpu:
+                    queued = [sent(k) for k in before(source.index, True)[:1]]
+                    arrives = max([arrives, *queued]) + hop
+                waits.append(arrives)
             return max(waits) + compute_s(job_index)
 
         return once(f"end {microbatch}", job_index, value)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from rpcompile.dispatch_costs import price_stages
 from rpcompile.dispatch_time import SLICES, Machine, play
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
-from rpcompile.ir import Dispatch, Partition, SegmentChain
+from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
 from rpcompile.passes._dispatch_moves import stages_of
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched
 from rpcompile.round_robin_time import stages_between
+from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
 from tests.dispatch_oracle import least_makespan, play_by_definition
 from tests.partition_oracle import SLOW_LINK, make_chain, segment
@@ -51,6 +52,12 @@ def decoder(layers: int, head: float = 3.0, **changes: object) -> SegmentChain:
 
 def search(chain: SegmentChain, gpus: int, microbatches: int, **options: object) -> SearchedSchedule:
     return SearchSchedule(gpus, microbatches, **{"effort": "fast", **options}).run(chain)  # type: ignore[arg-type]
+
+
+def compiled(chain: SegmentChain, found: SearchedSchedule, **options: object) -> Schedule:
+    """What was found with all copies and events."""
+    layout = LayOutDispatch(chain, found.partition, **options)  # type: ignore[arg-type]
+    return InsertEventWaits().run(InsertTransfers(chain).run(layout.run(found.dispatch)))
 
 
 # ---------------------------------------------------------------- the fast model
@@ -177,9 +184,7 @@ def test_any_shape_is_planned_and_proved(gpus: int, microbatches: int, mode: str
     chain = decoder(5)
     found = search(chain, gpus, microbatches, mode=mode)
     assert 0 < found.partition.bound_s <= found.partition.objective_s
-    schedule = LayOutDispatch(chain, found.partition).run(found.dispatch)
-    schedule = InsertEventWaits().run(InsertTransfers(chain).run(schedule))
-    verify_schedule(schedule, chain, found.partition)
+    verify_schedule(compiled(chain, found), chain, found.partition)
 
 
 def test_more_gpus_than_work_says_which_are_unused() -> None:
@@ -240,6 +245,29 @@ def test_a_small_gpu_gets_what_fits() -> None:
         stage = found.partition.stages[job.stage]
         if job.gpu == 1 and stage.kind != "F":
             assert len(stage.segments) == 1
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_stage_that_changes_buffers_has_one_job(mode: str) -> None:
+    chain = decoder(4, state_bytes=8)
+    found = search(chain, 3, 6, mode=mode)
+    jobs = [job.stage for job in found.dispatch.jobs]
+    kinds = [stage.kind for stage in found.partition.stages]
+    assert all(jobs.count(index) == 1 for index, kind in enumerate(kinds) if kind != "B")
+    verify_schedule(compiled(chain, found), chain, found.partition)
+
+
+def test_a_predicted_time_is_that_of_all_copies_and_events() -> None:
+    chain = decoder(8)
+    found = search(chain, 4, 8)
+    assert simulate(compiled(chain, found)).makespan_s == pytest.approx(found.partition.objective_s, rel=0.03)
+
+
+def test_faster_gpus_compute_faster_in_the_schedule() -> None:
+    chain = decoder(2)
+    found = search(chain, 2, 4, relative_speed=(2.0, 1.0))
+    schedule = compiled(chain, found, relative_speed=(2.0, 1.0))
+    assert simulate(schedule).makespan_s == pytest.approx(found.partition.objective_s, rel=0.05)
 
 
 # ---------------------------------------------------------------- mistakes
