@@ -39,7 +39,7 @@ import rpcompile
 from rpcompile.hardware import detect, lookup
 from rpcompile.ir import Hardware, Stream
 from rpcompile.simulate import Timeline, measured, simulate
-from rpcompile.trace import write_trace
+from rpcompile.trace import Run, write_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,8 +225,8 @@ def check_prediction(
     recorded = measured(schedule, engine.times)
     folder = options.output.parent
     folder.mkdir(parents=True, exist_ok=True)
-    write_trace(schedule, simulate(schedule), folder / f"gpu_bench_{size}_simulated.json")
-    write_trace(schedule, recorded, folder / f"gpu_bench_{size}_measured.json", "measured")
+    beside = Run(schedule, recorded, "measured")
+    write_trace(schedule, simulate(schedule), folder / f"gpu_bench_{size}.json", beside)
     peaks = [torch.cuda.max_memory_allocated(d) - b for d, b in zip(devices, before, strict=True)]
     return {
         "predicted_s": prediction.iteration_s,

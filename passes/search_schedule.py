@@ -267,7 +267,7 @@ class SearchSchedule:
         machine, wanted = problem.machine, state.wanted[:size]
         if machine.iterations > 1:  # long enough for any pattern over several iterations to show
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
-        played: Played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
+        played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
         if played.excess_bytes > 0:
             raise self._nothing_fits(problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
@@ -291,7 +291,7 @@ class SearchSchedule:
                 solve_s=time.monotonic() - began,
                 solver=f"search ({self.effort}, ended by {ended_by})",
             ),
-            dispatch=Dispatch("searched", self.gpus, self.microbatches, jobs, by_gpu, rotate),
+            dispatch=Dispatch("searched", self.gpus, self.microbatches, jobs, by_gpu, rotate=rotate),
             upload_bytes=float(played.upload_bytes),
             traffic=float(played.upload_bytes) / max(1.0, self._one_traffic(chain)),
             bubble=1 - work_s / float(machine.speed.sum()) / float(played.time_s),

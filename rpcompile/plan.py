@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rpcompile import stage_bytes
+from rpcompile.action_table import ActionTable, schedule_table
 from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.files import write_in_one_step
+from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.trace import write_trace
@@ -42,7 +44,8 @@ class Prediction:
         tokens_per_s: Tokens of all microbatches over the makespan; None where there are no tokens.
         bubble: Share of the GPUs' compute time that is idle.
         gpu_peak_bytes: Peak memory of each GPU.
-        host_peak_bytes: Peak of weights, gradients and boundaries on the host; no optimizer state.
+        host_peak_bytes: Peak memory of the host.
+        host: What it is made of; None where that is not known.
     """
 
     iteration_s: float
@@ -50,6 +53,7 @@ class Prediction:
     bubble: float
     gpu_peak_bytes: tuple[int, ...]
     host_peak_bytes: int
+    host: HostMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class Plan:
         """The timeline of one iteration."""
         return simulate(self.schedule)
 
+    def actions(self) -> ActionTable:
+        """What each GPU computes and when, as plain data."""
+        return schedule_table(self.partition, self.schedule, self.simulate())
+
     def verify(self) -> None:
         """Proves that the schedule is complete, ordered, free of deadlocks and within memory.
 
@@ -107,7 +115,8 @@ class Plan:
             PlanFileError: The file cannot be written.
         """
         target = Path(path)
-        data = msgspec.json.encode(_PlanFile("rpcompile.plan", VERSION, self), order="sorted")
+        file = _PlanFile("rpcompile.plan", VERSION, self, self.actions())
+        data = msgspec.json.encode(file, order="sorted")
         try:
             write_in_one_step(target, data)
         except OSError as error:
@@ -137,9 +146,12 @@ class Plan:
 
 
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
+    """`actions` is for readers of the file: it follows from the plan, and loading leaves it aside."""
+
     format: Literal["rpcompile.plan"]
     version: int
     plan: Plan
+    actions: ActionTable | None = None
 
 
 class _Header(msgspec.Struct):
@@ -249,6 +261,18 @@ def _format(plan: Plan) -> str:
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines()).rstrip("\n") + "\n"
 
 
+def _host(host: HostMemory) -> str:
+    parts = {
+        "weights": host.weight_bytes,
+        "gradients": host.gradient_bytes,
+        "masters": host.master_bytes,
+        "optimizer": host.optimizer_bytes,
+        "boundaries": host.boundary_bytes,
+        "inputs": host.input_bytes,
+    }
+    return " · ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
+
+
 def _header(plan: Plan) -> list[tuple[str, str]]:
     hardware, predicted, partition = plan.chain.hardware, plan.prediction, plan.partition
     sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
@@ -269,6 +293,7 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
             f"{seconds(predicted.iteration_s)}/step{rate} · bubble {100 * predicted.bubble:.1f} % · "
             f"GPU peak {size(max(predicted.gpu_peak_bytes))} · host peak {size(predicted.host_peak_bytes)}",
         ),
+        *([("Host", _host(predicted.host))] if predicted.host else []),
         (
             "Solver",
             f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "

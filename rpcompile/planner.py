@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.host_memory import host_memory
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
@@ -34,6 +35,7 @@ from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.simulate import Timeline, simulate
+from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ class CapturedModel:
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
         if seconds == "estimated":
+            _report(unknown_shares(self.costed, bindings, hardware))
             return chain
         if seconds == "measured":
             return MeasureChain(self.capture, Stopwatch(device), progress=progress).run(chain)
@@ -154,14 +157,23 @@ def capture_model(
         UnsupportedModel: The model cannot be captured; says where and what to change.
     """
     capture = CaptureGraph(example_inputs).run(model)
+    for notice in capture.notices:
+        _log.warning(notice)
     for step in (CanonicalizeGraph(), FindCuts()):
         announce(bar, step.name)
         capture = step.run(capture)
     announce(bar, EstimateCosts.name)
-    costed = EstimateCosts().run(capture)
-    if costed.unknown:
-        _log.info("priced by bytes only, no FLOP formula: %s", ", ".join(costed.unknown))
-    return CapturedModel(costed)
+    return CapturedModel(EstimateCosts().run(capture))
+
+
+def _report(shares: tuple[UnknownShare, ...]) -> None:
+    if shares:
+        large = sum(share.time_share for share in shares) > WORTH_A_WARNING
+        _log.log(
+            logging.WARNING if large else logging.INFO,
+            "no FLOP formula is known for %s; counted by their bytes, so the prediction may be low",
+            ", ".join(str(share) for share in shares),
+        )
 
 
 def plan_profile(
@@ -200,12 +212,14 @@ def plan_chain(
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
     tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    host = host_memory(chain, schedule, model.dtype)
     prediction = Prediction(
         iteration_s=timeline.makespan_s,
         tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
         bubble=timeline.bubble,
         gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=timeline.host_peak_bytes,
+        host_peak_bytes=host.total_bytes,
+        host=host,
     )
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(

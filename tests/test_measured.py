@@ -38,7 +38,7 @@ def test_a_recorded_run_becomes_a_timeline_and_a_trace(tmp_path: Path) -> None:
         for event in action.waits:
             if recorders[event].stream is not Stream.H2D and action.stream is not Stream.H2D:
                 assert timeline.start_s[action.id] >= timeline.end_s[recorders[event].id]
-    write_trace(schedule, timeline, tmp_path / "trace.json", "measured")
+    write_trace(schedule, timeline, tmp_path / "trace.json", label="measured")
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["metadata"]["source"] == "rpcompile, measured"
     names = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
