@@ -9,8 +9,8 @@ stage but in rows marked *, where layers that fit are fused, too, and not comput
 
 Time and bubble are those of the search's own model (`rpcompile/dispatch_time.py`); the bubble is
 1 - work / (GPUs x time), all ends included: the first upload, the last gradient's way to the host.
-`full` is the bubble of the same dispatch with every copy and event, by `rpcompile.simulate` (single
-iterations; its own wall time is not counted).
+`full` is the bubble of the same dispatch with every copy and event, by `rpcompile.simulate`: chained
+iterations where they are, single ones in plain synchronous rows, where host sums are left out.
 The rows "optimizer" are at the published batch sizes in microbatches of 4 sequences, with per-segment
 updates at 0.15 ns a parameter behind the global norm; `over async` compares them with work / GPUs.
 """
@@ -32,9 +32,11 @@ from rich.table import Table
 from rpcompile.ir import SegmentChain
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.search_schedule import EFFORTS, SearchedSchedule, SearchSchedule
 from rpcompile.profile import Profile
+from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import simulate
 
 HERE = Path(__file__).parent
@@ -60,7 +62,8 @@ class Row:
     bound_s: float
     gap: float
     bubble: float
-    full_bubble: float | None
+    full_s: float
+    full_bubble: float
     published_bubble: float | None
     over_async: float | None
     traffic: float
@@ -91,16 +94,28 @@ def halves(model: str) -> SegmentChain:
     return SegmentChain((*segments, chain.segments[-1]), chain.bindings, hardware)
 
 
-def full_bubble(chain: SegmentChain, found: SearchedSchedule) -> float:
-    """The bubble with all copies and events, of a single iteration."""
+def full_s(chain: SegmentChain, found: SearchedSchedule, search: SearchSchedule) -> float:
+    """Seconds of an iteration with every copy, event and update, host memory bandwidth shared."""
     schedule = LayOutDispatch(chain, found.partition).run(found.dispatch)
-    return simulate(InsertEventWaits().run(InsertTransfers(chain).run(schedule))).bubble
+    schedule = InsertTransfers(chain).run(schedule)
+    if search.update_s_per_byte:
+        seconds = search.update_s_per_byte * 2
+        schedule = InsertUpdates(chain, seconds_per_parameter=seconds, clip=True).run(schedule)
+    schedule = InsertEventWaits().run(schedule)
+    links = SharedLinks(host_bytes_per_s=search.host_bytes_per_s)
+    if search.mode == "async":
+        rotate = found.dispatch.rotate
+        return simulate(schedule, links=links, iterations=20, mode="async", rotate=rotate).period_s
+    if search.update_s_per_byte:
+        return simulate(schedule, links=links, iterations=4).period_s
+    return simulate(schedule, links=links).makespan_s
 
 
 def measure(model: str, case: str, search: SearchSchedule, published: float | None) -> Row:
     """One row of the table."""
     chain = halves(model)
     found = search.run(chain)
+    seconds = full_s(chain, found, search)
     partition, optimizer = found.partition, search.update_s_per_byte > 0
     body, head = chain.segments[:-1], chain.segments[-1]
     work_s = sum(2 * s.forward_s + s.backward_s for s in body) + head.forward_s + head.backward_s
@@ -113,9 +128,10 @@ def measure(model: str, case: str, search: SearchSchedule, published: float | No
         bound_s=partition.bound_s,
         gap=partition.gap,
         bubble=found.bubble,
-        full_bubble=None if search.mode == "async" or optimizer else full_bubble(chain, found),
+        full_s=seconds,
+        full_bubble=1 - (1 - found.bubble) * partition.objective_s / seconds,
         published_bubble=published,
-        over_async=partition.objective_s / async_s - 1 if optimizer else None,
+        over_async=seconds / async_s - 1 if optimizer else None,
         traffic=found.traffic,
         stages=len(partition.stages),
         jobs=len(found.dispatch.jobs),
@@ -155,6 +171,7 @@ def main() -> None:
         for row in rows_of(model, options.effort, options.seed):
             rows.append(row)
             shares = [row.gap, row.bubble, row.full_bubble, row.published_bubble, row.over_async]
+            print(row, flush=True)
             table.add_row(
                 row.model,
                 row.case,

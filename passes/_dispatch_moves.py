@@ -150,7 +150,7 @@ def _move_count(tables: Tables, state: State) -> bool:
         begin, end = state.cuts[s], state.cuts[s + 1]
         if s == f or end - begin < 2:
             return False
-        _split(state, s, np.random.randint(begin + 1, end))
+        _split(state, s, int(np.random.randint(begin + 1, end)))
         return True
     if s == 0 or s == f or s == f + 1:
         return False

@@ -288,7 +288,7 @@ def play(
         time_s = 0.0
         for g in range(gpus):
             time_s = max(time_s, free[g] - last_free[g])
-        idle_s = np.std(free - last_free)
+        idle_s = float(np.std(free - last_free))
         if machine.ring:
             time_s = (free.mean() - settled) / (machine.iterations - machine.iterations // 2)
             idle_s = 0.0
