@@ -61,14 +61,12 @@ class StageSearch:
 
         Args:
             effort: Work to do, in about a second each; counted, not timed, so the result is repeatable.
-            until: Where `time.monotonic()` ends it all the same, once something was rated.
+            until: Where `time.monotonic()` ends annealing all the same.
         """
         best: dict[int, Candidate] = {}
         for candidate in map(self.rate, self._greedy()):
             band = len(candidate.cuts) // 4  # neighbours in stage count are neighbours in shape
             best[band] = min(candidate, best.get(band, candidate))
-            if time.monotonic() > until:
-                break
         starts = sorted(best.values())[:_STARTS]
         return min(
             self._anneal(start, effort, random.Random(self.seed + i), until) for i, start in enumerate(starts)

@@ -106,8 +106,6 @@ class SearchSchedule:
         host_bytes_per_s: Host memory bandwidth for all transfers, sums and updates together.
         update_s_per_byte: Optimizer seconds per byte of gradient, with clipping by the global norm;
             0 leaves it out of the schedule.
-        hop_margin: How long a microbatch may be expected to wait behind weights on a link at each hop, in
-            uploads of a median segment. The search reckons with it; the answer is without.
         partitions: More partitions to begin from.
     """
 
@@ -123,7 +121,6 @@ class SearchSchedule:
     fused_segments: int | None = None
     host_bytes_per_s: float = 200e9
     update_s_per_byte: float = 0.0
-    hop_margin: float = 0.5
     partitions: tuple[Partition, ...] = ()
 
     name = "search-schedule"
@@ -142,13 +139,11 @@ class SearchSchedule:
         limits = self._limits(chain)
         check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False)
         problem, bound_s = self._problem(chain, limits)
-        exact, problem = problem, self._with_margin(chain, problem)
         _compile(problem)
         searching = time.monotonic()
         states = regular_states(problem, self.partitions)[:_KEPT]
         states, ended_by = self._improve(problem, bound_s, states, searching)
-        problem.energy(states[0])
-        return self._answer(chain, exact, states[0], bound_s, ended_by, began)
+        return self._answer(chain, problem, states[0], bound_s, ended_by, began)
 
     # ------------------------------------------------------------------ checks
 
@@ -166,8 +161,6 @@ class SearchSchedule:
             raise InvalidArgument(f"max_traffic={self.max_traffic} must be above 0; None lifts the limit")
         if self.time_limit_s is not None and not self.time_limit_s >= 0:
             raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
-        if not 0 <= self.hop_margin < math.inf:
-            raise InvalidArgument(f"hop_margin={self.hop_margin} must be finite, at least 0")
         if self.fused_segments is not None and self.fused_segments < 1:
             raise InvalidArgument(f"fused_segments={self.fused_segments} must be at least 1: the loss is")
         if not self.host_bytes_per_s > 0:
@@ -217,13 +210,6 @@ class SearchSchedule:
         slice_s = 2 * bound_s * machine.iterations / SLICES
         most = math.inf if self.max_traffic is None else self.max_traffic * self._one_traffic(chain)
         return Problem(tables, machine._replace(slice_s=slice_s), self.microbatches, most), bound_s
-
-    def _with_margin(self, chain: SegmentChain, problem: Problem) -> Problem:
-        """Longer hops, so that schedules bear what the fast model leaves out: queues of the links."""
-        upload_s = float(np.median([s.weight_bytes for s in chain.segments])) / chain.hardware.h2d_bytes_per_s
-        hop_s = problem.tables.hop_s
-        hop_s = np.where(hop_s > 0, hop_s + self.hop_margin * upload_s, 0.0)
-        return replace(problem, tables=problem.tables._replace(hop_s=hop_s))
 
     def _one_traffic(self, chain: SegmentChain) -> float:
         """Bytes of one upload per segment and pass and round; the last segment has one pass."""
@@ -278,7 +264,7 @@ class SearchSchedule:
         cuts = state.cuts[: size + 1].tolist()
         order, starts = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
         stages = stages_of(problem.tables, size, state.cuts)
-        machine, wanted = problem.machine, np.zeros(size, np.int64)
+        machine, wanted = problem.machine, state.wanted[:size]
         if machine.iterations > 1:  # long enough for any pattern over several iterations to show
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
         played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
