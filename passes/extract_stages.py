@@ -17,10 +17,14 @@ class ExtractStages:
 
     Random operators become `seeded(operator, stream number, ...)`, so that a recompute draws
     what the forward drew.
+
+    Options:
+        outputs: The fused stage returns everything that the model returns and it makes, not the loss alone.
     """
 
     capture: Capture
     chain: SegmentChain
+    outputs: bool = False
     name = "extract-stages"
 
     def run(self, partition: Partition) -> tuple[StageGraph, ...]:
@@ -48,7 +52,7 @@ class ExtractStages:
         values = segments[stage.first - 1].boundary if stage.first else ()
         emits = self._emits(stage, saved)
         final = stage.last == len(segments) - 1
-        if stage.kind is StageKind.FB:
+        if stage.kind is StageKind.FB and not self.outputs:
             outputs: tuple[str, ...] = self.capture.outputs[:1]
         elif final:
             outputs = self._final_outputs()

@@ -144,19 +144,23 @@ class ModelDescription:
 
 
 def capture_model(
-    model: nn.Module, example_inputs: ExampleInputs, bar: tqdm[Any] | None = None
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    bar: tqdm[Any] | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> CapturedModel:
     """Captures a model's training graph and prices its nodes.
 
     Args:
         model: The module, in the state it will train in; its weights may be on the meta device.
+        compute_dtype: What its trainable parameters will be cast to; None for their own dtype.
         example_inputs: Of one microbatch.
         bar: Is advanced by one for each pass.
 
     Raises:
         UnsupportedModel: The model cannot be captured; says where and what to change.
     """
-    capture = CaptureGraph(example_inputs).run(model)
+    capture = CaptureGraph(example_inputs, compute_dtype=compute_dtype).run(model)
     for notice in capture.notices:
         _log.warning(notice)
     for step in (CanonicalizeGraph(), FindCuts()):

@@ -114,17 +114,17 @@ class StageRunner:
 
     def fused(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
-    ) -> tuple[torch.Tensor, Tensors]:
-        """Forward, loss and backward at once; returns the detached loss and as `backward` does."""
+    ) -> tuple[Tensors, Tensors]:
+        """Forward, loss and backward at once; returns the detached outputs and as `backward` does."""
         named, leaves, incoming = self._prepare(weights, values)
         arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=True)
         with torch.enable_grad(), self._compiling("fused", microbatch):
             outputs = self._call(arguments, microbatch, self._detect_nan)
-            loss = outputs.pop(self._loss)
-            del outputs
-            roots, loss = {self._loss: get_gradient_edge(loss)}, loss.detach()
-            seeds = {self._loss: torch.full_like(loss, microbatch.loss_scale)}
-            return loss, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
+            # Edges, not tensors, as above.
+            roots = {self._loss: get_gradient_edge(outputs[self._loss])}
+            outputs = {name: value.detach() for name, value in outputs.items()}
+            seeds = {self._loss: torch.full_like(outputs[self._loss], microbatch.loss_scale)}
+            return outputs, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
         """What has accumulated, one dict a segment."""
