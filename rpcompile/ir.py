@@ -449,6 +449,8 @@ class Dispatch:
         order: By GPU, its compute actions in order, each as (job, microbatch).
         recompute_ahead: Whether a backward's recompute may run before the gradient is there, once its
             saved input is.
+        rotate: GPUs by which each of chained iterations is shifted against the one before: job j of
+            iteration i runs on GPU (jobs[j].gpu + i * rotate) mod `gpus`.
     """
 
     policy: str
@@ -457,6 +459,7 @@ class Dispatch:
     jobs: tuple[Job, ...]
     order: tuple[tuple[tuple[int, int], ...], ...]
     recompute_ahead: bool = False
+    rotate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
