@@ -65,6 +65,8 @@ def compile(
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
+    effort: str | None = None,
+    max_traffic: float | None = None,
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -112,6 +114,12 @@ def compile(
             backward (the LM head with its loss, norms, projections, MLPs and experts). "auto": as few
             as let each segment fit, and the loss in an eighth of a GPU's memory; "loss": the loss only; 1:
             none, so that every sum is taken in the order of plain PyTorch.
+        effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
+            order together and keep the plan that is predicted to be fastest. Gradients of replicas are
+            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage,
+            round robin.
+        max_traffic: Most weight uploads that a search may use; 1.0 is every layer once for each pass of each
+            round of `gpus` microbatches. None: no limit.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
@@ -144,7 +152,7 @@ def compile(
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)
     # The schedule of one iteration serves both modes.
-    options = PlanOptions(gpus, parts, "sync", solver_time_s, seed)
+    options = PlanOptions(gpus, parts, "sync", solver_time_s, seed, effort, max_traffic)
     hardware = find_hardware(gpu) if loaded is None else loaded.chain.hardware
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:

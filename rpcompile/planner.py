@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +41,16 @@ from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_s
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
-    from rpcompile.ir import Capture, CostedGraph, Hardware, Partition, Schedule, SegmentChain
+    from rpcompile.ir import Capture, CostedGraph, Dispatch, Hardware, Partition, Schedule, SegmentChain
     from rpcompile.profile import Profile
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
+EFFORTS = ("fast", "default", "thorough")
 SOURCES = ("estimated", "measured")  # of seconds, besides profiles
 _MEMORY_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 _log = logging.getLogger("rpcompile")
@@ -63,7 +65,13 @@ class PlanOptions:
         microbatches: Parts that each batch is split into.
         mode: "sync" (training), or "forward" (evaluation).
         solver_time_s: Seconds the partition solver may take.
-        seed: Seed of the partition solver.
+        seed: Seed of the partition solver and of the search.
+        effort: None: the solver's stages, one job each, round robin. "fast" (2 s), "default" (20 s) or
+            "thorough" (90 s): also searches for stages, replicas and order together, and takes what is
+            predicted to be faster. Replicas' gradients are summed job by job, which rounds otherwise than
+            one sum over microbatches.
+        max_traffic: Most uploads that a search may use, in units of `SearchedSchedule.traffic`; None for no
+            limit.
     """
 
     gpus: int
@@ -71,6 +79,8 @@ class PlanOptions:
     mode: str = "sync"
     solver_time_s: float = 3.0
     seed: int = 0
+    effort: str | None = None
+    max_traffic: float | None = None
 
 
 @dataclass(frozen=True)
@@ -249,46 +259,83 @@ def plan_chain(
 def _schedule(
     chain: SegmentChain, options: PlanOptions, bar: tqdm[Any] | None
 ) -> tuple[Partition, Schedule, Timeline]:
-    """Stages and schedule whose peak fits, however long actions take.
+    """Stages and schedule whose peak fits, however long actions take; the fastest that was found."""
+    if options.effort is None or options.mode == "forward":
+        return _fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar))
+    found = [_fitting(chain, bar, lambda limit: _searched(chain, options, limit, bar))]
+    if options.max_traffic is None:
+        with suppress(PartitionError):
+            found.append(_fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar)))
+    return min(found, key=lambda item: item[2].makespan_s)
 
-    The partition is held to a bound on what its schedule takes. Should the schedule's peak exceed the
-    memory all the same, the partition is made again for less.
+
+def _fitting(
+    chain: SegmentChain, bar: tqdm[Any] | None, make: Callable[[int], tuple[Partition, Dispatch, str]]
+) -> tuple[Partition, Schedule, Timeline]:
+    """Makes a dispatch for less and less memory until its schedule fits.
+
+    A partition is held to a bound on what its schedule takes, which the schedule's own can exceed.
     """
     usable, excess = chain.hardware.usable_bytes, 0
     for share in _MEMORY_SHARES:
-        announce(bar, PartitionStages.name)
-        stages = PartitionStages(
-            options.gpus,
-            options.microbatches,
-            memory_limit_bytes=int(share * usable),
-            time_limit_s=options.solver_time_s,
-            seed=options.seed,
-            mode=options.mode,
-        )
         try:
-            partition = stages.run(chain)
+            partition, dispatch, mode = make(int(share * usable))
         except PartitionError:
             if excess:
                 break
             raise
-        dispatch = DispatchRoundRobin(options.gpus, options.microbatches).run(partition)
-        schedule = LayOutDispatch(chain, partition, options.mode).run(dispatch)
+        schedule = LayOutDispatch(chain, partition, mode).run(dispatch)
         for step in (InsertTransfers(chain), InsertEventWaits()):
             announce(bar, step.name)
             schedule = step.run(schedule)
-        timeline = simulate(schedule)
         excess = max(gpu_memory_bounds(schedule)) - usable
         if excess <= 0:
-            return replace(partition, memory_limit_bytes=usable), schedule, timeline
+            return replace(partition, memory_limit_bytes=usable), schedule, simulate(schedule)
     raise PartitionError(
         f"no schedule was found whose peak fits in the {usable:,} usable bytes of {chain.hardware.name}: the "
         f"last one needs {usable + excess:,}. Use more microbatches (smaller ones) or GPUs with more memory"
     )
 
 
+def _round_robin(
+    chain: SegmentChain, options: PlanOptions, limit_bytes: int, bar: tqdm[Any] | None
+) -> tuple[Partition, Dispatch, str]:
+    announce(bar, PartitionStages.name)
+    partition = PartitionStages(
+        options.gpus,
+        options.microbatches,
+        memory_limit_bytes=limit_bytes,
+        time_limit_s=options.solver_time_s,
+        seed=options.seed,
+        mode=options.mode,
+    ).run(chain)
+    return partition, DispatchRoundRobin(options.gpus, options.microbatches).run(partition), options.mode
+
+
+def _searched(
+    chain: SegmentChain, options: PlanOptions, limit_bytes: int, bar: tqdm[Any] | None
+) -> tuple[Partition, Dispatch, str]:
+    # It compiles its inner loop; who does not search need not wait for that.
+    from rpcompile.passes.search_schedule import SearchSchedule
+
+    announce(bar, SearchSchedule.name)
+    found = SearchSchedule(
+        options.gpus,
+        options.microbatches,
+        max_traffic=options.max_traffic,
+        effort=str(options.effort),
+        seed=options.seed,
+        memory_limit_bytes=limit_bytes,
+    ).run(chain)
+    if found.unused_gpus:
+        names = ", ".join(map(str, found.unused_gpus))
+        _log.warning("there is not enough work for %d GPUs; idle: %s", options.gpus, names)
+    return found.partition, found.dispatch, "sync"
+
+
 def progress_bar(progress: bool | None) -> tqdm[Any]:
     """A bar over the passes; None: if standard error is a terminal."""
-    return tqdm(total=10, desc="capture", leave=False, disable=None if progress is None else not progress)
+    return tqdm(total=12, desc="capture", leave=False, disable=None if progress is None else not progress)
 
 
 def announce(bar: tqdm[Any] | None, step: str) -> None:
@@ -313,6 +360,8 @@ def _check(options: PlanOptions) -> None:
     for option, value in (("gpus", options.gpus), ("microbatches", options.microbatches)):
         if value < 1:
             raise InvalidArgument(f"{option}={value}; at least 1 is needed")
+    if options.effort not in (None, *EFFORTS):
+        raise InvalidArgument(f"effort={options.effort!r}; it must be None, {', '.join(map(repr, EFFORTS))}")
 
 
 def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from rpcompile.errors import InvalidArgument, ProfileFileError
 from rpcompile.passes.capture_graph import ExampleInputs
 from rpcompile.planner import CapturedModel, PlanOptions, capture_model, plan_profile
 from rpcompile.profile import Profile
+from tests import reference
 from tests.models import SLOW_GPU, make
 
+PROFILES = Path(__file__).parents[1] / "benchmarks" / "profiles"
 OPTIONS = PlanOptions(gpus=2, microbatches=4, solver_time_s=0.5)
 
 
@@ -123,6 +127,45 @@ def test_a_profile_alone_makes_a_plan(captured: CapturedModel) -> None:
     assert plan.partition.stages == from_model.partition.stages
     assert plan.prediction.iteration_s == pytest.approx(from_model.prediction.iteration_s)
     assert "llama" in str(plan)
+
+
+def test_a_search_is_never_slower_than_round_robin() -> None:
+    profile = Profile.load(PROFILES / "qwen3-1.7b.json")
+    options = PlanOptions(gpus=8, microbatches=16, solver_time_s=1.0)
+    plain = plan_profile(profile, options)
+    searched = plan_profile(profile, replace(options, effort="fast"))
+    searched.verify()
+    assert searched.prediction.iteration_s < plain.prediction.iteration_s
+    assert searched.prediction.bubble < plain.prediction.bubble
+    jobs_of = Counter(job.stage for job in searched.schedule.jobs)
+    assert max(jobs_of.values()) > 1  # replicas
+
+
+def test_a_searched_plan_trains() -> None:
+    """Replicas' gradients are added job by job: equal to plain PyTorch but for rounding."""
+    case = make("mlp")
+    plain = copy.deepcopy(case.model)
+    expected = reference.forward_backward(plain, case.batch, 4, random=False)
+    with rpcompile.compile(
+        case.model,
+        3,
+        example_inputs=case.batch,
+        microbatches=4,
+        gpu=SLOW_GPU,
+        effort="fast",
+        solver_time_s=0.5,
+    ) as compiled:
+        loss = compiled.forward_backward(**case.batch)
+    torch.testing.assert_close(loss, expected)
+    for mine, theirs in zip(case.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_refuses_efforts(captured: CapturedModel) -> None:
+    with pytest.raises(
+        InvalidArgument, match="effort='much'; it must be None, 'fast', 'default', 'thorough'"
+    ):
+        captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, effort="much"))
 
 
 @pytest.mark.parametrize("option", ["gpus", "microbatches"])
