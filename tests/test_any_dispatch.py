@@ -309,7 +309,7 @@ def test_workers_equal_plain_pytorch_with_the_same_order_of_summation(line, seed
     losses, gradients, state = line.expected(schedule, stages, seed)
     for delays in (None, seed):
         result = line.run(schedule, stages, seed, delays)
-        assert [found["loss"] for found in result.outputs] == losses
+        assert [found[line.capture.outputs[0]] for found in result.outputs] == losses
         assert result.gradients.keys() == gradients.keys()
         for name, expected in gradients.items():
             assert torch.equal(result.gradients[name], expected), name
