@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 from rich import box
@@ -27,6 +27,9 @@ from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
+
+if TYPE_CHECKING:
+    from rpcompile.explain import Explanation
 
 VERSION = 1
 _WIDTH = 120
@@ -132,6 +135,13 @@ class Plan:
         except OSError as error:
             raise PlanFileError(f"{source}: cannot read the plan: {error.strerror}") from error
         return _decode(source, data, verify)
+
+    def explain(self) -> Explanation:
+        """Why these stages, what bounds each, and what would help next; print it. Takes some seconds."""
+        # The explanation plans again, and the planner makes plans.
+        from rpcompile.explain import explain
+
+        return explain(self)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing."""

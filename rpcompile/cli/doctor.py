@@ -10,7 +10,17 @@ from typing import Any
 
 from rpcompile.cli import options
 
-_PACKAGES = ("rpcompile", "torch", "ortools", "transformers", "peft", "numba", "bokeh", "matplotlib", "msgspec")
+_PACKAGES = (
+    "rpcompile",
+    "torch",
+    "ortools",
+    "transformers",
+    "peft",
+    "numba",
+    "bokeh",
+    "matplotlib",
+    "msgspec",
+)
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -91,7 +101,9 @@ def _gpus() -> list[dict[str, Any]]:
 def _problems(found: dict[str, Any]) -> list[str]:
     versions, problems = found["versions"], list[str]()
     if not found["gpus"]:
-        problems.append("no CUDA device: programs run on virtual GPUs (CPU workers); planning is not affected")
+        problems.append(
+            "no CUDA device: programs run on virtual GPUs (CPU workers); planning is not affected"
+        )
     if versions["transformers"] is None:
         problems.append("transformers is not installed: built-in and Hugging Face models need it")
     if versions["peft"] is None:
@@ -101,5 +113,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
             problems.append(f"{name} is not installed: nothing can be planned")
     unknown = [gpu["name"] for gpu in found["gpus"] if gpu["catalogue"] is None]
     if unknown:
-        problems.append(f"{unknown[0]} is not in the catalogue: run `rpcompile probe` and plan with --gpu FILE")
+        problems.append(
+            f"{unknown[0]} is not in the catalogue: run `rpcompile probe` and plan with --gpu FILE"
+        )
     return problems

@@ -29,7 +29,9 @@ Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Rows of a who
 Sequence = Annotated[int | None, typer.Option("--seq", min=1, help="Tokens of a row (default 2048).")]
 Microbatches = Annotated[
     int | None,
-    typer.Option("--microbatches", min=1, help="Parts of a batch (default: most that divide it, up to 2 x GPUs)."),
+    typer.Option(
+        "--microbatches", min=1, help="Parts of a batch (default: most that divide it, up to 2 x GPUs)."
+    ),
 ]
 Mode = Annotated[str, typer.Option("--mode", help="sync, or forward (evaluation).")]
 Lora = Annotated[
@@ -38,7 +40,9 @@ Lora = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the weights (default: the configuration's, else bfloat16).")
 ]
-SolverTime = Annotated[float, typer.Option("--solver-time", min=0.01, help="Seconds of the partition solver.")]
+SolverTime = Annotated[
+    float, typer.Option("--solver-time", min=0.01, help="Seconds of the partition solver.")
+]
 
 
 def show(text: str, data: Any, as_json: bool) -> None:

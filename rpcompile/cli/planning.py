@@ -66,7 +66,8 @@ def fit(
     gpu: options.Gpu = None,
     gpus: options.Gpus = 8,
     batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Rows of a microbatch; asks for the longest sequence.")
+        int | None,
+        typer.Option("--batch", min=1, help="Rows of a microbatch; asks for the longest sequence."),
     ] = None,
     seq: Annotated[
         int | None, typer.Option("--seq", min=1, help="Tokens of a row; asks for the largest microbatch.")
@@ -85,7 +86,9 @@ def fit(
 
     assert model is not None
     if (batch is None) == (seq is None):
-        raise InvalidArgument("give --seq to find the largest microbatch, or --batch to find the longest sequence")
+        raise InvalidArgument(
+            "give --seq to find the largest microbatch, or --batch to find the longest sequence"
+        )
     captured = capture(model, dtype, lora, seq)
     asked, fixed = ("batch", {"sequence": seq}) if batch is None else ("sequence", {"batch": batch})
     found = largest_that_fits(
@@ -194,7 +197,9 @@ def host_memory_bytes() -> int:
 def _refuse_sizes(**given: Any) -> None:
     for option, value in given.items():
         if value is not None:
-            raise InvalidArgument(f"--{option} {value}: a profile is for one size of microbatch; leave it out")
+            raise InvalidArgument(
+                f"--{option} {value}: a profile is for one size of microbatch; leave it out"
+            )
 
 
 def _list(as_json: bool) -> None:
