@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import sympy
 
 from rpcompile.errors import InvalidArgument
-from rpcompile.ir import Segment, SegmentChain, TiedWeight
-from rpcompile.roofline import Work, seconds
+from rpcompile.ir import ClassCost, Segment, SegmentChain, TiedWeight
+from rpcompile.roofline import Work, node_seconds, seconds
 from rpcompile.sizes import Sizes, is_view, storage, symbol, tensors
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class BindChain:
         _check(self.bindings, costed.capture.symbols)
         binder = _Binder(costed, self.bindings, self.hardware)
         segments = tuple(binder.segment(index) for index in range(len(costed.capture.cuts) + 1))
-        return SegmentChain(segments, dict(self.bindings), self.hardware, binder.tied(segments))
+        tied, classes = binder.tied(segments), binder.op_classes()
+        return SegmentChain(segments, dict(self.bindings), self.hardware, tied, classes)
 
 
 def _check(bindings: Mapping[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
@@ -147,6 +148,22 @@ class _Binder:
                 gradient_bytes = spec.nbytes if spec.trainable else 0
                 tied[spec.name] = TiedWeight(spec.name, readers, spec.nbytes, gradient_bytes)
         return tuple(tied.values())
+
+    def op_classes(self) -> tuple[ClassCost, ...]:
+        """Costs by class of operator, each node once, the classes in alphabetical order."""
+        works: dict[str, list[tuple[Work, Work]]] = {}
+        for name in (*sorted(self._capture.rematerialised), *self._capture.order):
+            cost = self._costs[name]
+            works.setdefault(cost.op_class, []).append((self._forward(cost), self._backward(cost)))
+        return tuple(
+            ClassCost(
+                op_class,
+                *(sum(pair[side].flops for pair in pairs) for side in (0, 1)),
+                *(sum(pair[side].nbytes for pair in pairs) for side in (0, 1)),
+                *(sum(node_seconds(pair[side], self._hardware) for pair in pairs) for side in (0, 1)),
+            )
+            for op_class, pairs in sorted(works.items())
+        )
 
     # ---------------------------------------------------------------------- what a segment reads
 

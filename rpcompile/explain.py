@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcompile import variations
 from rpcompile.errors import RpcompileError
-from rpcompile.idle import COPY, DOWNLOAD, DRAIN, OTHER_STAGE, QUEUED, UPLOAD, Gap, gaps
+from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, PHRASES, QUEUED, UPLOAD, Gap, gaps
 from rpcompile.ir import Stage, StageKind
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s
@@ -29,14 +29,6 @@ MOST_STAGES = 3  # whose upload is looked into
 SOLVER_S = 1.0
 WORTH = 0.01  # a change of the time per microbatch that is worth a sentence
 HIDDEN = 0.01  # what may be left of a wait that counts as hidden
-_PHRASES = {
-    UPLOAD: "waiting for weights to arrive",
-    QUEUED: "waiting behind other stages' weights on the link",
-    COPY: "waiting for activations to arrive",
-    OTHER_STAGE: "waiting for other stages",
-    DOWNLOAD: "waiting for downloads to make room",
-    DRAIN: "with no work left (drain)",
-}
 
 
 @dataclass(frozen=True)
@@ -208,7 +200,7 @@ def _idle(plan: Plan, timeline: Timeline, found: tuple[Gap, ...]) -> list[str]:
         f"GPUs are idle for {100 * total / whole:.1f} % of {plan.gpus} x {seconds(timeline.makespan_s)}:"
     ]
     for cause, value in sorted(causes.items(), key=lambda item: -item[1]):
-        lines.append(f"{100 * value / whole:.1f} % {_PHRASES[cause]} ({seconds(value)} over all GPUs)")
+        lines.append(f"{100 * value / whole:.1f} % {PHRASES[cause]} ({seconds(value)} over all GPUs)")
     return lines
 
 

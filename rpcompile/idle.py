@@ -23,6 +23,14 @@ OTHER_STAGE, DOWNLOAD, DRAIN = "another stage", "download", "drain"
 """What a wait is for. UPLOAD: the job's own weights, on their way up. QUEUED: other jobs' weights, in front
 of it on the link. COPY: an activation or input on its way. OTHER_STAGE: the compute that makes it.
 DOWNLOAD: room that a download makes. DRAIN: nothing; no work is left."""
+PHRASES = {
+    UPLOAD: "waiting for weights to arrive",
+    QUEUED: "waiting behind other stages' weights on the link",
+    COPY: "waiting for activations to arrive",
+    OTHER_STAGE: "waiting for other stages",
+    DOWNLOAD: "waiting for downloads to make room",
+    DRAIN: "with no work left (drain)",
+}
 _CAUSES = {
     Op.LOAD: COPY,
     Op.RECEIVE: COPY,
