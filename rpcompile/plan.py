@@ -7,6 +7,7 @@ schema is `rpcompile/data/plan.schema.json`, written by `python -m rpcompile.pla
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import math
 import os
@@ -29,6 +30,8 @@ from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rpcompile.explain import Explanation
 
 VERSION = 1
@@ -143,12 +146,32 @@ class Plan:
 
         return explain(self)
 
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draws the simulated timeline with matplotlib; notebooks show what it returns.
+
+        Args:
+            path: A .png, .svg or .pdf file to write, too.
+
+        Raises:
+            InvalidArgument: The file has another ending.
+        """
+        from rpcompile.plot import plot  # matplotlib takes a second to import
+
+        return plot(self, path)
+
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing."""
         write_trace(self.schedule, self.simulate(), Path(path))
 
     def __str__(self) -> str:
         return _format(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the printed form, and the timeline as a picture."""
+        picture = io.StringIO()
+        self.plot().savefig(picture, format="svg")
+        svg = picture.getvalue()
+        return f"<pre>{html.escape(str(self))}</pre>{svg[svg.index('<svg') :]}"
 
 
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
