@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.cost_file import CostFile
+from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
@@ -33,10 +34,12 @@ from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.simulate import Timeline, simulate
+from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from os import PathLike
 
     from torch import nn
 
@@ -124,6 +127,33 @@ class CapturedModel:
         with progress_bar(progress) as bar:
             return plan_chain(chain, options, self.described(), bar)
 
+    def rebind(self, plan: Plan, sizes: Mapping[str, int]) -> Plan:
+        """The plan for another batch or sequence: same stages and GPUs, new times, bytes and proof.
+
+        Args:
+            plan: A plan of this model.
+            sizes: Sizes of one microbatch; those left out stay.
+
+        Raises:
+            PlanMismatch: The plan is of another model.
+            InvalidArgument: A size is out of range.
+            ScheduleError: The stages do not fit in memory at these sizes; make a new plan.
+        """
+        if plan.fingerprint != self.capture.fingerprint:
+            raise PlanMismatch(
+                f"the plan is of {plan.model_name} {plan.fingerprint[:12]}, this model is "
+                f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
+            )
+        chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
+        schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+        verify_schedule(schedule, chain, plan.partition)
+        prediction = _prediction(chain, plan.microbatches, simulate(schedule))
+        return replace(plan, chain=chain, schedule=schedule, prediction=prediction)
+
+    def save_costs(self, path: str | PathLike[str]) -> None:
+        """Writes the FLOP and byte expressions of every operator; `rpcompile/cost_file.py` has the format."""
+        CostFile.of(self.costed).save(path)
+
     def described(self) -> ModelDescription:
         """What a plan says about the model."""
         capture = self.capture
@@ -198,14 +228,7 @@ def plan_chain(
     partition, schedule, timeline = _schedule(chain, options, bar)
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
-    tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
-    prediction = Prediction(
-        iteration_s=timeline.makespan_s,
-        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
-        bubble=timeline.bubble,
-        gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=timeline.host_peak_bytes,
-    )
+    prediction = _prediction(chain, options.microbatches, timeline)
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -219,6 +242,17 @@ def plan_chain(
         schedule=schedule,
         prediction=prediction,
         provenance=_provenance(options),
+    )
+
+
+def _prediction(chain: SegmentChain, microbatches: int, timeline: Timeline) -> Prediction:
+    tokens = microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    return Prediction(
+        iteration_s=timeline.makespan_s,
+        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
+        bubble=timeline.bubble,
+        gpu_peak_bytes=timeline.gpu_peak_bytes,
+        host_peak_bytes=timeline.host_peak_bytes,
     )
 
 
@@ -263,8 +297,9 @@ def _schedule(
 
 
 def progress_bar(progress: bool | None) -> tqdm[Any]:
-    """A bar over the passes; None: if standard error is a terminal."""
-    return tqdm(total=10, desc="capture", leave=False, disable=None if progress is None else not progress)
+    """A bar over the passes; None: after two seconds, if standard error is a terminal."""
+    disable, delay = (None, 2.0) if progress is None else (not progress, 0.0)
+    return tqdm(total=10, desc="capture", leave=False, disable=disable, delay=delay)
 
 
 def announce(bar: tqdm[Any] | None, step: str) -> None:
