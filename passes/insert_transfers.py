@@ -6,29 +6,39 @@ Before -> after, stage 1 of two GPUs, one segment and one microbatch::
                                    gpu1 h2d      1P@1.1 1V0 1X0.1
                                    gpu1 d2h      1H0 1X0.2
 
-Why the result cannot deadlock: actions are emitted in one order, job by job and microbatch by
-microbatch: what comes in, compute, what goes out. A queue is the part of that order that its stream
-runs, and whatever an action needs (data, a freed slot) was emitted before it: hand-offs come from
-the job before, saved boundaries from a forward job, a job's weights are emitted among the
-microbatches of the GPU's job before and take the slot of the one before that. So the first action
-in that order that is not over yet can always run.
+Why the result cannot deadlock: all actions are emitted in one order. It follows an order of the
+compute actions in which each comes behind those that make what it reads and behind those before it
+on its GPU (there is one, or the dispatch is refused); around each compute action stand its copies:
+what comes in, compute, what goes out, then FREEs. A queue is the part of that order that its stream
+runs, and whatever an action needs was emitted before it: data by the order of compute, a microbatch's
+slot because it is freed right behind an earlier compute action of the same GPU, and the slot of a
+job's weights because its prefetch stands among the GPU's compute actions behind the last one of
+every job that it waits for (`Tenure.opens`). So the first action in that order that is not over yet
+can always run.
+
+Slots go to a GPU's jobs by first use; `passes/_residency.py` says who waits for whom. Jobs that run
+one after another share two slots: one job computes while the next one's weights arrive. Where a GPU
+goes back and forth between jobs (1F1B, GPipe), each keeps its slot from before its first microbatch
+to its last.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import COMPUTE_OPS, Action, ActionId, Op, Queue, Schedule, Stream
+from rpcompile.ordering import ActionGraph
+from rpcompile.passes._residency import Tenure, limit_residency, tenures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rpcompile.ir import Job, SegmentChain
+    from rpcompile.buffers import ParsedNames
+    from rpcompile.ir import SegmentChain
 
 _STREAMS = tuple(Stream)
 # Parts of the ids of FREE actions: the stream's number, and one more for gradients, which leave so
@@ -48,10 +58,13 @@ class InsertTransfers:
         activation_slots: How many microbatches' incoming (and outgoing) tensors a GPU may hold at
             once. With 2, one is copied while another is computed; without a limit a fast link
             would fill the GPU's memory.
+        resident_jobs: How many jobs' weights (and gradients) a GPU may hold at once. Where it goes
+            back and forth between more jobs than that, it holds those.
     """
 
     chain: SegmentChain
     activation_slots: int = 2
+    resident_jobs: int = 2
 
     name = "insert-transfers"
 
@@ -59,25 +72,34 @@ class InsertTransfers:
         """Adds the copies that the compute actions' reads and writes call for.
 
         Args:
-            schedule: Compute actions only; each GPU runs its jobs in order.
+            schedule: Compute actions only, of any dispatch (`lay-out-dispatch`).
 
         Returns:
             The schedule with all queues, `buffers` with the host's.
 
         Raises:
-            InvalidArgument: `activation_slots` is below 1.
-            ScheduleError: The schedule has other actions than compute, or reads what no earlier job makes.
+            InvalidArgument: An option is below 1.
+            ScheduleError: The schedule has other actions than compute, reads what no action makes, or
+                has GPUs wait for one another.
         """
-        if self.activation_slots < 1:
-            raise InvalidArgument(f"activation_slots is {self.activation_slots}; it must be at least 1")
+        for option, value in (
+            ("activation_slots", self.activation_slots),
+            ("resident_jobs", self.resident_jobs),
+        ):
+            if value < 1:
+                raise InvalidArgument(f"{option} is {value}; it must be at least 1")
         for action in schedule.actions():
             if action.op not in COMPUTE_OPS:
                 raise ScheduleError(f"{action.id} is not a compute action; insert-transfers runs once")
-        copies = _Copies(self.chain, schedule)
-        emitted = _insert_frees(list(copies.emit()))
-        emitted = _limit_residency(emitted, schedule.jobs, self.activation_slots)
+        names = buffers.ParsedNames()
+        stays = {
+            queue.gpu: tenures([action.job for action in queue.actions], self.resident_jobs)
+            for queue in schedule.queues
+        }
+        copies = _Copies(self.chain, schedule, names)
+        emitted = _insert_frees(list(copies.emit(stays)), names)
         queues: dict[tuple[int, int], list[Action]] = defaultdict(list)
-        for action in emitted:
+        for action in limit_residency(emitted, stays, self.activation_slots, names):
             queues[action.gpu, _STREAMS.index(action.stream)].append(action)
         return replace(
             schedule,
@@ -89,54 +111,77 @@ class InsertTransfers:
 class _Copies:
     """Emits compute actions with the copies around them, in the order of the module's docstring."""
 
-    def __init__(self, chain: SegmentChain, schedule: Schedule) -> None:
+    def __init__(self, chain: SegmentChain, schedule: Schedule, names: ParsedNames) -> None:
         self.chain = chain
-        self.jobs = schedule.jobs
+        self.schedule = schedule
+        self.names = names
         self.nbytes = dict(schedule.buffers)
         self.host_weights = stage_bytes.weight_bytes(chain, range(len(chain.segments)))
-        self.steps: dict[int, list[Action]] = {job.index: [] for job in schedule.jobs}
-        for action in schedule.actions():
-            self.steps[action.job].append(action)
-        self.made = {buffer for action in schedule.actions() for buffer in action.writes}
-        self.makers = {
-            _value(buffer): action.job for action in schedule.actions() for buffer in action.writes
-        }
+        self.actions = list(schedule.actions())
+        self.makers = {buffer: number for number, a in enumerate(self.actions) for buffer in a.writes}
+        self.value_makers = {self._value(buffer): number for buffer, number in self.makers.items()}
         # Who reads a boundary or gradient that does not lie on its GPU, and so needs it on the host.
         self.readers: dict[_Value, list[Op]] = defaultdict(list)
-        for action in schedule.actions():
+        for action in self.actions:
             for buffer in action.reads:
-                if buffer not in self.made:
-                    self.readers[_value(buffer)].append(action.op)
+                if buffer not in self.makers:
+                    self.readers[self._value(buffer)].append(action.op)
 
-    def emit(self) -> Iterator[Action]:
-        by_gpu: dict[int, list[Job]] = defaultdict(list)
-        for job in self.jobs:
-            by_gpu[job.gpu].append(job)
-        following = {job.index: after for jobs in by_gpu.values() for job, after in pairwise(jobs)}
-        for jobs in by_gpu.values():
-            yield from self._prefetches(jobs[0])
-        for job in self.jobs:
-            steps = self.steps[job.index]
-            chunks = self._prefetches(following[job.index]) if job.index in following else []
-            behind = [number * len(steps) // len(chunks) for number in range(len(chunks))]
-            for position, step in enumerate(steps):
-                yield from self._incoming(step)
-                yield from (chunk for chunk, place in zip(chunks, behind, strict=True) if place == position)
-                yield step
-                yield from self._outgoing(step)
-            yield from self._downloads(steps[-1])
+    def emit(self, stays: dict[int, list[Tenure]]) -> Iterator[Action]:
+        """All actions but FREEs."""
+        first = {action.job: action for action in reversed(self.actions)}
+        last = {action.job: action for action in self.actions}
+        positions = {id(a): place for queue in self.schedule.queues for place, a in enumerate(queue.actions)}
+        prefetches: dict[tuple[int, int], list[Action]] = defaultdict(list)
+        for gpu, jobs in stays.items():
+            for tenure in jobs:
+                chunks = self._prefetches(first[tenure.job])
+                for number, chunk in enumerate(chunks):
+                    spread = number * (tenure.closes - tenure.opens) // len(chunks)
+                    prefetches[gpu, tenure.opens + spread].append(chunk)
+        for step in self._in_order():
+            chunks = prefetches[step.gpu, positions[id(step)]]
+            # What this very step needs is large and goes before its activations.
+            yield from (chunk for chunk in chunks if chunk.job == step.job)
+            yield from self._incoming(step)
+            yield from (chunk for chunk in chunks if chunk.job != step.job)
+            yield step
+            yield from self._outgoing(step)
+            if step is last[step.job]:
+                yield from self._downloads(step)
 
-    def _prefetches(self, job: Job) -> list[Action]:
-        """The weights of a job, segment by segment, so that activations can pass between two."""
+    def _in_order(self) -> list[Action]:
+        """The compute actions, each behind those it depends on."""
+        needs: list[list[int]] = []
+        for step in self.actions:
+            found: list[int] = []
+            for buffer in step.reads:
+                kind, _, microbatch = value = self._value(buffer)
+                if microbatch is None or kind == "inputs":
+                    continue
+                maker = self.makers.get(buffer, self.value_makers.get(value))
+                if maker is None:
+                    raise ScheduleError(f"{step.id} reads {buffer}, which no action makes")
+                found.append(maker)
+            needs.append(found)
+        order = ActionGraph.build(self.schedule, needs).execution_order()
+        return [self.actions[number] for number in order]
+
+    def _value(self, buffer: str) -> _Value:
+        """What a buffer holds, no matter where: its kind, segment and microbatch."""
+        name = self.names[buffer]
+        return name.kind, name.segment, name.microbatch
+
+    def _prefetches(self, step: Action) -> list[Action]:
+        """The weights of a job, from its first step, segment by segment: activations can pass between."""
         found: list[Action] = []
-        step = self.steps[job.index][0]
         for buffer in step.reads:
-            name = buffers.parse(buffer)
+            name = self.names[buffer]
             if name.kind == "weights" and name.segment is not None:
                 source = buffers.weights(buffers.HOST, name.segment)
                 self.nbytes[source] = self.host_weights[name.segment]
                 found.append(
-                    self._copy(step, Op.PREFETCH, [(source, buffer)], job=job.index, part=name.segment)
+                    self._copy(step, Op.PREFETCH, [(source, buffer)], job=step.job, part=name.segment)
                 )
         return found
 
@@ -144,17 +189,15 @@ class _Copies:
         loads: list[tuple[str, str]] = []
         receives: list[tuple[str, str]] = []
         for buffer in step.reads:
-            name = buffers.parse(buffer)
-            if name.microbatch is None or buffer in self.made:
+            name = self.names[buffer]
+            if name.microbatch is None or buffer in self.makers:
                 continue
             if name.kind == "inputs":
                 source = buffers.inputs(buffers.HOST, name.microbatch)
                 self.nbytes[source] = sum(segment.input_bytes for segment in self.chain.segments)
                 loads.append((source, buffer))
                 continue
-            maker = self.makers.get(_value(buffer), step.job)
-            if maker >= step.job:
-                raise ScheduleError(f"{step.id} reads {buffer}, which no earlier job makes")
+            maker = self.actions[self.value_makers[self._value(buffer)]].job
             saved = name.kind == "x" and step.op is Op.BACKWARD
             (loads if saved else receives).append((_on_host(name, maker), buffer))
         if loads:
@@ -166,10 +209,10 @@ class _Copies:
         """What the next job waits for goes first; that copy serves a later backward as well."""
         offloads: list[Action] = []
         for buffer in step.writes:
-            name = buffers.parse(buffer)
+            name = self.names[buffer]
             if name.microbatch is None:
                 continue
-            readers = self.readers[_value(buffer)]
+            readers = self.readers[self._value(buffer)]
             pair = (buffer, _on_host(name, step.job))
             if name.kind == "loss":
                 offloads.append(self._copy(step, Op.OFFLOAD, [pair], microbatch=step.microbatch))
@@ -184,7 +227,7 @@ class _Copies:
         """What a job leaves behind. Changed buffers go first, for their weights hold a prefetch slot."""
         gradients: list[Action] = []
         for buffer in step.writes:
-            name = buffers.parse(buffer)
+            name = self.names[buffer]
             if name.kind == "weights" and name.segment is not None:
                 target = buffers.state(name.segment, step.job)
                 self.nbytes[target] = self.chain.segments[name.segment].state_bytes
@@ -224,12 +267,6 @@ class _Copies:
         )
 
 
-def _value(buffer: str) -> _Value:
-    """What a buffer holds, no matter where: its kind, segment and microbatch."""
-    name = buffers.parse(buffer)
-    return name.kind, name.segment, name.microbatch
-
-
 def _on_host(name: buffers.BufferName, maker: int) -> str:
     """The host's copy of what job `maker` made of one microbatch."""
     assert name.microbatch is not None
@@ -241,7 +278,7 @@ def _on_host(name: buffers.BufferName, maker: int) -> str:
     return buffers.boundary_gradient(buffers.HOST, name.segment, name.microbatch, maker)
 
 
-def _insert_frees(emitted: list[Action]) -> list[Action]:
+def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     """Frees what the program made (but not its results) behind the last action that uses it.
 
     One FREE takes all buffers of a job, microbatch and stream. A buffer that a copy down reads is
@@ -254,7 +291,7 @@ def _insert_frees(emitted: list[Action]) -> list[Action]:
     groups: dict[ActionId, list[str]] = defaultdict(list)
     last_use: dict[ActionId, int] = {}
     for buffer, numbers in sorted(uses.items()):
-        name = buffers.parse(buffer)
+        name = names[buffer]
         if name.space == buffers.HOST and name.kind not in ("x", "dx"):
             continue
         last = emitted[numbers[-1]]
@@ -285,58 +322,3 @@ def _free(group: ActionId, last: Action, freed: tuple[str, ...]) -> Action:
         microbatch=group.microbatch,
         frees=freed,
     )
-
-
-def _limit_residency(emitted: list[Action], jobs: tuple[Job, ...], slots: int) -> list[Action]:
-    """Makes what fills memory wait (`after`) for what empties it, GPU by GPU.
-
-    A prefetch waits for the weights of the job two before on the same GPU, the first gradient of a
-    job for the gradients of the gradient-making job two before, and a microbatch's copies up (or its
-    compute, for the output's sake) for the input (or output) of the microbatch `slots` before.
-    """
-    gpus = {job.gpu: _Residency(slots) for job in jobs}
-    return [gpus[action.gpu].admit(action) for action in emitted]
-
-
-class _Residency:
-    """Who frees what on one GPU, in order."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.weights: dict[int, list[str]] = {}  # job -> what frees its weights
-        self.gradients: list[str] = []  # what frees the gradients, by job that makes some
-        self.gradient_jobs = 0
-        self.inputs: list[str] = []  # what ends the input of each compute action
-        self.outputs: list[str | None] = []  # what ends its output's way down, if it has one
-
-    def admit(self, action: Action) -> Action:
-        """The next action that was emitted for this GPU, with what it has to wait for."""
-        after: list[str | None] = []
-        if action.op is Op.PREFETCH:
-            self.weights.setdefault(action.job, [])
-            if len(self.weights) > 2:
-                after += list(self.weights.values())[-3]
-        elif action.op in (Op.LOAD, Op.RECEIVE) and len(self.inputs) >= self.slots:
-            after.append(self.inputs[-self.slots])
-        elif action.op in COMPUTE_OPS:
-            if len(self.outputs) >= self.slots:
-                after.append(self.outputs[-self.slots])
-            if _has(action.writes, "gradients") and not _has(action.reads, "gradients"):
-                self.gradient_jobs += 1
-                if self.gradient_jobs > 2:
-                    after.append(self.gradients[self.gradient_jobs - 3])
-            self.inputs.append(action.id)
-            self.outputs.append(None)
-        elif action.microbatch is not None and action.stream is Stream.COMPUTE:
-            self.inputs[-1] = action.id
-        elif action.microbatch is not None and action.stream is Stream.D2H:
-            self.outputs[-1] = action.id
-        if _has(action.frees, "weights"):
-            self.weights[action.job].append(action.id)
-        if _has(action.frees, "gradients"):
-            self.gradients.append(action.id)
-        return replace(action, after=tuple(name for name in after if name is not None))
-
-
-def _has(names: tuple[str, ...], kind: str) -> bool:
-    return any(buffers.parse(name).kind == kind for name in names)

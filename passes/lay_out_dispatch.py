@@ -1,6 +1,8 @@
 """Writes a dispatch out as compute actions, with the buffers that each reads and writes.
 
-The result holds compute actions only; `insert-transfers` adds the copies between them.
+The result holds compute actions only; `insert-transfers` adds the copies between them. What one job
+hands to the next on the same GPU is read where it was made, if it may wait there; a boundary kept
+for recompute always goes to the host and comes back.
 """
 
 from __future__ import annotations
@@ -30,11 +32,15 @@ class LayOutDispatch:
         chain: The segments that the partition divides.
         partition: Stages in execution order.
         mode: "sync" (training), or "forward" (evaluation; the partition has F stages only).
+        waiting_bytes: How much of what jobs hand to later jobs of the same GPU may wait on that GPU;
+            what is over takes the way over the host. What the very next compute action reads is not
+            counted. None: all stays, and the schedule's peak has it.
     """
 
     chain: SegmentChain
     partition: Partition
     mode: str = "sync"
+    waiting_bytes: int | None = None
 
     name = "lay-out-dispatch"
 
@@ -48,15 +54,20 @@ class LayOutDispatch:
             A schedule without transfers and events; `buffers` holds what lives on the GPUs.
 
         Raises:
-            InvalidArgument: `mode` is unknown.
+            InvalidArgument: `mode` is unknown, or `waiting_bytes` below 0.
             PartitionError: The stages do not make up one iteration over the chain.
-            ScheduleError: The dispatch leaves out or repeats a microbatch of a stage.
+            ScheduleError: The dispatch contradicts itself, leaves out or repeats a microbatch of a stage,
+                or divides a stage that changes buffers of the model among jobs.
         """
         if self.mode not in ("sync", "forward"):
             raise InvalidArgument(f"mode is {self.mode!r}; schedules are for 'sync' and 'forward'")
+        if self.waiting_bytes is not None and self.waiting_bytes < 0:
+            raise InvalidArgument(f"waiting_bytes is {self.waiting_bytes}; it must be at least 0, or None")
         stages = self.partition.stages
         self._check_stages(stages)
-        jobs_of = _check_dispatch(dispatch, stages)
+        jobs_of = check_dispatch(dispatch, stages)
+        self._check_state(dispatch)
+        spilled = self._spilled(dispatch, jobs_of)
         saved = frozenset(stage.first - 1 for stage in stages if stage.kind is StageKind.B)
         nbytes: dict[str, int] = {}
         begun: set[int] = set()
@@ -66,6 +77,9 @@ class LayOutDispatch:
             for index, microbatch in order:
                 job = dispatch.jobs[index]
                 source = jobs_of.get((job.stage - 1, microbatch), job)
+                # What was made right here is read in place. Otherwise this job receives a copy.
+                if source.gpu != gpu or (job.stage, microbatch) in spilled:
+                    source = job
                 layout = _JobLayout(self, stages[job.stage], job, source, saved, index not in begun)
                 begun.add(index)
                 reads, writes = layout.reads(microbatch), layout.writes(microbatch)
@@ -81,6 +95,48 @@ class LayOutDispatch:
             tuple(queues),
             nbytes,
         )
+
+    def _check_state(self, dispatch: Dispatch) -> None:
+        """Buffers that a forward changes (running statistics) go through all microbatches in one job."""
+        if self.mode == "forward":
+            return
+        first: dict[int, Job] = {}
+        for job in dispatch.jobs:
+            stage = self.partition.stages[job.stage]
+            other = first.setdefault(job.stage, job)
+            changes = [index for index in stage.segments if self.chain.segments[index].state_bytes]
+            if other is not job and changes and stage.kind is not StageKind.B:
+                raise ScheduleError(
+                    f"{_name(stage)} is divided among jobs {other.index} and {job.index}, but its forward "
+                    f"changes buffers of segment {changes[0]}, which pass through all microbatches in one "
+                    "job; give the stage one job"
+                )
+
+    def _spilled(self, dispatch: Dispatch, jobs_of: dict[tuple[int, int], Job]) -> set[tuple[int, int]]:
+        """The (stage, microbatch) that read from the host what was made on their own GPU."""
+        found: set[tuple[int, int]] = set()
+        if self.waiting_bytes is None:
+            return found
+        for order in dispatch.order:
+            steps = [(dispatch.jobs[job].stage, microbatch) for job, microbatch in order]
+            position = {step: number for number, step in enumerate(steps)}
+            waiting: dict[tuple[int, int], int] = {}
+            for number, (stage, microbatch) in enumerate(steps):
+                waiting.pop((stage, microbatch), None)
+                reader = (stage + 1, microbatch)
+                if position.get(reader, 0) <= number + 1:
+                    continue
+                waiting[reader] = self._handed_bytes(self.partition.stages[stage])
+                if sum(waiting.values()) > self.waiting_bytes:
+                    del waiting[reader]
+                    found.add(reader)
+        return found
+
+    def _handed_bytes(self, stage: Stage) -> int:
+        segments = self.chain.segments
+        if stage.kind is StageKind.F:
+            return segments[stage.last].boundary_bytes
+        return segments[stage.first - 1].boundary_gradient_bytes
 
     def _check_stages(self, stages: tuple[Stage, ...]) -> None:
         """Up the chain with F and FB, then down with B as far as gradients are needed."""
@@ -124,13 +180,21 @@ class LayOutDispatch:
             raise PartitionError(f"no stage runs the backward of segments {needed}..{position - 1}")
 
 
-def _check_dispatch(dispatch: Dispatch, stages: tuple[Stage, ...]) -> dict[tuple[int, int], Job]:
-    """The job of each (stage, microbatch)."""
+def check_dispatch(dispatch: Dispatch, stages: tuple[Stage, ...]) -> dict[tuple[int, int], Job]:
+    """The job of each (stage, microbatch).
+
+    Raises:
+        ScheduleError: As in `LayOutDispatch.run`.
+    """
+    _check_jobs(dispatch, stages)
     found: dict[tuple[int, int], Job] = {}
+    runs: dict[int, list[int]] = {job.index: [] for job in dispatch.jobs}
     for gpu, order in enumerate(dispatch.order):
         for index, microbatch in order:
-            job = dispatch.jobs[index]
-            if (job.index, job.gpu) != (index, gpu) or microbatch not in job.microbatches:
+            job = dispatch.jobs[index] if 0 <= index < len(dispatch.jobs) else None
+            if job is None:
+                raise ScheduleError(f"gpu{gpu} is to run job {index}; there are {len(dispatch.jobs)} jobs")
+            if job.gpu != gpu or microbatch not in job.microbatches:
                 raise ScheduleError(
                     f"gpu{gpu} is to run microbatch {microbatch} of job {index}, which is job {job.index} "
                     f"on gpu{job.gpu} with microbatches {job.microbatches}"
@@ -138,6 +202,7 @@ def _check_dispatch(dispatch: Dispatch, stages: tuple[Stage, ...]) -> dict[tuple
             if (job.stage, microbatch) in found:
                 raise ScheduleError(f"stage {job.stage} runs microbatch {microbatch} more than once")
             found[job.stage, microbatch] = job
+            runs[index].append(microbatch)
     for stage in stages:
         for microbatch in range(dispatch.microbatches):
             if (stage.index, microbatch) not in found:
@@ -147,7 +212,25 @@ def _check_dispatch(dispatch: Dispatch, stages: tuple[Stage, ...]) -> dict[tuple
             f"the dispatch runs {len(found)} (stage, microbatch) pairs; the partition has {len(stages)} "
             f"stages and there are {dispatch.microbatches} microbatches"
         )
+    for job in dispatch.jobs:
+        if tuple(runs[job.index]) != job.microbatches:
+            raise ScheduleError(
+                f"gpu{job.gpu} runs microbatches {tuple(runs[job.index])} of job {job.index}, whose "
+                f"microbatches are {job.microbatches}; all must run, in this order"
+            )
     return found
+
+
+def _check_jobs(dispatch: Dispatch, stages: tuple[Stage, ...]) -> None:
+    if len(dispatch.order) != dispatch.gpus:
+        raise ScheduleError(f"the dispatch orders {len(dispatch.order)} GPUs; it has {dispatch.gpus}")
+    for position, job in enumerate(dispatch.jobs):
+        if job.index != position:
+            raise ScheduleError(f"job {position} of the dispatch is numbered {job.index}")
+        if not 0 <= job.stage < len(stages):
+            raise ScheduleError(f"job {position} runs stage {job.stage}; there are {len(stages)} stages")
+        if not job.microbatches:
+            raise ScheduleError(f"job {position} has no microbatches; leave it out")
 
 
 def _name(stage: Stage) -> str:
@@ -158,7 +241,7 @@ def _name(stage: Stage) -> str:
 class _JobLayout:
     """The buffers, with their bytes, and the compute action of one microbatch of one job.
 
-    `source` is the job that ran the stage before on this microbatch.
+    `source` is the job under whose name the GPU has what the stage before made of this microbatch.
     """
 
     options: LayOutDispatch
@@ -194,9 +277,7 @@ class _JobLayout:
 
     def reads(self, microbatch: int) -> dict[str, int]:
         stage, job, space = self.stage, self.job.index, buffers.gpu(self.job.gpu)
-        segments = self.options.chain.segments
-        # What was made right here is read in place. Otherwise this job receives a copy.
-        source = self.source.index if self.source.gpu == self.job.gpu else job
+        segments, source = self.options.chain.segments, self.source.index
         found = self._weights()
         if any(segments[index].inputs for index in stage.segments):
             size = sum(segments[index].input_bytes for index in stage.segments)

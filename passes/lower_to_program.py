@@ -31,7 +31,8 @@ class LowerToProgram:
     """Writes each GPU's part of a schedule as a graph that calls its worker, `gpu`.
 
     The instructions of a GPU's streams are interleaved in the order in which they are predicted to
-    start; only the order within a stream and the events bind.
+    start; only the order within a stream and the events bind. UPDATEs are left out: the caller's
+    optimizer does them, and nothing of the same iteration waits for one.
 
     Before -> after::
 
@@ -51,7 +52,8 @@ class LowerToProgram:
         weights, states = extract.segment_tensors()
         timeline = simulate(schedule)
         merged: list[list[Action]] = [[] for _ in range(schedule.gpus)]
-        ordered = sorted(schedule.actions(), key=lambda action: timeline.start_s[action.id])
+        actions = [action for action in schedule.actions() if action.op is not Op.UPDATE]
+        ordered = sorted(actions, key=lambda action: timeline.start_s[action.id])
         for action in ordered:
             merged[action.gpu].append(action)
         return Program(

@@ -9,6 +9,8 @@ tensors that cross the cut behind it. `j` is a job, `m` a microbatch.
     host:dx.s6.j9.m0       gradient of boundary 6, handed on by job 9
     host:gradients.j9.s4   job 9's gradient of segment 4's parameters
     host:state.j2.s4       segment 4's buffers as job 2's forward left them
+    host:updated.s4        segment 4's weights for the next iteration
+    host:norm              norm of all gradients, to clip them by
     host:loss.m0           the loss (in evaluation: every output)
     gpu1:weights.j2.s4     job 2's copy of segment 4's weights
     gpu1:inputs.j2.m0      job 2's copy of the caller's tensors
@@ -32,7 +34,7 @@ HOST = "host"
 class BufferName(NamedTuple):
     """A buffer's name taken apart; what a name does not say is None.
 
-    `kind` is "weights", "inputs", "x", "dx", "gradients", "state" or "loss".
+    `kind` is "weights", "inputs", "x", "dx", "gradients", "state", "updated", "norm" or "loss".
     """
 
     space: str
@@ -43,12 +45,12 @@ class BufferName(NamedTuple):
 
 
 _PATTERN = re.compile(
-    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|dx|gradients|state|loss)"
+    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|dx|gradients|state|updated|norm|loss)"
     r"(?P<parts>(?:\.[sjm]\d+)*)"
 )
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 12)
 def parse(buffer: str) -> BufferName:
     """Takes a name apart.
 
@@ -60,6 +62,14 @@ def parse(buffer: str) -> BufferName:
         raise ScheduleError(f"{buffer!r} is not a buffer; write e.g. host:weights.s4 or gpu1:x.s6.j2.m0")
     numbers = {part[0]: int(part[1:]) for part in match["parts"].split(".")[1:]}
     return BufferName(match["space"], match["kind"], numbers.get("s"), numbers.get("j"), numbers.get("m"))
+
+
+class ParsedNames(dict[str, BufferName]):
+    """Names taken apart when they are first asked for: one for each pass over a schedule."""
+
+    def __missing__(self, buffer: str) -> BufferName:
+        name = self[buffer] = parse.__wrapped__(buffer)
+        return name
 
 
 def segment_of(buffer: str) -> int:
@@ -106,6 +116,13 @@ def gradients(space: str, segment: int, job: int) -> str:
 
 def state(segment: int, job: int) -> str:
     return f"{HOST}:state.j{job}.s{segment}"
+
+
+def updated(segment: int) -> str:
+    return f"{HOST}:updated.s{segment}"
+
+
+NORM = f"{HOST}:norm"
 
 
 def loss(space: str, microbatch: int) -> str:

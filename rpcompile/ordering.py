@@ -7,18 +7,24 @@ action there that is over when it starts.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import networkx
+import numpy as np
+from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
 from rpcompile.errors import ScheduleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
 
     from rpcompile.ir import Action, Schedule
+
+    Numbers = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -74,28 +80,17 @@ class ActionGraph:
         Raises:
             ScheduleError: Actions wait for one another; the message names them.
         """
-        waiting = [
-            len(found) + (self.previous(number) is not None) for number, found in enumerate(self.predecessors)
-        ]
-        successors: list[list[int]] = [[] for _ in self.actions]
-        for number, found in enumerate(self.predecessors):
-            for source in found:
-                successors[source].append(number)
-        ready = [number for number, count in enumerate(waiting) if count == 0]
-        order: list[int] = []
-        while ready:
-            number = ready.pop()
-            order.append(number)
-            following = number + 1
-            if following < len(self.actions) and self.previous(following) is not None:
-                successors[number].append(following)
-            for successor in successors[number]:
-                waiting[successor] -= 1
-                if waiting[successor] == 0:
-                    ready.append(successor)
+        order = _order(*self.arrays()).tolist()
         if len(order) < len(self.actions):
             raise ScheduleError(self._describe_deadlock(set(order)))
         return order
+
+    def arrays(self) -> tuple[Numbers, Numbers, Numbers]:
+        """Queue of each action; and the predecessors, those of action n at `starts[n]:starts[n + 1]`."""
+        counts = np.fromiter(map(len, self.predecessors), np.int32, len(self.actions))
+        starts = np.concatenate((np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)))
+        sources = np.fromiter(chain.from_iterable(self.predecessors), np.int32, int(starts[-1]))
+        return np.array(self.queue_of, np.int32), starts, sources
 
     def _describe_deadlock(self, over: set[int]) -> str:
         """Names the actions of one cycle and where they are."""
@@ -135,62 +130,82 @@ class HappensBefore:
     def __init__(self, graph: ActionGraph) -> None:
         self.graph = graph
         self.order = graph.execution_order()
-        nothing = [-1] * (max(graph.queue_of, default=0) + 1)
-        self._clocks: list[list[int]] = [nothing] * len(graph.actions)
-        for number in self.order:
-            self._clocks[number] = self._clock(number)
-
-    def _clock(self, number: int) -> list[int]:
-        previous = self.graph.previous(number)
-        sources = self.graph.predecessors[number]
-        if previous is not None:
-            sources = (previous, *sources)
-        clock = list(self._clocks[number])
-        for source in sources:
-            clock = list(map(max, clock, self._clocks[source]))
-            queue = self.graph.queue_of[source]
-            clock[queue] = max(clock[queue], source)
-        return clock
+        self.queue_of, starts, sources = graph.arrays()
+        queues = 1 + max(graph.queue_of, default=0)
+        # By action and queue; -1 where nothing is over.
+        self.clocks = _clocks(np.array(self.order, np.int32), self.queue_of, starts, sources, queues)
 
     def before(self, first: int, second: int) -> bool:
         """Whether action `first` is over before action `second` starts, by their numbers."""
-        return self._clocks[second][self.graph.queue_of[first]] >= first
+        return bool(self.clocks[second, self.queue_of[first]] >= first)
 
-    def needed(self, number: int) -> list[int]:
-        """The predecessors of an action that its queue and its other predecessors do not imply.
-
-        Over all actions these are the edges between queues of the graph's transitive reduction.
-        """
-        queue_of, previous = self.graph.queue_of, self.graph.previous(number)
-        latest = {queue_of[source]: source for source in sorted(self.graph.predecessors[number])}
-        latest.pop(queue_of[number], None)
-        others = [*latest.values()] + ([] if previous is None else [previous])
-        return [
-            source for source in latest.values() if not any(self.before(source, other) for other in others)
-        ]
+    def all_before(self, first: Numbers, second: Numbers) -> NDArray[np.bool_]:
+        """`before`, pair by pair."""
+        return self.clocks[second, self.queue_of[first]] >= first
 
 
-class BufferUses:
-    """Numbers of the actions that use one buffer."""
+@njit(cache=True)
+def _order(queue_of: Numbers, starts: Numbers, sources: Numbers) -> Numbers:
+    """As many actions as can run, in an order in which they can."""
+    count = len(queue_of)
+    waiting = np.zeros(count, np.int32)
+    # The successors of action n lie at places[n]:places[n + 1] of `followers`.
+    places = np.zeros(count + 1, np.int32)
+    for number in range(count):
+        waiting[number] = starts[number + 1] - starts[number]
+        if number > 0 and queue_of[number - 1] == queue_of[number]:
+            waiting[number] += 1
+    for source in sources:
+        places[source + 1] += 1
+    for number in range(count):
+        places[number + 1] += places[number]
+    followers = np.empty(len(sources), np.int32)
+    filled = places[:-1].copy()
+    for number in range(count):
+        for source in sources[starts[number] : starts[number + 1]]:
+            followers[filled[source]] = number
+            filled[source] += 1
+    ready = np.empty(count, np.int32)
+    order = np.empty(count, np.int32)
+    pending = 0
+    done = 0
+    for number in range(count):
+        if waiting[number] == 0:
+            ready[pending] = number
+            pending += 1
+    while pending:
+        pending -= 1
+        number = ready[pending]
+        order[done] = number
+        done += 1
+        following = number + 1
+        if following < count and queue_of[following] == queue_of[number]:
+            waiting[following] -= 1
+            if waiting[following] == 0:
+                ready[pending] = following
+                pending += 1
+        for follower in followers[places[number] : places[number + 1]]:
+            waiting[follower] -= 1
+            if waiting[follower] == 0:
+                ready[pending] = follower
+                pending += 1
+    return order[:done]
 
-    def __init__(self) -> None:
-        self.makers: list[int] = []  # write it from scratch
-        self.updaters: list[int] = []  # read and write it, in place
-        self.readers: list[int] = []
-        self.frees: list[int] = []
 
-
-def buffer_uses(actions: Sequence[Action], order: Iterable[int]) -> dict[str, BufferUses]:
-    """Who uses each buffer, every list in the given order of action numbers."""
-    found: dict[str, BufferUses] = defaultdict(BufferUses)
+@njit(cache=True)
+def _clocks(order: Numbers, queue_of: Numbers, starts: Numbers, sources: Numbers, queues: int) -> Numbers:
+    """For each action the last action of each queue that is over when it starts."""
+    clocks = np.full((len(queue_of), queues), -1, np.int32)
     for number in order:
-        action = actions[number]
-        for buffer in action.reads:
-            uses = found[buffer]
-            (uses.updaters if buffer in action.writes else uses.readers).append(number)
-        for buffer in action.writes:
-            if buffer not in action.reads:
-                found[buffer].makers.append(number)
-        for buffer in action.frees:
-            found[buffer].frees.append(number)
-    return dict(found)
+        clock = clocks[number]
+        if number > 0 and queue_of[number - 1] == queue_of[number]:
+            clock[:] = clocks[number - 1]
+            clock[queue_of[number]] = number - 1
+        for source in sources[starts[number] : starts[number + 1]]:
+            other = clocks[source]
+            for queue in range(queues):
+                if other[queue] > clock[queue]:
+                    clock[queue] = other[queue]
+            if source > clock[queue_of[source]]:
+                clock[queue_of[source]] = source
+    return clocks

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rpcompile import hardware as catalogue
 from rpcompile.cost_file import CostFile
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
+from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
@@ -259,9 +260,9 @@ def _prediction(chain: SegmentChain, microbatches: int, timeline: Timeline) -> P
 def _schedule(
     chain: SegmentChain, options: PlanOptions, bar: tqdm[Any] | None
 ) -> tuple[Partition, Schedule, Timeline]:
-    """Stages and schedule whose simulated peak fits.
+    """Stages and schedule whose peak fits, however long actions take.
 
-    The partition is held to a bound on what its schedule takes. Should the simulated peak exceed the
+    The partition is held to a bound on what its schedule takes. Should the schedule's peak exceed the
     memory all the same, the partition is made again for less.
     """
     usable, excess = chain.hardware.usable_bytes, 0
@@ -287,7 +288,7 @@ def _schedule(
             announce(bar, step.name)
             schedule = step.run(schedule)
         timeline = simulate(schedule)
-        excess = max(timeline.gpu_peak_bytes) - usable
+        excess = max(gpu_memory_bounds(schedule)) - usable
         if excess <= 0:
             return replace(partition, memory_limit_bytes=usable), schedule, timeline
     raise PartitionError(

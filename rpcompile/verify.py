@@ -6,64 +6,86 @@ writes say what has to. The checks know nothing of the passes that made the sche
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rpcompile import buffers
+from rpcompile.buffer_uses import BufferUses, Role
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import Op
-from rpcompile.ordering import ActionGraph, HappensBefore, buffer_uses
+from rpcompile.memory_bound import gpu_memory_bounds
+from rpcompile.ordering import ActionGraph, HappensBefore
 from rpcompile.simulate import simulate
 from rpcompile.verify_actions import check_actions
 
 if TYPE_CHECKING:
+    from rpcompile.buffers import ParsedNames
     from rpcompile.ir import Partition, Schedule, SegmentChain
-    from rpcompile.ordering import BufferUses
+
+_RESULTS = ("gradients", "state", "loss", "updated", "norm")
 
 
-def verify_schedule(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
+def verify_schedule(
+    schedule: Schedule,
+    chain: SegmentChain,
+    partition: Partition,
+    host_limit_bytes: int | None = None,
+) -> None:
     """Checks every property of a schedule that its execution relies on.
 
     - Every action has an id of its own that says what it is, is on the right queue and belongs to a job.
     - Every event has one recorder, nothing waits in a circle, and all of `after` is enforced.
-    - Every (segment, microbatch) has one forward, and one backward where one is needed; compute
-      actions read and write exactly what their segments call for.
+    - Every (segment, microbatch) has one forward, and one backward where one is needed, in the job that
+      it belongs to; compute actions read and write exactly what their segments call for.
     - Copies carry one value from one side to the other, with matching sizes.
     - Every buffer is written, then updated in place, then read, then freed; what the
       program makes is freed once, except for its results.
-    - Gradients, changed buffers and losses reach the host once.
-    - No GPU can hold the weights of more than two jobs; its simulated peak is within the limit.
+    - Every gradient that a job makes leaves once, and every changed buffer, by one job; every loss
+      reaches the host.
+    - With optimizer updates: each segment that has a gradient is updated once, from the gradients of
+      all its jobs, each counted once, and only after the last upload of its weights.
+    - However long actions take, no GPU holds more than the limit; the simulated host does not either.
 
     Args:
         schedule: With transfers and events.
         chain: The segments.
-        partition: The stages that the jobs run, and the memory limit.
+        partition: The stages that the jobs run, and the memory limit of a GPU.
+        host_limit_bytes: What the host may hold; None does not check it.
 
     Raises:
         ScheduleError: A property does not hold; the message names the action and the property.
     """
-    check_actions(schedule, chain, partition)
-    order = _Order(schedule)
-    _check_after(order)
-    for buffer, uses in order.uses.items():
-        _check_uses(order, buffer, uses)
+    names = buffers.ParsedNames()
+    check_actions(schedule, chain, partition, names)
+    order = _Order(schedule, names)
+    _check_writers(order)
+    _check_order(order)
     _check_results(order, schedule)
-    _check_residency(order)
-    for gpu, peak in enumerate(simulate(schedule).gpu_peak_bytes):
+    _check_updates(order, chain)
+    for gpu, peak in enumerate(gpu_memory_bounds(schedule, order, order.uses)):
         if peak > partition.memory_limit_bytes:
             raise ScheduleError(
-                f"gpu{gpu} needs {peak:,} bytes at its peak, over the limit of "
+                f"gpu{gpu} may need {peak:,} bytes at its peak, over the limit of "
                 f"{partition.memory_limit_bytes:,}; use smaller stages or microbatches"
             )
+    if host_limit_bytes is not None and (peak := simulate(schedule).host_peak_bytes) > host_limit_bytes:
+        raise ScheduleError(
+            f"the host needs {peak:,} bytes at its simulated peak, over the limit of {host_limit_bytes:,}; "
+            "use fewer or smaller microbatches"
+        )
 
 
 class _Order(HappensBefore):
     """Happens-before by queues and events, with the uses of every buffer."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, names: ParsedNames) -> None:
         super().__init__(ActionGraph.from_events(schedule))
         self.actions = self.graph.actions
-        self.uses = buffer_uses(self.actions, self.order)
+        self.uses = BufferUses.of(self.actions, self.order)
+        self.parsed = names
+        self.names = [names[buffer] for buffer in self.uses.buffers]
 
     def require(self, first: int, second: int, reason: str) -> None:
         """Raises unless `first` is over before `second` starts."""
@@ -72,86 +94,162 @@ class _Order(HappensBefore):
                 f"{self.actions[second].id} does not wait for {self.actions[first].id}, {reason}"
             )
 
+    def ids(self, numbers: list[int]) -> str:
+        return " and ".join(self.actions[number].id for number in numbers) or "no action"
 
-def _check_after(order: _Order) -> None:
+
+def _check_writers(order: _Order) -> None:
+    """One action writes a buffer from scratch and one frees it; nobody touches what the caller owns."""
+    uses = order.uses
+    owned = np.array([_is_owned(name) for name in order.names], np.bool_)
+    stays = owned | np.array([_is_result(name) for name in order.names], np.bool_)
+    makers, frees = uses.count(Role.MAKE), uses.count(Role.FREE)
+    wrong = (makers != np.where(owned, 0, 1)) | (frees != np.where(stays, 0, 1))
+    wrong |= owned & (uses.count(Role.UPDATE) > 0)
+    for number in np.flatnonzero(wrong).tolist():
+        _refuse_writers(order, number)
+
+
+def _refuse_writers(order: _Order, number: int) -> None:
+    uses, buffer, name = order.uses, order.uses.buffers[number], order.names[number]
+    makers, frees = uses.users(number, Role.MAKE), uses.users(number, Role.FREE)
+    if _is_owned(name):
+        culprit = uses.users(number, Role.MAKE, Role.UPDATE, Role.FREE)[:1]
+        raise ScheduleError(f"{order.ids(culprit)} writes or frees {buffer}, which the caller owns")
+    if len(makers) != 1:
+        user = [*makers, *uses.users(number)][:1]
+        raise ScheduleError(
+            f"{order.ids(user)} uses {buffer}, which {order.ids(makers)} writes from scratch; one action must"
+        )
+    end = "it is a result and stays" if _is_result(name) else "one action must"
+    raise ScheduleError(f"{buffer}, written by {order.ids(makers)}, is freed by {order.ids(frees)}; {end}")
+
+
+def _check_order(order: _Order) -> None:
+    """Writer first, then updates, then readers, FREE at the end; and all of `after`.
+
+    Of all pairs in the wrong order the one that is reported has the earliest action that fails to
+    wait, and the last that it fails to wait for: if one wait is missing, its two ends.
+    """
     numbers = {action.id: number for number, action in enumerate(order.actions)}
+    after: list[tuple[int, int]] = []
     for number, action in enumerate(order.actions):
         for name in action.after:
             if name not in numbers:
                 raise ScheduleError(f"{action.id} must come after {name}, which the schedule does not have")
-            order.require(numbers[name], number, "which frees the memory it needs")
+            after.append((numbers[name], number))
+    uses = order.uses
+    buffer, user, role = uses.buffer, uses.action, uses.role
+    maker, free = uses.last(Role.MAKE)[buffer], uses.last(Role.FREE)[buffer]
+    updater = uses.last(Role.UPDATE)[buffer]
+    slots = np.array(after, np.int32).reshape(-1, 2)
+    rules = (
+        ((maker >= 0) & (role != Role.MAKE), maker, user, "which writes {}"),
+        # Only compute actions update in place, and those of one job share a queue: the last will do.
+        (
+            (updater >= 0) & (role == Role.READ),
+            updater,
+            user,
+            "the last to update {} that it reads",
+        ),
+        ((free >= 0) & (role != Role.FREE), user, free, "which uses {} that it frees"),
+        (np.ones(len(slots), np.bool_), slots[:, 0], slots[:, 1], "which frees the memory it needs"),
+    )
+    place = np.empty(len(order.actions), np.int64)
+    place[order.order] = np.arange(len(order.actions))
+    found: list[tuple[int, int, int, int]] = []
+    for rule, (applies, first, second, _) in enumerate(rules):
+        for number in np.flatnonzero(applies & ~order.all_before(first, second)).tolist():
+            found.append((int(place[second[number]]), -int(place[first[number]]), rule, number))
+    if found:
+        _, _, rule, number = min(found)
+        _, first, second, reason = rules[rule]
+        about = uses.buffers[buffer[number]] if "{}" in reason else ""
+        order.require(int(first[number]), int(second[number]), reason.format(about))
 
 
-def _check_uses(order: _Order, buffer: str, uses: BufferUses) -> None:
-    """One writer first, then updates in order, then readers, and one FREE at the end."""
-    name, actions = buffers.parse(buffer), order.actions
-    every = [*uses.makers, *uses.updaters, *uses.readers]
-    if name.space == buffers.HOST and name.kind in ("weights", "inputs"):
-        for number in (*uses.makers, *uses.updaters, *uses.frees):
-            raise ScheduleError(f"{actions[number].id} writes or frees {buffer}, which the caller owns")
-        return
-    if len(uses.makers) != 1:
-        user = actions[[*every, *uses.frees][0]].id
-        names = " and ".join(actions[number].id for number in uses.makers) or "no action"
-        raise ScheduleError(f"{user} uses {buffer}, which {names} writes from scratch; one action must")
-    for number in (*uses.updaters, *uses.readers, *uses.frees):
-        order.require(uses.makers[0], number, f"which writes {buffer}")
-    # Only compute actions update in place, and those of one job share a queue: the last one will do.
-    for number in uses.readers:
-        for update in uses.updaters[-1:]:
-            order.require(update, number, f"the last to update {buffer} that it reads")
-    maker = actions[uses.makers[0]].id
-    names = " and ".join(actions[number].id for number in uses.frees) or "no action"
-    if name.space == buffers.HOST and name.kind in ("gradients", "state", "loss"):
-        if uses.frees:
-            raise ScheduleError(
-                f"{buffer}, written by {maker}, is freed by {names}; it is a result and stays"
-            )
-    elif len(uses.frees) != 1:
-        raise ScheduleError(f"{buffer}, written by {maker}, is freed by {names}; one action must")
-    for free in uses.frees:
-        for number in every:
-            order.require(number, free, f"which uses {buffer} that it frees")
+def _is_owned(name: buffers.BufferName) -> bool:
+    """The caller has it before the program begins, and after."""
+    return name.space == buffers.HOST and name.kind in ("weights", "inputs")
+
+
+def _is_result(name: buffers.BufferName) -> bool:
+    return name.space == buffers.HOST and name.kind in _RESULTS
 
 
 def _check_results(order: _Order, schedule: Schedule) -> None:
-    """Gradients and changed buffers leave once; so does every loss."""
-    for buffer, uses in order.uses.items():
-        name = buffers.parse(buffer)
-        if name.space == buffers.HOST or not (
-            name.kind == "gradients" or (name.kind == "weights" and uses.updaters)
-        ):
+    """Every gradient leaves once; so does every loss, and every changed buffer, from one job."""
+    uses = order.uses
+    updated = uses.count(Role.UPDATE)
+    carriers: dict[int, int] = {}
+    for number, name in enumerate(order.names):
+        if name.space == buffers.HOST:
+            if name.kind == "state" and name.segment is not None and name.job is not None:
+                other = carriers.setdefault(name.segment, name.job)
+                if other != name.job:
+                    raise ScheduleError(
+                        f"{order.ids(uses.users(number, Role.MAKE))} brings down buffers of segment "
+                        f"{name.segment} that job {name.job} changed, and so does job {other}; one job must"
+                    )
             continue
-        op = Op.GRADIENT if name.kind == "gradients" else Op.OFFLOAD
-        downloads = [number for number in uses.readers if order.actions[number].op is op]
-        if len(downloads) != 1:
-            names = " and ".join(order.actions[number].id for number in downloads) or "no action"
-            raise ScheduleError(f"{buffer} is downloaded by {names}; one {op.name} must")
+        if name.kind == "gradients" or (name.kind == "weights" and updated[number]):
+            op = Op.GRADIENT if name.kind == "gradients" else Op.OFFLOAD
+            downloads = [user for user in uses.users(number, Role.READ) if order.actions[user].op is op]
+            if len(downloads) != 1:
+                raise ScheduleError(
+                    f"{uses.buffers[number]} is downloaded by {order.ids(downloads)}; one {op.name} must"
+                )
+    present = set(uses.buffers)
     for microbatch in range(schedule.microbatches):
-        if buffers.loss(buffers.HOST, microbatch) not in order.uses:
+        if buffers.loss(buffers.HOST, microbatch) not in present:
             raise ScheduleError(f"the loss of microbatch {microbatch} never reaches the host")
 
 
-def _check_residency(order: _Order) -> None:
-    """No three jobs of a GPU whose weights no wait keeps from being there together."""
-    starts: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    ends: dict[int, list[int]] = defaultdict(list)
-    for buffer, uses in order.uses.items():
-        name = buffers.parse(buffer)
-        if name.kind == "weights" and name.job is not None:
-            starts[name.space][name.job] += uses.makers
-            ends[name.job] += uses.frees
-    for space, jobs in starts.items():
-        in_order = list(jobs)  # of their first use, as `order.uses` is
-        together: dict[int, set[int]] = defaultdict(set)
-        for position, late in enumerate(in_order):
-            for early in in_order[:position]:
-                if not all(order.before(end, start) for end in ends[early] for start in jobs[late]):
-                    together[late].add(early)
-            for middle in together[late]:
-                for early in together[middle] & together[late]:
-                    blocked = order.actions[jobs[late][0]].id
-                    raise ScheduleError(
-                        f"{space} may hold the weights of jobs {early}, {middle} and {late} at once; "
-                        f"{blocked} must wait until those of two are freed down to one"
+def _check_updates(order: _Order, chain: SegmentChain) -> None:
+    """Each gradient is summed once into one update, which comes after every upload of the old weights.
+
+    A tied tensor is updated with the first of its segments, from the gradients of all of them.
+    """
+    updates = [number for number, action in enumerate(order.actions) if action.op is Op.UPDATE]
+    if not updates:
+        return
+    made: dict[int, list[str]] = defaultdict(list)
+    uploads: dict[int, list[int]] = {}
+    for number, name in enumerate(order.names):
+        if name.space == buffers.HOST and name.segment is not None:
+            if name.kind == "gradients":
+                made[name.segment].append(order.uses.buffers[number])
+            elif name.kind == "weights":
+                uploads[name.segment] = order.uses.users(number)
+    tied = [found for found in chain.tied if found.gradient_bytes and made[min(found.segments)]]
+    norms = [number for number in updates if buffers.NORM in order.actions[number].writes]
+    updated: dict[int, list[int]] = defaultdict(list)
+    for number in updates:
+        action = order.actions[number]
+        segment = order.parsed[action.writes[0]].segment if action.writes else None
+        wanted = [name for names in made.values() for name in names]
+        if segment is not None:
+            updated[segment].append(number)
+            mine, before = {segment}, set[int]()
+            for found in tied:
+                mine |= set(found.segments) if min(found.segments) == segment else set()
+                before |= {min(found.segments)} - {segment} if segment in found.segments else set()
+            wanted = [name for other in mine for name in made[other]]
+            wanted += map(buffers.updated, before)
+            wanted += [buffers.NORM] * len(norms)
+            for other in sorted(mine):
+                for upload in uploads.get(other, []):
+                    order.require(
+                        upload, number, f"which uploads weights of segment {other} that it replaces"
                     )
+        target = buffers.NORM if segment is None else buffers.updated(segment)
+        if action.writes != (target,):
+            raise ScheduleError(f"{action.id} writes {action.writes}; an update writes one segment's weights")
+        for name in Counter(wanted) - Counter(action.reads):
+            raise ScheduleError(f"{action.id} leaves out {name}, which goes into {target}")
+        for name in Counter(action.reads) - Counter(wanted):
+            raise ScheduleError(f"{action.id} reads {name}, which does not go into {target}")
+    for segment in sorted(made):
+        if made[segment] and len(updated[segment]) != 1:
+            names = order.ids(updated[segment])
+            raise ScheduleError(f"{made[segment][0]} goes into {names}; one update of segment {segment} must")

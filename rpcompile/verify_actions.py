@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers
+from rpcompile import buffers, stage_bytes
 from rpcompile.buffers import BufferName
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import COMPUTE_OPS, ActionId, Op, StageKind, Stream
 
 if TYPE_CHECKING:
+    from rpcompile.buffers import ParsedNames
     from rpcompile.ir import Action, Partition, Schedule, SegmentChain
 
 _STREAMS = {
@@ -31,7 +32,7 @@ _CARRIES = {
 }
 
 
-def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
+def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames) -> None:
     """Checks ids, queues, coverage, operands and copies.
 
     Raises:
@@ -39,25 +40,31 @@ def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition)
     """
     _check_queues(schedule, partition)
     _check_coverage(schedule, chain, partition)
-    _check_operands(schedule, chain, partition)
-    _check_copies(schedule)
+    _check_operands(schedule, chain, partition, names)
+    _check_copies(schedule, names)
 
 
 def _check_queues(schedule: Schedule, partition: Partition) -> None:
     """Ids, streams, jobs and spaces."""
-    jobs = {job.index: job for job in schedule.jobs}
     queues = Counter((queue.gpu, queue.stream) for queue in schedule.queues)
     ids = Counter(action.id for action in schedule.actions())
     for (gpu, stream), count in queues.items():
         if count > 1:
             raise ScheduleError(f"gpu{gpu} has {count} {stream} queues; it must have one")
+        if not 0 <= gpu < schedule.gpus:
+            raise ScheduleError(f"there is a queue of gpu{gpu}; the schedule has {schedule.gpus} GPUs")
+    for position, job in enumerate(schedule.jobs):
+        if job.index != position:
+            raise ScheduleError(f"job {position} of the schedule is numbered {job.index}")
+        if not 0 <= job.stage < len(partition.stages):
+            raise ScheduleError(f"job {position}: the partition has no stage {job.stage}")
+    microbatches = [frozenset(job.microbatches) for job in schedule.jobs]
     for queue in schedule.queues:
+        spaces = (buffers.HOST, buffers.gpu(queue.gpu))
         for action in queue.actions:
             if ids[action.id] > 1:
                 raise ScheduleError(f"{action.id}: {ids[action.id]} actions have this id")
-            said = ActionId.parse(action.id)
-            fields = (action.stage, action.op, action.microbatch)
-            if (said.stage, said.op, said.microbatch) != fields or said.job not in (None, action.job):
+            if not _says_what_it_is(action):
                 raise ScheduleError(f"{action.id}: its stage, op, microbatch or job differ from its id")
             stream = _STREAMS.get(action.op, queue.stream)
             if (action.gpu, action.stream, stream) != (queue.gpu, queue.stream, queue.stream):
@@ -65,26 +72,45 @@ def _check_queues(schedule: Schedule, partition: Partition) -> None:
                     f"{action.id} is queued on gpu{queue.gpu} {queue.stream}; "
                     f"it belongs on gpu{action.gpu} {stream}"
                 )
-            job = jobs.get(action.job)
-            if job is None or (job.stage, job.gpu) != (action.stage, action.gpu):
+            job = schedule.jobs[action.job] if 0 <= action.job < len(schedule.jobs) else None
+            # An update is the host's, on behalf of the last of several jobs.
+            gpu = job.gpu if job and action.op is Op.UPDATE else action.gpu
+            if job is None or (job.stage, job.gpu) != (action.stage, gpu):
                 raise ScheduleError(
                     f"{action.id}: no job {action.job} runs stage {action.stage} on gpu{action.gpu}"
                 )
-            if job.stage >= len(partition.stages):
-                raise ScheduleError(f"{action.id}: the partition has no stage {job.stage}")
-            if action.microbatch is not None and action.microbatch not in job.microbatches:
+            if action.microbatch is not None and action.microbatch not in microbatches[job.index]:
                 raise ScheduleError(f"{action.id}: job {job.index} has no microbatch {action.microbatch}")
-            _check_names(action, schedule)
+            _check_names(action, schedule, spaces)
 
 
-def _check_names(action: Action, schedule: Schedule) -> None:
+def _says_what_it_is(action: Action) -> bool:
+    """Whether the id agrees with the fields; most do, and are not taken apart to see it."""
+    usual = f"{action.stage}{action.op.value}{'' if action.microbatch is None else action.microbatch}"
+    rest = action.id.removeprefix(usual)
+    if rest in ("", f"@{action.job}") and len(rest) < len(action.id):
+        return True
+    said = ActionId.parse(action.id)
+    fields = (action.stage, action.op, action.microbatch)
+    return (said.stage, said.op, said.microbatch) == fields and said.job in (None, action.job)
+
+
+def _check_names(action: Action, schedule: Schedule, spaces: tuple[str, str]) -> None:
     if bool(action.frees) != (action.op is Op.FREE) or (action.frees and (action.reads or action.writes)):
         raise ScheduleError(f"{action.id}: FREE, and nothing else, frees buffers; it does nothing more")
-    for buffer in (*action.reads, *action.writes, *action.frees):
-        if buffer not in schedule.buffers:
-            raise ScheduleError(f"{action.id} uses {buffer}, which has no size in the schedule's buffers")
-        if buffers.space_of(buffer) not in (buffers.HOST, buffers.gpu(action.gpu)):
-            raise ScheduleError(f"{action.id} runs on gpu{action.gpu} and cannot reach {buffer}")
+    if (action.workspace_bytes and action.op not in COMPUTE_OPS) or (
+        action.nbytes and action.op not in _CARRIES
+    ):
+        raise ScheduleError(f"{action.id}: only copies move bytes, only compute actions have a workspace")
+    for operands in (action.reads, action.writes, action.frees):
+        if len(operands) > 1 and len(set(operands)) < len(operands):
+            twice = next(buffer for buffer in operands if operands.count(buffer) > 1)
+            raise ScheduleError(f"{action.id} names {twice} twice")
+        for buffer in operands:
+            if buffer not in schedule.buffers:
+                raise ScheduleError(f"{action.id} uses {buffer}, which has no size in the schedule's buffers")
+            if buffers.space_of(buffer) not in spaces:
+                raise ScheduleError(f"{action.id} runs on gpu{action.gpu} and cannot reach {buffer}")
 
 
 def _check_coverage(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
@@ -115,12 +141,17 @@ def _check_coverage(schedule: Schedule, chain: SegmentChain, partition: Partitio
                         f"({', '.join(names) or 'no action'}); it must have one"
                     )
     for job in schedule.jobs:
-        for action, microbatch in zip(positions[job.index], job.microbatches, strict=False):
+        runs = positions[job.index]
+        for action, microbatch in zip(runs, job.microbatches, strict=False):
             if action.microbatch != microbatch:
                 raise ScheduleError(f"{action.id} is out of order: job {job.index} runs {job.microbatches}")
+        if len(runs) != len(job.microbatches):
+            raise ScheduleError(f"job {job.index} runs {len(runs)} microbatches of {job.microbatches}")
 
 
-def _check_operands(schedule: Schedule, chain: SegmentChain, partition: Partition) -> None:
+def _check_operands(
+    schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames
+) -> None:
     """Compute actions read and write exactly what their segments call for."""
     for action in schedule.actions():
         if action.op not in COMPUTE_OPS:
@@ -148,20 +179,30 @@ def _check_operands(schedule: Schedule, chain: SegmentChain, partition: Partitio
             writes.append(BufferName(space, "dx", stage.first - 1, job, microbatch))
         if stage.last == len(chain.segments) - 1 and stage.kind is not StageKind.B:
             writes.append(BufferName(space, "loss", None, None, microbatch))
+        found_reads = [names[name] for name in action.reads]
+        found_writes = [names[name] for name in action.writes]
         if stage.kind is StageKind.F:  # which of its boundaries are used, their readers say
-            cuts = [buffers.parse(name) for name in action.writes if buffers.parse(name).kind == "x"]
-            possible = [BufferName(space, "x", index, job, microbatch) for index in stage.segments]
-            writes += [name for name in cuts if name in possible]
-        found_writes = [buffers.parse(name) for name in action.writes]
-        found_reads = [buffers.parse(name) for name in action.reads]
+            inside = (stage.first, stage.last)
+            writes += [
+                name._replace(space=space, job=job, microbatch=microbatch)
+                for name in found_writes
+                if name.kind == "x" and name.segment is not None and inside[0] <= name.segment <= inside[1]
+            ]
         # Gradients are read to be added to; how often, the checks of their writers say.
         found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
         found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
+        workspace = stage_bytes.workspace_bytes(chain, stage)
+        if action.workspace_bytes != workspace:
+            raise ScheduleError(
+                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; its stage needs {workspace:,}"
+            )
         _compare(action, "read", reads, found_reads)
         _compare(action, "write", writes, found_writes)
 
 
 def _compare(action: Action, verb: str, expected: list[BufferName], found: list[BufferName]) -> None:
+    if expected == found:
+        return
     missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
     for names, must in ((missing, "must"), (extra, "must not")):
         for name in names:
@@ -170,7 +211,7 @@ def _compare(action: Action, verb: str, expected: list[BufferName], found: list[
             raise ScheduleError(f"{action.id} {must} {verb} {name.space}:{name.kind} ({what})")
 
 
-def _check_copies(schedule: Schedule) -> None:
+def _check_copies(schedule: Schedule, names: ParsedNames) -> None:
     """A copy takes the same thing from one side to the other, and all of it."""
     for action in schedule.actions():
         if action.op not in _CARRIES:
@@ -181,7 +222,7 @@ def _check_copies(schedule: Schedule) -> None:
         if action.stream is Stream.D2H:
             spaces = spaces[::-1]
         for source, target in zip(action.reads, action.writes, strict=True):
-            left, right = buffers.parse(source), buffers.parse(target)
+            left, right = names[source], names[target]
             if (left.space, right.space) != spaces:
                 raise ScheduleError(f"{action.id} copies {source} to {target} on the {action.stream} stream")
             if (left.kind, right.kind) not in _CARRIES[action.op]:

@@ -161,13 +161,6 @@ def test_a_prefetch_waits_for_the_weights_of_the_job_two_before():
     assert action(schedule, "3P@3.0").after == ("1X@1.0",)
 
 
-def test_a_job_without_weights_takes_no_slot():
-    stages = partition("F0-0", "F1-1", "F2-2", "F3-3")
-    schedule = with_transfers(chain(4, {1: {"weight_bytes": 0}}), stages, 1, 1, mode="forward")
-    assert action(schedule, "2P@2.2").after == ()
-    assert action(schedule, "3P@3.3").after == ("0X@0.0",)
-
-
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_activations_wait_for_slots(slots):
     schedule = with_transfers(chain(2), partition("F0-0", "FB1-1", "B0-0"), 2, 4, slots=slots)
@@ -243,14 +236,13 @@ def test_refuses_to_run_twice():
         InsertTransfers(chain(3)).run(with_transfers(chain(3), STAGES, 2, 1))
 
 
-def test_refuses_no_slots():
-    with pytest.raises(InvalidArgument, match="activation_slots is 0; it must be at least 1"):
-        InsertTransfers(chain(3), activation_slots=0).run(computes(chain(3), STAGES, 2, 1))
+@pytest.mark.parametrize("option", ["activation_slots", "resident_jobs"])
+def test_refuses_no_slots(option):
+    with pytest.raises(InvalidArgument, match=f"{option} is 0; it must be at least 1"):
+        InsertTransfers(chain(3), **{option: 0}).run(computes(chain(3), STAGES, 2, 1))
 
 
 def test_refuses_a_read_that_nothing_makes():
     schedule = edit(computes(chain(3), STAGES, 2, 1), "0F0", writes=("gpu0:x.s0.j0.m0",))
-    with pytest.raises(
-        ScheduleError, match=re.escape("1FB0 reads gpu1:x.s1.j1.m0, which no earlier job makes")
-    ):
+    with pytest.raises(ScheduleError, match=re.escape("1FB0 reads gpu1:x.s1.j1.m0, which no action makes")):
         InsertTransfers(chain(3)).run(schedule)

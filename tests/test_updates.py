@@ -1,0 +1,183 @@
+"""Optimizer updates in the schedule."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.ir import Op, Stream, TiedWeight
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.simulate import simulate
+from rpcompile.verify import verify_schedule
+from tests.chains import action, chain, edit, ids, partition, with_transfers, without
+from tests.dispatches import dispatched, of_steps
+
+STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
+# 4 bytes of gradient a segment are 2 parameters: 2 s an update.
+PRICES = {"seconds_per_parameter": 1.0, "parameter_bytes": 2, "host_bytes_per_s": 1.0}
+TIED = (TiedWeight("embed", (0, 2), weight_bytes=2, gradient_bytes=2),)
+
+
+def updated(found=None, stages=STAGES, **options):
+    """Two GPUs, one microbatch."""
+    found = found or chain(3)
+    schedule = with_transfers(found, stages, gpus=2, microbatches=1)
+    return InsertEventWaits().run(InsertUpdates(found, **{**PRICES, **options}).run(schedule))
+
+
+def halves():
+    """One fused stage; even and odd microbatches on GPUs of their own."""
+    stages = partition("FB0-0")
+    dispatch = of_steps("halves", 2, 4, [(m % 2, 0, m, m % 2) for m in range(4)])
+    return stages, InsertTransfers(chain(1)).run(LayOutDispatch(chain(1), stages).run(dispatch))
+
+
+def test_each_segment_is_updated_by_its_last_job_on_one_queue():
+    schedule = updated(order=(0, 1, 2))
+    assert ids(schedule, 0, "host") == "3U@3.0 2U@2.1 1U@1.2"
+    first = action(schedule, "3U@3.0")
+    assert (first.stream, first.gpu, first.stage, first.seconds) == (Stream.HOST, 0, 3, 2.0)
+    assert (first.reads, first.writes) == (("host:gradients.j3.s0",), ("host:updated.s0",))
+    assert {name: schedule.buffers[name] for name in schedule.buffers if ":updated" in name} == {
+        "host:updated.s0": 0,
+        "host:updated.s1": 0,
+        "host:updated.s2": 0,
+    }
+    verify_schedule(schedule, chain(3), STAGES)
+
+
+def test_the_lowest_that_is_ready_goes_first():
+    # Gradients come down from the last segment to the first, a backward apart: each is updated at once.
+    assert ids(updated(), 0, "host") == "1U@1.2 2U@2.1 3U@3.0"
+    # So slow an optimizer is still at the head when both others have come.
+    assert ids(updated(seconds_per_parameter=100.0), 0, "host") == "1U@1.2 3U@3.0 2U@2.1"
+
+
+def test_clipping_waits_for_all_gradients():
+    schedule = updated(clip=True)
+    assert ids(schedule, 0, "host") == "1U@1 3U@3.0 2U@2.1 1U@1.2"
+    norm = action(schedule, "1U@1")
+    assert norm.reads == ("host:gradients.j3.s0", "host:gradients.j2.s1", "host:gradients.j1.s2")
+    assert (norm.writes, norm.seconds, schedule.buffers["host:norm"]) == (("host:norm",), 0.0, 4)
+    assert action(schedule, "3U@3.0").reads == ("host:gradients.j3.s0", "host:norm")
+    verify_schedule(schedule, chain(3), STAGES)
+    ends = simulate(schedule).end_s
+    assert simulate(schedule).start_s["1U@1"] == max(ends[f"{g}"] for g in ("3G@3.0", "2G@2.1", "1G@1.2"))
+
+
+def test_gradients_of_replicas_are_summed_once():
+    stages, transfers = halves()
+    schedule = InsertEventWaits().run(InsertUpdates(chain(1), **PRICES).run(transfers))
+    update = action(schedule, "0U@1.0")
+    assert update.reads == ("host:gradients.j0.s0", "host:gradients.j1.s0")
+    # Two parameters at 1 s, and 4 bytes added to 4 bytes: 12 bytes at 1 byte/s.
+    assert update.seconds == 2 + 12
+    verify_schedule(schedule, chain(1), stages)
+    clipped = InsertUpdates(chain(1), clip=True, **PRICES).run(transfers)
+    assert [action(clipped, id).seconds for id in ("0U@1", "0U@1.0")] == [12 + 4, 2]
+
+
+def test_a_tied_weight_is_updated_with_its_first_segment():
+    tied = chain(3, tied=TIED)
+    schedule = updated(tied)
+    first, last = action(schedule, "3U@3.0"), action(schedule, "1U@1.2")
+    assert first.reads == ("host:gradients.j3.s0", "host:gradients.j1.s2")
+    assert first.seconds == 2 + 3 * 2
+    assert last.reads == ("host:gradients.j1.s2", "host:updated.s0")
+    assert last.seconds == 1
+    assert ids(schedule, 0, "host") == "2U@2.1 3U@3.0 1U@1.2"
+    verify_schedule(schedule, tied, STAGES)
+
+
+def test_nothing_to_update():
+    frozen = chain(1, {0: {"gradient_bytes": 0}})
+    schedule = with_transfers(frozen, partition("FB0-0"), 1, 1)
+    assert InsertUpdates(frozen).run(schedule) is schedule
+
+
+@settings(max_examples=60, deadline=None)
+@given(dispatched(mode="sync"), st.booleans())
+def test_any_dispatch_with_updates_verifies(problem, clip):
+    chain, stages, dispatch, mode = problem
+    plain = InsertTransfers(chain).run(LayOutDispatch(chain, stages, mode).run(dispatch))
+    schedule = InsertEventWaits().run(InsertUpdates(chain, clip=clip).run(plain))
+    verify_schedule(schedule, chain, stages)
+    assert simulate(schedule).makespan_s > 0
+    jobs = {job for found in plain.actions() if found.op is Op.GRADIENT for job in [found.job]}
+    assert bool(jobs) == any(found.op is Op.UPDATE for found in schedule.actions())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seconds_per_parameter": -1.0}, "seconds_per_parameter is -1.0; it must not be negative"),
+        ({"parameter_bytes": 0}, "parameter_bytes is 0; it must be above 0"),
+        ({"host_bytes_per_s": 0.0}, "host_bytes_per_s is 0.0; it must be above 0"),
+        ({"order": (0, 1)}, "order is (0, 1); it must have each of (0, 1, 2) once"),
+        (
+            {"order": (2, 0, 1)},
+            "order has segment 2 before segment 0, with which its tied weights are updated",
+        ),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(InvalidArgument, match=f"^{re.escape(message)}$"):
+        updated(chain(3, tied=TIED), **options)
+
+
+def test_refuses_to_run_twice():
+    with pytest.raises(ScheduleError, match=re.escape("1U@1.2 is an update; insert-updates runs once")):
+        InsertUpdates(chain(3)).run(updated())
+
+
+VALID = updated(clip=True)
+
+
+def anew(schedule):
+    return InsertEventWaits().run(schedule)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "message"),
+    [
+        (
+            anew(without(VALID, "2U@2.1")),
+            "host:gradients.j2.s1 goes into no action; one update of segment 1 must",
+        ),
+        (
+            anew(edit(VALID, "2U@2.1", reads=("host:norm",))),
+            "2U@2.1 leaves out host:gradients.j2.s1, which goes into host:updated.s1",
+        ),
+        (
+            anew(edit(VALID, "2U@2.1", reads=("host:gradients.j2.s1",))),
+            "2U@2.1 leaves out host:norm, which goes into host:updated.s1",
+        ),
+        (
+            anew(edit(VALID, "2U@2.1", reads=(*action(VALID, "2U@2.1").reads, "host:gradients.j3.s0"))),
+            "2U@2.1 reads host:gradients.j3.s0, which does not go into host:updated.s1",
+        ),
+        (
+            anew(edit(VALID, "1U@1", reads=action(VALID, "1U@1").reads[1:])),
+            "1U@1 leaves out host:gradients.j3.s0, which goes into host:norm",
+        ),
+        (
+            edit(VALID, "1U@1", waits=()),
+            "1U@1 does not wait for 2G@2.1, which writes host:gradients.j2.s1",
+        ),
+        (
+            edit(VALID, "2U@2.1", writes=("host:loss.m0",)),
+            "1O0 uses host:loss.m0, which 1O0 and 2U@2.1 writes from scratch; one action must",
+        ),
+    ],
+)
+def test_broken_updates_are_refused(mutant, message):
+    with pytest.raises(ScheduleError) as caught:
+        verify_schedule(mutant, chain(3), STAGES)
+    assert message in str(caught.value)
