@@ -81,7 +81,8 @@ class CostFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         def operator_costs(name: str) -> OperatorCosts:
             cost = costed.costs[name]
             indices = {
-                quantity: places.setdefault(str(getattr(cost, quantity)), len(places)) for quantity in QUANTITIES
+                quantity: places.setdefault(str(getattr(cost, quantity)), len(places))
+                for quantity in QUANTITIES
             }
             return OperatorCosts(name, cost.op_class, cost.source, **indices)
 
@@ -150,7 +151,9 @@ class CostFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         for name, (low, high) in self.sizes.items():
             if not low <= sizes.get(name, low - 1) <= high:
-                raise InvalidArgument(f"{name}={sizes.get(name)} is outside the captured range {low} to {high}")
+                raise InvalidArgument(
+                    f"{name}={sizes.get(name)} is outside the captured range {low} to {high}"
+                )
         values = [expression.evaluate(sizes) for expression in self.parsed()]
         return {
             segment.name: {

@@ -91,7 +91,9 @@ def parse(text: str, names: Iterable[str]) -> Expression:
         InvalidArgument: Anything else occurs, or it is too long or too deep.
     """
     if len(text) > MOST_CHARACTERS:
-        raise InvalidArgument(f"an expression of {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
+        raise InvalidArgument(
+            f"an expression of {len(text):,} characters; at most {MOST_CHARACTERS:,} are read"
+        )
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -131,7 +133,9 @@ def _check(node: ast.expr, known: frozenset[str], found: set[str], text: str, de
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
             count = _FUNCTIONS[name][0]
             if not arguments or (count is not None and len(arguments) != count):
-                raise InvalidArgument(f"{_short(text)}: {name} takes {count or 'some'} arguments, not {len(arguments)}")
+                raise InvalidArgument(
+                    f"{_short(text)}: {name} takes {count or 'some'} arguments, not {len(arguments)}"
+                )
             parts = list(arguments)
         case _:
             names = ", ".join(sorted(known)) or "none"

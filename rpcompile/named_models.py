@@ -71,7 +71,7 @@ def build(name: str, dtype: str | None = None, lora: int | None = None) -> Named
     parts = None if name.lower() in _built_in() or Path(name).exists() else _factory_parts(name)
     found = _from_factory(*parts) if parts else NamedModel(_from_config(_configuration(name), name))
     model = found.module if dtype is None else found.module.to(_dtype(dtype))
-    model = model if lora is None else _with_lora(model, lora)
+    model = model if lora is None else with_lora(model, lora)
     return NamedModel(model.train(), found.example_inputs)
 
 
@@ -140,7 +140,12 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _with_lora(model: nn.Module, rank: int) -> nn.Module:
+def with_lora(model: nn.Module, rank: int) -> nn.Module:
+    """A Hugging Face model under LoRA on every linear layer but the head; alpha is twice the rank.
+
+    Raises:
+        InvalidArgument: The model is no Hugging Face model, or peft is not installed.
+    """
     import torch
 
     peft = _import("peft")

@@ -6,15 +6,17 @@ schema is `rpcompile/data/plan.schema.json`, written by `python -m rpcompile.pla
 
 from __future__ import annotations
 
+import base64
+import gc
 import hashlib
 import html
 import io
-import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from rich import box
@@ -25,18 +27,20 @@ from rpcompile import stage_bytes
 from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
+from rpcompile.plan_checks import plan_problem
+from rpcompile.plan_versions import VERSION, known, upgrade
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from matplotlib.figure import Figure
 
     from rpcompile.explain import Explanation
 
-VERSION = 1
 _WIDTH = 120
-_LONGEST_S = 1e9  # thirty years
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,10 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the printed form, and the timeline as a picture."""
-        picture = io.StringIO()
-        self.plot().savefig(picture, format="svg")
-        svg = picture.getvalue()
-        return f"<pre>{html.escape(str(self))}</pre>{svg[svg.index('<svg') :]}"
+        picture = io.BytesIO()
+        self.plot().savefig(picture, format="png", dpi=110)
+        data = base64.b64encode(picture.getvalue()).decode()
+        return f'<pre>{html.escape(str(self))}</pre><img alt="timeline" src="data:image/png;base64,{data}">'
 
 
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -197,16 +201,17 @@ def _decode(source: Path, data: bytes, verify: bool) -> Plan:
         raise PlanFileError(
             f"{source} is no plan file: its format is {header.format!r}, not 'rpcompile.plan'"
         )
-    if header.version != VERSION:
+    if not known(header.version):
         what = "a newer rpcompile" if header.version > VERSION else "an unknown rpcompile"
         raise PlanFileError(
             f"{source} was made by {what}: its version is {header.version}, this one reads {VERSION}"
         )
     try:
-        plan = msgspec.json.decode(data, type=_PlanFile).plan
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        with _no_garbage_collection():
+            plan = _read(data, header.version)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PlanFileError) as error:
         raise PlanFileError(f"{source} is damaged: {error}") from error
-    problem = _problem(plan)
+    problem = plan_problem(plan)
     if problem is not None:
         raise PlanFileError(f"{source} is damaged: {problem}")
     if not verify:
@@ -218,63 +223,25 @@ def _decode(source: Path, data: bytes, verify: bool) -> Plan:
     return plan
 
 
-def _problem(plan: Plan) -> str | None:
-    """The first reference or number in a plan that cannot be, so that later code need not ask."""
-    segments, stages, jobs = plan.chain.segments, plan.partition.stages, plan.schedule.jobs
-    if not _finite(msgspec.to_builtins(plan)):
-        return "it holds a number that is not finite"
-    problem = _impossible_number(plan)
-    if problem is not None:
-        return problem
-    if plan.gpus < 1 or plan.microbatches < 1 or not segments or not stages:
-        return "it has no GPUs, microbatches, segments or stages"
-    if (plan.schedule.gpus, plan.schedule.microbatches) != (plan.gpus, plan.microbatches):
-        return "its schedule is for another number of GPUs or microbatches"
-    for index, stage in enumerate(stages):
-        if stage.index != index or not 0 <= stage.first <= stage.last < len(segments):
-            return f"stage {stage.index} at place {index} has segments {stage.first}..{stage.last}"
-    for index, job in enumerate(jobs):
-        if job.index != index or not 0 <= job.stage < len(stages) or not 0 <= job.gpu < plan.gpus:
-            return f"job {job.index} at place {index} names stage {job.stage} and GPU {job.gpu}"
-    for tied in plan.chain.tied:
-        if any(not 0 <= segment < len(segments) for segment in tied.segments):
-            return f"tied weight {tied.name!r} names a segment that does not exist"
-    for action in plan.schedule.actions():
-        unknown = {*action.reads, *action.writes, *action.frees} - plan.schedule.buffers.keys()
-        if unknown:
-            return f"action {action.id} names the unknown buffer {min(unknown)!r}"
-        if not 0 <= action.job < len(jobs) or action.stage != jobs[action.job].stage:
-            return f"action {action.id} names job {action.job} and stage {action.stage}"
-    return None
+def _read(data: bytes, version: int) -> Plan:
+    if version == VERSION:
+        return msgspec.json.decode(data, type=_PlanFile).plan
+    file = msgspec.json.decode(data, type=dict[str, Any])
+    return msgspec.convert(
+        {**file, "version": VERSION, "plan": upgrade(file.get("plan"), version)}, _PlanFile
+    ).plan
 
 
-def _impossible_number(plan: Plan) -> str | None:
-    """A rate that is not positive, or a time or size that is negative or longer than a schedule can be."""
-    hardware = plan.chain.hardware
-    for name in ("flops_per_s", "memory_bytes_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s"):
-        if getattr(hardware, name) <= 0:
-            return f"hardware.{name} is {getattr(hardware, name)}; it must be above 0"
-    for action in plan.schedule.actions():
-        if not 0 <= action.seconds <= _LONGEST_S or action.nbytes < 0 or action.workspace_bytes < 0:
-            return (
-                f"action {action.id} takes {action.seconds} s, {action.nbytes} bytes and "
-                f"{action.workspace_bytes} bytes of workspace; none may be negative, and no time over "
-                f"{_LONGEST_S:.0e} s"
-            )
-    for buffer, nbytes in plan.schedule.buffers.items():
-        if nbytes < 0:
-            return f"buffer {buffer} has {nbytes} bytes"
-    return None
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(_finite(item) for item in cast("dict[str, Any]", value).values())
-    return (
-        all(_finite(item) for item in cast("list[Any]", value)) if isinstance(value, list | tuple) else True
-    )
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Reading makes many objects and no garbage; looking for some in between takes most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # ------------------------------------------------------------------- the printed form

@@ -24,7 +24,9 @@ def schedule_python(plan: Plan) -> str:
     merged: list[list[Action]] = [[] for _ in range(plan.gpus)]
     for action in sorted(plan.schedule.actions(), key=lambda action: timeline.start_s[action.id]):
         merged[action.gpu].append(action)
-    parts = [f'"""Plan {plan.id}: {plan.model_name}, {plan.microbatches} microbatches on {plan.gpus} GPUs."""\n']
+    parts = [
+        f'"""Plan {plan.id}: {plan.model_name}, {plan.microbatches} microbatches on {plan.gpus} GPUs."""\n'
+    ]
     for gpu, actions in enumerate(merged):
         lines = [f"def gpu{gpu}(gpu):"]
         for action in actions:
@@ -41,7 +43,9 @@ def _arguments(action: Action) -> str:
     if action.op is Op.FREE:
         return f"{action.id!r}, stream={action.stream.value!r}, buffers={action.frees!r}"
     microbatch = "" if action.microbatch is None else f"microbatch={action.microbatch}, "
-    return f"{action.id!r}, stage={action.stage}, {microbatch}reads={action.reads!r}, writes={action.writes!r}"
+    return (
+        f"{action.id!r}, stage={action.stage}, {microbatch}reads={action.reads!r}, writes={action.writes!r}"
+    )
 
 
 def actions_csv(plan: Plan) -> str:

@@ -57,7 +57,9 @@ def plot(plan: Plan, path: str | os.PathLike[str] | None = None, *, width: float
         _box(gap.start_s * scale, gap.end_s * scale, gap.gpu + _TOPS[LANES[0]], _HEIGHTS[LANES[0]])
         for gap in gaps(plan.schedule, timeline)
     ]
-    axes.add_collection(PolyCollection(idle, facecolor="#f4f4f4", edgecolor="#b0b0b0", hatch="////", linewidth=0))
+    axes.add_collection(
+        PolyCollection(idle, facecolor="#f4f4f4", edgecolor="#b0b0b0", hatch="////", linewidth=0)
+    )
     drawn = bars(plan.schedule, timeline)
     colours = palette(plan.microbatches)
     boxes = [
@@ -71,7 +73,9 @@ def plot(plan: Plan, path: str | os.PathLike[str] | None = None, *, width: float
         for bar in compute:
             if bar.end_s - bar.start_s > 0.006 * len(bar.label) * timeline.makespan_s:
                 middle = (bar.start_s + bar.end_s) / 2 * scale
-                axes.text(middle, bar.gpu + 0.31, bar.label, ha="center", va="center", fontsize=5.5, clip_on=True)
+                axes.text(
+                    middle, bar.gpu + 0.31, bar.label, ha="center", va="center", fontsize=5.5, clip_on=True
+                )
     _finish(axes, plan, timeline.makespan_s * scale, unit)
     if path is not None:
         figure.savefig(path, dpi=180)

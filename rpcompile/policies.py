@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile.errors import InvalidArgument, PartitionError, RpcompileError
+from rpcompile.errors import InvalidArgument, RpcompileError
 from rpcompile.ir import Partition, Stage, StageKind
 from rpcompile.passes.dispatch_1f1b import Dispatch1F1B
 from rpcompile.passes.dispatch_gpipe import DispatchGPipe
@@ -58,6 +59,18 @@ class PolicyResult:
     problem: str | None = None
 
 
+def check_policy(policy: str) -> None:
+    """Refuses a name that is none.
+
+    Raises:
+        InvalidArgument: With near names.
+    """
+    if policy not in POLICIES:
+        near = difflib.get_close_matches(policy, POLICIES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(POLICIES)}"
+        raise InvalidArgument(f"policy {policy!r} is unknown; {hint}")
+
+
 def default_partition(chain: SegmentChain, policy: str, gpus: int) -> Partition:
     """The stages that a policy is used with: RoundPipe's rule, or pipelines with mirrored stages.
 
@@ -99,13 +112,12 @@ def schedule_policy(
         InvalidArgument: No such policy.
         PartitionError: The policy cannot run these stages.
     """
-    if policy not in POLICIES:
-        raise InvalidArgument(f"policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    check_policy(policy)
     dispatch = POLICIES[policy](gpus, microbatches).run(partition)
     return lay_out(chain, partition, dispatch, "sync")
 
 
-def result_of(policy: str, chain: SegmentChain, schedule: Schedule, timeline: Timeline, own: bool) -> PolicyResult:
+def result_of(policy: str, chain: SegmentChain, timeline: Timeline, own: bool) -> PolicyResult:
     """The figures of one simulation."""
     return PolicyResult(
         policy,
@@ -127,7 +139,7 @@ def compare_policies(plan: Plan) -> tuple[PolicyResult, ...]:
     """
     if plan.mode == "forward":
         return ()
-    own = result_of(f"this plan ({plan.schedule.policy})", plan.chain, plan.schedule, plan.simulate(), own=True)
+    own = result_of(f"this plan ({plan.schedule.policy})", plan.chain, plan.simulate(), own=True)
     return own, *compare_chain(plan.chain, plan.gpus, plan.microbatches)
 
 
@@ -142,7 +154,7 @@ def compare_chain(chain: SegmentChain, gpus: int, microbatches: int) -> tuple[Po
         except RpcompileError as error:
             found.append(PolicyResult(policy, problem=str(error)))
             continue
-        found.append(result_of(policy, chain, schedule, timeline, own=False))
+        found.append(result_of(policy, chain, timeline, own=False))
     return tuple(found)
 
 

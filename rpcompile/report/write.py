@@ -14,7 +14,12 @@ from rpcompile.explain import Explanation, explain
 from rpcompile.files import write_in_one_step
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s, upload_traffic
-def compare_policies(plan): return ()
+
+
+def compare_policies(plan):
+    return ()
+
+
 from rpcompile.report import charts, timeline
 
 if TYPE_CHECKING:
@@ -69,7 +74,9 @@ def report_html(plan: Plan, *, compare: bool = True) -> str:
         "cards": _cards(plan),
         "words": _words(explanation),
         "stages": _stage_table(plan, explanation),
-        "classes_note": "" if classes is not None else "<p>The plan was made from a profile, which has no classes.</p>",
+        "classes_note": ""
+        if classes is not None
+        else "<p>The plan was made from a profile, which has no classes.</p>",
         "policies_note": _policy_note(results, compare),
         "bokeh": Resources(mode="inline", components=["bokeh"]).render_js(),
         "script": script,
