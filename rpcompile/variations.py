@@ -61,7 +61,7 @@ def with_microbatches(plan: Plan, more: int) -> Schedule:
         tuple((job, twin) for job, microbatch in queue for twin in with_twins(microbatch))
         for queue in dispatch.order
     )
-    grown = Dispatch(dispatch.policy, dispatch.gpus, old + more, jobs, order)
+    grown = replace(dispatch, microbatches=old + more, jobs=jobs, order=order)
     return lay_out(plan.chain, plan.partition, grown, plan.mode)
 
 

@@ -45,15 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error.format_message(), error, debug)
     except RpcompileError as error:
         return _refuse(str(error), error, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, e.g. `head`, has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except SystemExit as end:  # typer's way to say that the output's reader, e.g. `head`, has enough
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return _stop_writing()
+    except BrokenPipeError:
+        return _stop_writing()
     except OSError as error:
         return _refuse(f"{error.filename or 'input or output'}: {error.strerror or error}", error, debug)
+    if status == INTERRUPTED:
+        print("Interrupted.", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _stop_writing() -> int:
+    # What is left in the buffer would fail again when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _refuse(message: str, error: BaseException, debug: bool) -> int:
