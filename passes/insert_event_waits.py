@@ -8,6 +8,7 @@ Before -> after::
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from rpcompile import buffers
 from rpcompile.buffer_uses import BufferUses, Role
+from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError
 from rpcompile.ordering import ActionGraph, HappensBefore
 
@@ -38,6 +40,7 @@ class InsertEventWaits:
 
     name = "insert-event-waits"
 
+    @collection_paused()
     def run(self, schedule: Schedule) -> Schedule:
         """Adds the events.
 
@@ -50,26 +53,30 @@ class InsertEventWaits:
         """
         actions = tuple(schedule.actions())
         queue_of = [number for number, queue in enumerate(schedule.queues) for _ in queue.actions]
-        edges = _latest(_needs(actions, np.array(queue_of, np.int32)), np.array(queue_of, np.int32))
-        needed = _reduced(schedule, edges)
-        sources = sorted({source for found in needed for source in found})
-        events = {source: f"e{number}" for number, source in enumerate(sources)}
+        queues = np.array(queue_of, np.int32)
+        source, target = _reduced(schedule, _latest(_needs(actions, queues), queues))
+        events = {number: f"e{place}" for place, number in enumerate(np.unique(source).tolist())}
+        waits: dict[int, list[str]] = defaultdict(list)
+        for first, second in zip(source.tolist(), target.tolist(), strict=True):
+            waits[second].append(events[first])
         numbered = iter(enumerate(actions))
-        queues = tuple(
-            replace(
-                queue, actions=tuple(_with_events(*next(numbered), needed, events) for _ in queue.actions)
-            )
-            for queue in schedule.queues
+        return replace(
+            schedule,
+            queues=tuple(
+                replace(
+                    queue, actions=tuple(_with_events(*next(numbered), waits, events) for _ in queue.actions)
+                )
+                for queue in schedule.queues
+            ),
         )
-        return replace(schedule, queues=queues)
 
 
-def _with_events(number: int, action: Action, needed: list[list[int]], events: dict[int, str]) -> Action:
-    waits = tuple(events[source] for source in needed[number])
+def _with_events(number: int, action: Action, waits: dict[int, list[str]], events: dict[int, str]) -> Action:
+    waited = tuple(waits.get(number, ()))
     records = (events[number],) if number in events else ()
-    if (waits, records) == (action.waits, action.records):
+    if (waited, records) == (action.waits, action.records):
         return action
-    return replace(action, waits=waits, records=records)
+    return replace(action, waits=waited, records=records)
 
 
 def _needs(actions: tuple[Action, ...], queue_of: Numbers) -> tuple[Numbers, Numbers]:
@@ -131,24 +138,28 @@ def _latest(edges: tuple[Numbers, Numbers], queue_of: Numbers) -> tuple[Numbers,
     return source[last], target[last]
 
 
-def _reduced(schedule: Schedule, edges: tuple[Numbers, Numbers]) -> list[list[int]]:
-    """The sources of each action that its queue and its other sources do not imply, in ascending order.
+def _reduced(schedule: Schedule, edges: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
+    """The edges that the target's queue and its other sources do not imply, by target, then source.
 
-    Over all actions these are the edges between queues of the graph's transitive reduction.
+    These are the edges between queues of the graph's transitive reduction.
     """
+    source, target = edges
     found: list[list[int]] = [[] for _ in schedule.actions()]
-    for source, target in zip(*(side.tolist() for side in edges), strict=True):
-        found[target].append(source)
-    graph = ActionGraph.build(schedule, found)
-    order = HappensBefore(graph)
-    for number, sources in enumerate(found):
-        if not sources:
-            continue
-        previous = graph.previous(number)
-        others = sources if previous is None else [*sources, previous]
-        if len(others) > 1:
-            found[number] = [
-                source for source in sources if not any(order.before(source, other) for other in others)
-            ]
-        found[number].sort()
-    return found
+    for first, second in zip(source.tolist(), target.tolist(), strict=True):
+        found[second].append(first)
+    order = HappensBefore(ActionGraph.build(schedule, found))
+    # What else each target waits for: its other sources, and the action before it on its queue.
+    queued = np.flatnonzero(np.diff(order.queue_of, prepend=-1) == 0).astype(np.int32)
+    queued = queued[np.isin(queued, target)]
+    others, waiters = np.concatenate((source, queued - 1)), np.concatenate((target, queued))
+    by_waiter = np.argsort(waiters, kind="stable")
+    others, waiters = others[by_waiter], waiters[by_waiter]
+    begin = np.searchsorted(waiters, target)
+    counts = np.searchsorted(waiters, target, side="right") - begin
+    places = np.cumsum(counts) - counts
+    pairs = np.arange(counts.sum()) + np.repeat(begin - places, counts)
+    implied = order.all_before(np.repeat(source, counts), others[pairs])
+    kept = ~np.logical_or.reduceat(implied, places) if len(source) else np.zeros(0, np.bool_)
+    source, target = source[kept], target[kept]
+    in_order = np.lexsort((source, target))
+    return source[in_order], target[in_order]

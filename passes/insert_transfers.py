@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
+from rpcompile.collection import collection_paused
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import COMPUTE_OPS, Action, ActionId, Op, Queue, Schedule, Stream
 from rpcompile.ordering import ActionGraph
@@ -46,6 +47,7 @@ _STREAMS = tuple(Stream)
 _PARTS = {Stream.COMPUTE: 0, Stream.H2D: 1, Stream.D2H: 2}
 _GRADIENTS_PART = 3
 
+_Group = tuple[int, int | None, int | None, int]
 _Value = tuple[str, int | None, int | None]
 
 
@@ -68,6 +70,7 @@ class InsertTransfers:
 
     name = "insert-transfers"
 
+    @collection_paused()
     def run(self, schedule: Schedule) -> Schedule:
         """Adds the copies that the compute actions' reads and writes call for.
 
@@ -284,30 +287,38 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     One FREE takes all buffers of a job, microbatch and stream. A buffer that a copy down reads is
     freed on that stream, so that compute never waits for a copy in order to free something.
     """
-    uses: dict[str, list[int]] = defaultdict(list)
+    last_use: dict[str, int] = {}
+    copied_down: set[str] = set()
     for number, action in enumerate(emitted):
-        for buffer in {*action.reads, *action.writes}:
-            uses[buffer].append(number)
-    groups: dict[ActionId, list[str]] = defaultdict(list)
-    last_use: dict[ActionId, int] = {}
-    for buffer, numbers in sorted(uses.items()):
+        for buffer in action.reads:
+            last_use[buffer] = number
+        for buffer in action.writes:
+            last_use[buffer] = number
+        if action.stream is Stream.D2H:
+            copied_down.update(action.reads)
+    groups: dict[_Group, list[str]] = defaultdict(list)
+    for buffer, number in last_use.items():
         name = names[buffer]
         if name.space == buffers.HOST and name.kind not in ("x", "dx"):
             continue
-        last = emitted[numbers[-1]]
-        leaves = any(emitted[n].stream is Stream.D2H and buffer in emitted[n].reads for n in numbers)
-        part = _PARTS[Stream.D2H if leaves else last.stream]
-        if name.microbatch is None:
-            part = _GRADIENTS_PART if name.kind == "gradients" else part
-            group = ActionId(last.stage, Op.FREE, job=last.job, part=part)
+        last = emitted[number]
+        part = _PARTS[Stream.D2H if buffer in copied_down else last.stream]
+        if name.microbatch is not None:
+            groups[last.stage, last.microbatch, None, part].append(buffer)
         else:
-            group = ActionId(last.stage, Op.FREE, last.microbatch, part=part)
-        groups[group].append(buffer)
-        last_use[group] = max(last_use.get(group, 0), numbers[-1])
+            part = _GRADIENTS_PART if name.kind == "gradients" else part
+            groups[last.stage, None, last.job, part].append(buffer)
     behind: dict[int, list[Action]] = defaultdict(list)
-    for group, number in sorted(last_use.items(), key=lambda item: (item[1], str(item[0]))):
-        behind[number].append(_free(group, emitted[number], tuple(groups[group])))
-    return [found for number, action in enumerate(emitted) for found in (action, *behind[number])]
+    for (stage, microbatch, job, part), freed in groups.items():
+        number = max(map(last_use.__getitem__, freed))
+        id = ActionId(stage, Op.FREE, microbatch, job, part)
+        behind[number].append(_free(id, emitted[number], tuple(sorted(freed))))
+    found: list[Action] = []
+    for number, action in enumerate(emitted):
+        found.append(action)
+        if number in behind:
+            found += sorted(behind[number], key=lambda free: free.id)
+    return found
 
 
 def _free(group: ActionId, last: Action, freed: tuple[str, ...]) -> Action:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from rpcompile.ir import Action, Capture, Op, Partition, Program, Schedule, SegmentChain
+from rpcompile.ordering import ActionGraph
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.simulate import simulate
 
@@ -52,8 +53,11 @@ class LowerToProgram:
         weights, states = extract.segment_tensors()
         timeline = simulate(schedule)
         merged: list[list[Action]] = [[] for _ in range(schedule.gpus)]
-        actions = [action for action in schedule.actions() if action.op is not Op.UPDATE]
-        ordered = sorted(actions, key=lambda action: timeline.start_s[action.id])
+        # Where starts are equal, causes come first: a worker that enqueues must meet them in that order.
+        graph = ActionGraph.from_events(schedule)
+        ordered = [graph.actions[number] for number in graph.execution_order()]
+        ordered = [action for action in ordered if action.op is not Op.UPDATE]
+        ordered.sort(key=lambda action: timeline.start_s[action.id])
         for action in ordered:
             merged[action.gpu].append(action)
         return Program(

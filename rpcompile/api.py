@@ -34,7 +34,8 @@ from rpcompile.planner import (
 )
 from rpcompile.profile import Profile
 from rpcompile.runtime.batches import largest_divisor
-from rpcompile.runtime.engine import Engine
+from rpcompile.runtime.engine import Engine, RuntimeOptions
+from rpcompile.runtime.weight_arenas import WeightArenas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +61,10 @@ def compile(
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
+    pin: str = "auto",
+    timeout_s: float = 600.0,
+    detect_nan: bool = False,
+    compile_stages: bool = False,
 ) -> Compiled:
     """Compiles a model into a program that trains it on `gpus` GPUs, weights staying on the host.
 
@@ -76,7 +81,9 @@ def compile(
             batch size up to twice the number of GPUs.
         gpu: Kind of GPU to plan for: a name from `rpcompile.hardware.names()`, or a `Hardware` with
             figures of your own. Default: the one that is found, else "rtx4090".
-        devices: One device name per GPU. Only "cpu" (a virtual GPU on a thread of its own) so far.
+        devices: One device name per GPU: all "cpu" (virtual GPUs, on threads of their own), or CUDA devices,
+            of which several GPUs may share one: `["cuda:0"] * 4`. Default: the first `gpus` CUDA devices
+            where there are as many, else "cpu".
         mode: "sync": the gradients of an iteration are complete when `forward_backward` returns.
         plan: A plan, or the path of one saved by `plan.save`, to use without solving.
         seconds: Where the plan's seconds come from: "estimated" (a roofline over FLOPs and bytes), "measured"
@@ -85,6 +92,15 @@ def compile(
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
+        pin: On CUDA devices, "auto" moves the model's weights into memory that is registered with CUDA, a
+            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are: for
+            models that are memory-mapped because they are larger than the host's memory.
+        timeout_s: Seconds in which at least one instruction must come to its end; otherwise
+            `forward_backward` raises `WorkerTimeout`, which says who waits for whom.
+        detect_nan: Check every stage's results and gradients, and raise `NonFinite` that names the stage,
+            microbatch, GPU and module of the first that is not finite. Makes the host wait for the GPUs.
+        compile_stages: Run stages through `torch.compile`, each distinct one compiled once. Results are
+            then equal within rounding, not bit for bit.
 
     Returns:
         The compiled model.
@@ -94,7 +110,8 @@ def compile(
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
     gpus = _check_gpus(gpus, loaded)
-    _check_modes(mode, devices, gpus)
+    _check_mode(mode)
+    runtime = _runtime(_devices(devices, gpus), pin, timeout_s, detect_nan, compile_stages)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
     options = PlanOptions(gpus, parts, mode, solver_time_s, seed)
     hardware = find_hardware(gpu) if loaded is None else loaded.chain.hardware
@@ -103,12 +120,14 @@ def compile(
         captured = capture_model(model, example, bar)
         if loaded is None:
             announce(bar, "bind-chain")
-            device = "cpu" if devices is None else devices[0]
+            device = "cpu" if runtime.devices is None else str(runtime.devices[0])
             chain = captured.bind(hardware, seconds=given, device=device, progress=progress)
             loaded = plan_chain(chain, options, captured.described(), bar)
         else:
             _check_plan(loaded, captured.capture)
-        training = _executable(captured.capture, loaded, bar)
+        pinned = runtime.cuda and pin == "auto"
+        arenas = WeightArenas(pin=pinned, adopt=pinned)
+        training = _executable(captured.capture, loaded, runtime, arenas, bar)
     for_evaluation: list[CapturedModel] = []
 
     def evaluation(count: int) -> Executable:
@@ -117,7 +136,7 @@ def compile(
         found = for_evaluation[0]
         forward = replace(options, microbatches=count, mode="forward")
         plan = plan_chain(found.bind(hardware), forward, found.described())
-        return _executable(found.capture, plan, None)
+        return _executable(found.capture, plan, runtime, arenas, None)
 
     return Compiled(model, training, evaluation)
 
@@ -125,10 +144,12 @@ def compile(
 # ------------------------------------------------------------------- running
 
 
-def _executable(capture: Capture, plan: Plan, bar: tqdm[Any] | None) -> Executable:
+def _executable(
+    capture: Capture, plan: Plan, runtime: RuntimeOptions, arenas: WeightArenas, bar: tqdm[Any] | None
+) -> Executable:
     announce(bar, LowerToProgram.name)
     program: Program = LowerToProgram(capture, plan.chain, plan.partition).run(plan.schedule)
-    return Executable(plan, program, Engine(program, plan.chain))
+    return Executable(plan, program, Engine(program, plan.chain, runtime, arenas))
 
 
 def _capture_eval(model: nn.Module, example: ExampleInputs) -> CapturedModel:
@@ -156,18 +177,50 @@ def _check_gpus(gpus: int | None, plan: Plan | None) -> int:
     return gpus
 
 
-def _check_modes(mode: str, devices: Sequence[str] | None, gpus: int) -> None:
+def _check_mode(mode: str) -> None:
     if mode == "async":
         raise NotBuiltYet("mode='async' is not built yet; use mode='sync'")
     if mode != "sync":
         raise InvalidArgument(f"mode={mode!r}; it must be 'sync'")
+
+
+def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ...] | None:
+    """The device of each GPU; None for CPU workers."""
+    found = torch.cuda.device_count()
     if devices is None:
-        return
+        return tuple(torch.device("cuda", index) for index in range(gpus)) if 0 < gpus <= found else None
     if len(devices) != gpus:
         raise InvalidArgument(f"devices has {len(devices)} entries for {gpus} GPUs; give one a GPU")
-    other = [device for device in devices if torch.device(device).type != "cpu"]
+    named = [torch.device(device) for device in devices]
+    kinds = {device.type for device in named}
+    if kinds == {"cpu"}:
+        return None
+    other = sorted(kinds - {"cuda", "cpu"})
     if other:
-        raise NotBuiltYet(f"device {other[0]!r} cannot run programs yet; use devices={['cpu'] * gpus!r}")
+        raise NotBuiltYet(f"{other[0]!r} devices cannot run programs; use 'cpu' or 'cuda:<number>'")
+    if "cpu" in kinds:
+        raise InvalidArgument(f"devices={list(devices)!r} mixes 'cpu' with CUDA devices; use one kind")
+    for device in named:
+        if (device.index or 0) >= found:
+            raise InvalidArgument(
+                f"devices names {str(device)!r}, but torch {torch.__version__} sees {found} CUDA devices "
+                f"here; use devices={['cpu'] * gpus!r} for CPU workers"
+            )
+    return tuple(torch.device("cuda", device.index or 0) for device in named)
+
+
+def _runtime(
+    devices: tuple[torch.device, ...] | None,
+    pin: str,
+    timeout_s: float,
+    detect_nan: bool,
+    compile_stages: bool,
+) -> RuntimeOptions:
+    if pin not in ("auto", "off"):
+        raise InvalidArgument(f"pin={pin!r}; it must be 'auto' or 'off'")
+    if timeout_s <= 0:
+        raise InvalidArgument(f"timeout_s={timeout_s}; it must be above 0")
+    return RuntimeOptions(devices, pin, timeout_s, detect_nan, compile_stages)
 
 
 def _seconds_source(seconds: str | Profile | PathLike[str]) -> str | Profile:

@@ -58,5 +58,13 @@ class ExecutionError(RpcompileError):
     """An instruction failed while the program ran."""
 
 
+class WorkerTimeout(ExecutionError):
+    """No instruction came to its end within `timeout_s`; the message says who waits for whom."""
+
+
+class NonFinite(ExecutionError):
+    """With `detect_nan=True`: a result or gradient is NaN or infinite."""
+
+
 class NotBuiltYet(RpcompileError, NotImplementedError):
     """A documented option whose implementation is not in this version."""

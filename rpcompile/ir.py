@@ -450,6 +450,8 @@ class Dispatch:
         microbatches: Number of microbatches.
         jobs: In dispatch order; `Job.index` is the position.
         order: By GPU, its compute actions in order, each as (job, microbatch).
+        recompute_ahead: Whether a backward's recompute may run before the gradient is there, once its
+            saved input is.
     """
 
     policy: str
@@ -457,9 +459,10 @@ class Dispatch:
     microbatches: int
     jobs: tuple[Job, ...]
     order: tuple[tuple[tuple[int, int], ...], ...]
+    recompute_ahead: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """One instruction of one stream.
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rpcompile import stage_bytes
+from rpcompile.action_table import ActionTable, schedule_table
 from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
@@ -102,6 +103,10 @@ class Plan:
         """The timeline of one iteration."""
         return simulate(self.schedule)
 
+    def actions(self) -> ActionTable:
+        """What each GPU computes and when, as plain data."""
+        return schedule_table(self.partition, self.schedule, self.simulate())
+
     def verify(self) -> None:
         """Proves that the schedule is complete, ordered, free of deadlocks and within memory.
 
@@ -117,7 +122,8 @@ class Plan:
             PlanFileError: The file cannot be written.
         """
         target = Path(path)
-        data = msgspec.json.encode(_PlanFile("rpcompile.plan", VERSION, self), order="sorted")
+        file = _PlanFile("rpcompile.plan", VERSION, self, self.actions())
+        data = msgspec.json.encode(file, order="sorted")
         try:
             write_in_one_step(target, data)
         except OSError as error:
@@ -179,9 +185,12 @@ class Plan:
 
 
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
+    """`actions` is for readers of the file: it follows from the plan, and loading leaves it aside."""
+
     format: Literal["rpcompile.plan"]
     version: int
     plan: Plan
+    actions: ActionTable | None = None
 
 
 class _Header(msgspec.Struct):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from rpcompile import stage_bytes
 from rpcompile.ir import StageKind, Stream
 
@@ -13,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Everything about a plan but its instructions; numbers in the units that the keys end with.
+    """Everything about a plan but its transfers; numbers in the units that the keys end with.
 
     `source` says that the times are simulated. `stages[].upload_s` is one upload of the stage's weights at
-    the link's full rate; `compute_s` is one microbatch.
+    the link's full rate; `compute_s` is one microbatch; `actions` is `rpcompile/action_table.py`'s table.
     """
     predicted, partition, hardware = plan.prediction, plan.partition, plan.chain.hardware
     return {
@@ -53,6 +55,7 @@ def summary(plan: Plan) -> dict[str, Any]:
             "solve_s": partition.solve_s,
         },
         "stages": [_stage(plan, stage) for stage in partition.stages],
+        "actions": msgspec.to_builtins(plan.actions()),
         "provenance": plan.provenance,
     }
 

@@ -79,15 +79,15 @@ def default_partition(chain: SegmentChain, policy: str, gpus: int) -> Partition:
     """
     if policy == "round_robin":
         return PartitionByRule(gpus, balanced=True).run(chain)
-    return PartitionPipeline(gpus, 1 if policy in ("gpipe", "1f1b") else None).run(chain)
+    return PartitionPipeline(gpus, 1 if policy in ("gpipe", "1f1b") else None, fused=True).run(chain)
 
 
 def parse_partition(text: str, chain: SegmentChain) -> Partition:
     """Stages from their numbers of segments: forward ones, `|`, the fused tail and backward ones.
 
     `7,7,7,7|0,3,3` has four forward stages, a fused stage with none of the segments that the forward
-    stages cover (0) and the rest of the chain, then backward stages from the end. Without `|`, backward
-    stages mirror the forward ones, as pipelines need.
+    stages cover (0) and the rest of the chain, then backward stages from the end. Without `|`, the last
+    stage is fused and backward stages mirror the others, as pipelines need.
 
     Raises:
         InvalidArgument: The text has another form, or its numbers do not add up to the chain.
@@ -174,7 +174,11 @@ def _mirrored(forward: list[int], segments: int, text: str) -> list[tuple[StageK
     if sum(forward) == segments - 1:  # counted without the head, as published partitions are
         forward = [*forward[:-1], forward[-1] + 1]
     up = _runs(forward, segments, text)
-    return [(StageKind.F, *run) for run in up] + [(StageKind.B, *run) for run in reversed(up)]
+    return [
+        *((StageKind.F, *run) for run in up[:-1]),
+        (StageKind.FB, *up[-1]),
+        *((StageKind.B, *run) for run in reversed(up[:-1])),
+    ]
 
 
 def _apart(

@@ -201,8 +201,7 @@ class StageCosts:
         Beside the job itself: the weights prefetched for the GPU's next job, or those that the job
         before lingers with; the gradients of the job before, on their way down; one microbatch's
         copies up for the next job and down for the job before, as far as they are larger than the
-        second set of the job itself. Ignored: around a job without weights, `insert-transfers` lets
-        one job more than these keep its weights on the GPU.
+        second set of the job itself.
 
         Args:
             cuts: Of the unrolled line.

@@ -1,54 +1,83 @@
 """Predicts when every action of a schedule runs and what memory that takes.
 
 Each queue runs its actions in order; an action starts when the one before it on its queue and the
-actions that record the events it waits for are over. Queues do not slow one another down: shared
-PCIe roots and host bandwidth are not modelled.
+actions that record the events it waits for are over. On an idle machine queues do not slow one another
+down; with `links`, transfers and host work share host memory, PCIe roots and both directions of a link.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers
-from rpcompile.errors import ScheduleError
-from rpcompile.ir import Stream
-from rpcompile.ordering import ActionGraph
+from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.event_loop import chain_events, run_free, run_shared
+from rpcompile.idle_time import IdleTime, divide_idle, steady_period
+from rpcompile.ir import COMPUTE_OPS, Op, Stream
+from rpcompile.memory_steps import MemorySteps, memory_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
-    from rpcompile.ir import Schedule
+    from rpcompile.event_loop import Events
+    from rpcompile.ir import Action, Schedule
+    from rpcompile.shared_links import SharedLinks
+
+__all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate"]
+
+_BOUNDS = {
+    Op.PREFETCH: "upload",
+    Op.LOAD: "upload",
+    Op.RECEIVE: "hop",
+    Op.HANDOFF: "hop",
+    Op.OFFLOAD: "download",
+    Op.GRADIENT: "download",
+    Op.UPDATE: "host",
+}
 
 
 @dataclass(frozen=True)
-class MemorySteps:
-    """Memory in use: `nbytes[i]` from `times_s[i]` on."""
+class Step:
+    """One action on the critical path.
 
-    times_s: tuple[float, ...]
-    nbytes: tuple[int, ...]
+    Attributes:
+        id: The action.
+        seconds: How long it took.
+        bound: What takes that time: "compute", "upload", "download", "hop" (from GPU to GPU) or "host".
+        wait_s: The part of `seconds` that is due to sharing links or host memory.
+    """
 
-    @property
-    def peak_bytes(self) -> int:
-        return max(self.nbytes, default=0)
+    id: str
+    seconds: float
+    bound: str
+    wait_s: float
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When a schedule's actions run, on an idle machine, from second 0.
+    """When a schedule's actions run, from second 0.
+
+    Where several iterations were simulated, ids of later ones have `#1`, `#2`, ... behind them, and
+    figures are of all iterations together.
 
     Attributes:
         start_s: Start of each action, by id.
         end_s: End of each action, by id.
         makespan_s: End of the last action.
-        busy_s: Seconds of work of each (GPU, stream).
+        busy_s: Seconds that each (GPU, stream) has an action running.
         bubble: Share of the GPUs' compute time that is idle: 1 - busy / (gpus * makespan).
         gpu_memory: Memory in use on each GPU: buffers, and the workspace of running compute actions.
         host_memory: Memory in use on the host: what the program makes there, and the model's
             weights. The caller's inputs are left out.
-        critical_path: Ids of actions, each starting when the one before it ends, up to the last end.
+        steps: The critical path: actions, each starting when the one before it ends, up to the last end.
+        idle: Where the GPUs' idle compute time lies; see `rpcompile/idle_time.py`.
+        weight_bytes: Weights and buffers uploaded.
+        upload_bytes: All bytes uploaded.
+        download_bytes: All bytes downloaded.
+        iteration_end_s: End of the last action of each iteration.
+        rotate: GPUs by which each iteration is shifted against the one before.
     """
 
     start_s: Mapping[str, float]
@@ -58,7 +87,13 @@ class Timeline:
     bubble: float
     gpu_memory: tuple[MemorySteps, ...]
     host_memory: MemorySteps
-    critical_path: tuple[str, ...]
+    steps: tuple[Step, ...]
+    idle: IdleTime
+    weight_bytes: int
+    upload_bytes: int
+    download_bytes: int
+    iteration_end_s: tuple[float, ...]
+    rotate: int
 
     @property
     def gpu_peak_bytes(self) -> tuple[int, ...]:
@@ -68,98 +103,175 @@ class Timeline:
     def host_peak_bytes(self) -> int:
         return self.host_memory.peak_bytes
 
+    @property
+    def critical_path(self) -> tuple[str, ...]:
+        """Ids of the critical path."""
+        return tuple(step.id for step in self.steps)
 
-def simulate(schedule: Schedule) -> Timeline:
+    @property
+    def bound_s(self) -> Mapping[str, float]:
+        """Seconds of the critical path by what takes them, "wait" being what sharing adds."""
+        found: dict[str, float] = defaultdict(float)
+        for step in self.steps:
+            found[step.bound] += step.seconds - step.wait_s
+            found["wait"] += step.wait_s
+        return {bound: seconds for bound, seconds in found.items() if seconds > 0}
+
+    @property
+    def period_s(self) -> float:
+        """Seconds an iteration takes once iterations have settled; see `steady_period`.
+
+        Raises:
+            InvalidArgument: Only one iteration was simulated.
+        """
+        if len(self.iteration_end_s) < 2:
+            raise InvalidArgument("one iteration has no period; use simulate(schedule, iterations=16) or so")
+        return steady_period(self.iteration_end_s)[0]
+
+
+def simulate(
+    schedule: Schedule,
+    *,
+    links: SharedLinks | None = None,
+    iterations: int = 1,
+    mode: str = "sync",
+    rotate: int = 0,
+) -> Timeline:
     """Runs a schedule on paper.
 
     Args:
         schedule: With events; without them, queues run independently of each other.
+        links: What transfers and host work share; None for an idle machine where nothing is shared.
+        iterations: How many, one behind the other; GPUs do not pause between them.
+        mode: How they are chained: "sync" (an upload waits for its segment's UPDATE in the iteration
+            before; without UPDATEs, for everything) or "async" (for that of the iteration before the last).
+        rotate: GPUs by which each iteration is shifted against the one before.
 
     Returns:
         The timeline. A buffer takes memory from the start of the first action that writes it to the
         end of the one that frees it, or for good.
 
     Raises:
+        InvalidArgument: An argument is out of range, or an action's time is negative or not finite.
         ScheduleError: A deadlock, an event that nobody or more than one action records, or a buffer
             without a size.
     """
-    graph = ActionGraph.from_events(schedule)
-    starts = [0.0] * len(graph.actions)
-    ends = list(starts)
-    causes: list[int | None] = [None] * len(graph.actions)
-    for number in graph.execution_order():
-        previous = graph.previous(number)
-        sources = graph.predecessors[number] if previous is None else (previous, *graph.predecessors[number])
-        if sources:
-            causes[number] = max(sources, key=ends.__getitem__)
-            starts[number] = max(ends[source] for source in sources)
-        ends[number] = starts[number] + graph.actions[number].seconds
-    busy_s = {
-        (queue.gpu, queue.stream): sum(action.seconds for action in queue.actions)
-        for queue in schedule.queues
-    }
+    events = chain_events(schedule, iterations, mode, rotate)
+    starts, ends = run_free(events) if links is None else run_shared(events, links)
+    timeline = _timeline(events, starts, ends)
+    return replace(timeline, steps=_critical_path(events, list(timeline.start_s), starts, ends))
+
+
+def measured(schedule: Schedule, times: Mapping[str, tuple[float, float]]) -> Timeline:
+    """The timeline of a run, in the form that `simulate` gives a prediction.
+
+    Args:
+        schedule: What was run.
+        times: Start and end of every action by id, in seconds of any clock.
+
+    Returns:
+        The timeline from second 0. Its memory is that of the schedule's buffers, by their predicted sizes, at
+        the measured times; it has no critical path.
+
+    Raises:
+        ScheduleError: An action has no times.
+    """
+    events = chain_events(schedule, 1, "sync", 0)
+    missing = [action.id for action in events.actions if action.id not in times]
+    if missing:
+        raise ScheduleError(f"{missing[0]} has no measured times; record the run of this schedule")
+    zero = min((times[action.id][0] for action in events.actions), default=0.0)
+    starts = [times[action.id][0] - zero for action in events.actions]
+    return _timeline(events, starts, [times[action.id][1] - zero for action in events.actions])
+
+
+def _timeline(events: Events, starts: list[float], ends: list[float]) -> Timeline:
+    """Everything but the critical path."""
+    gpus, iterations = events.schedule.gpus, events.iterations
     makespan_s = max(ends, default=0.0)
+    busy_s, compute = _queues(events, starts, ends)
     compute_s = sum(seconds for (_, stream), seconds in busy_s.items() if stream is Stream.COMPUTE)
-    memory = _memory(schedule, starts, ends)
+    memory = memory_steps(events, starts, ends)
+    count = len(events.actions)
+    weights, up, down = (_nbytes(events.actions, ops) * iterations for ops in (_WEIGHTS, _UP, _DOWN))
+    names = events.names()
     return Timeline(
-        start_s={action.id: start for action, start in zip(graph.actions, starts, strict=True)},
-        end_s={action.id: end for action, end in zip(graph.actions, ends, strict=True)},
+        start_s=dict(zip(names, starts, strict=True)),
+        end_s=dict(zip(names, ends, strict=True)),
         makespan_s=makespan_s,
         busy_s=busy_s,
-        bubble=1 - compute_s / (schedule.gpus * makespan_s) if makespan_s else 0.0,
-        gpu_memory=tuple(memory[buffers.gpu(gpu)] for gpu in range(schedule.gpus)),
-        host_memory=memory[buffers.HOST],
-        critical_path=_critical_path(graph, ends, causes),
+        bubble=1 - compute_s / (gpus * makespan_s) if makespan_s else 0.0,
+        gpu_memory=tuple(memory[:-1]),
+        host_memory=memory[-1],
+        steps=(),
+        idle=_idle(events, compute, starts, ends, makespan_s),
+        weight_bytes=weights,
+        upload_bytes=up,
+        download_bytes=down,
+        iteration_end_s=tuple(max(ends[i * count : (i + 1) * count], default=0.0) for i in range(iterations)),
+        rotate=events.rotate,
     )
 
 
-def _critical_path(graph: ActionGraph, ends: list[float], causes: list[int | None]) -> tuple[str, ...]:
-    path: list[str] = []
-    number = max(range(len(ends)), key=ends.__getitem__) if ends else None
+_WEIGHTS = frozenset({Op.PREFETCH})
+_UP = frozenset({Op.PREFETCH, Op.LOAD, Op.RECEIVE})
+_DOWN = frozenset({Op.HANDOFF, Op.OFFLOAD, Op.GRADIENT})
+
+
+def _nbytes(actions: Sequence[Action], ops: frozenset[Op]) -> int:
+    return sum(action.nbytes for action in actions if action.op in ops)
+
+
+def _queues(
+    events: Events, starts: list[float], ends: list[float]
+) -> tuple[dict[tuple[int, Stream], float], list[list[int]]]:
+    """Busy seconds of each queue, and the numbers of each GPU's compute actions in order."""
+    busy_s: dict[tuple[int, Stream], float] = {}
+    compute: list[list[int]] = [[] for _ in range(events.schedule.gpus)]
+    for order in events.order:
+        if not order:
+            continue
+        stream = events.actions[order[0] % len(events.actions)].stream
+        gpu = events.gpu(order[0])
+        busy_s[gpu, stream] = sum([ends[number] - starts[number] for number in order])
+        if stream is Stream.COMPUTE:
+            ops = (events.actions[number % len(events.actions)].op for number in order)
+            compute[gpu] = [number for number, op in zip(order, ops, strict=True) if op in COMPUTE_OPS]
+    return busy_s, compute
+
+
+def _idle(
+    events: Events,
+    compute: list[list[int]],
+    starts: list[float],
+    ends: list[float],
+    makespan_s: float,
+) -> IdleTime:
+    ops = [[events.actions[number % len(events.actions)].op for number in order] for order in compute]
+    return divide_idle(
+        [[starts[number] for number in order] for order in compute],
+        [[ends[number] for number in order] for order in compute],
+        [[op is not Op.FORWARD for op in found] for found in ops],
+        makespan_s,
+        whole_warm_up=False,
+    )
+
+
+def _critical_path(
+    events: Events, names: list[str], starts: list[float], ends: list[float]
+) -> tuple[Step, ...]:
+    """From the last end backwards, each time to what an action waited for last."""
+    if not ends:
+        return ()
+    previous = {after: before for order in events.order for before, after in pairwise(order)}
+    path: list[Step] = []
+    number: int | None = max(range(len(ends)), key=ends.__getitem__)
     while number is not None:
-        path.append(graph.actions[number].id)
-        number = causes[number]
+        action = events.actions[number % len(events.actions)]
+        seconds = ends[number] - starts[number]
+        wait_s = seconds - action.seconds if seconds > action.seconds * (1 + 1e-9) else 0.0
+        path.append(Step(names[number], seconds, _BOUNDS.get(action.op, "compute"), wait_s))
+        sources = [previous[number]] if number in previous else []
+        sources += events.sources[number]
+        number = max(sources, key=ends.__getitem__, default=None)
     return tuple(reversed(path))
-
-
-def _memory(schedule: Schedule, starts: list[float], ends: list[float]) -> dict[str, MemorySteps]:
-    """Memory of every space over time."""
-    born: dict[str, float] = {}
-    changes: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    base = 0
-    for (number, action), start in zip(enumerate(schedule.actions()), starts, strict=True):
-        for buffer in action.writes:
-            born[buffer] = min(start, born.get(buffer, start))
-        for buffer in action.frees:
-            changes[buffers.space_of(buffer)].append((ends[number], -_size(schedule, buffer)))
-        if action.workspace_bytes:
-            space = changes[buffers.gpu(action.gpu)]
-            space += [(start, action.workspace_bytes), (ends[number], -action.workspace_bytes)]
-    for buffer, start in born.items():
-        changes[buffers.space_of(buffer)].append((start, _size(schedule, buffer)))
-    for buffer, nbytes in schedule.buffers.items():
-        name = buffers.parse(buffer)
-        base += nbytes if name.space == buffers.HOST and name.kind == "weights" else 0
-    spaces = [buffers.HOST, *map(buffers.gpu, range(schedule.gpus))]
-    return {space: _steps(changes[space], base if space == buffers.HOST else 0) for space in spaces}
-
-
-def _size(schedule: Schedule, buffer: str) -> int:
-    if buffer not in schedule.buffers:
-        raise ScheduleError(f"{buffer} has no size; add it to the schedule's buffers")
-    return schedule.buffers[buffer]
-
-
-def _steps(changes: Iterable[tuple[float, int]], base: int) -> MemorySteps:
-    """Sums changes up. Those of one moment count as one: what comes then takes the place of what goes."""
-    ordered = sorted(changes)
-    totals = list(accumulate((change for _, change in ordered), initial=base))[1:]
-    times: list[float] = [0.0]
-    nbytes: list[int] = [base]
-    for (time, _), total in zip(ordered, totals, strict=True):
-        if time == times[-1]:
-            nbytes[-1] = total
-        else:
-            times.append(time)
-            nbytes.append(total)
-    return MemorySteps(tuple(times), tuple(nbytes))

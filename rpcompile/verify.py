@@ -13,6 +13,7 @@ import numpy as np
 
 from rpcompile import buffers
 from rpcompile.buffer_uses import BufferUses, Role
+from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import Op
 from rpcompile.memory_bound import gpu_memory_bounds
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _RESULTS = ("gradients", "state", "loss", "updated", "norm")
 
 
+@collection_paused()
 def verify_schedule(
     schedule: Schedule,
     chain: SegmentChain,

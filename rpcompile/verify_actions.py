@@ -153,6 +153,7 @@ def _check_operands(
     schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames
 ) -> None:
     """Compute actions read and write exactly what their segments call for."""
+    workspaces = [stage_bytes.workspace_bytes(chain, stage) for stage in partition.stages]
     for action in schedule.actions():
         if action.op not in COMPUTE_OPS:
             continue
@@ -191,10 +192,10 @@ def _check_operands(
         # Gradients are read to be added to; how often, the checks of their writers say.
         found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
         found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
-        workspace = stage_bytes.workspace_bytes(chain, stage)
-        if action.workspace_bytes != workspace:
+        if action.workspace_bytes != workspaces[stage.index]:
             raise ScheduleError(
-                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; its stage needs {workspace:,}"
+                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; "
+                f"its stage needs {workspaces[stage.index]:,}"
             )
         _compare(action, "read", reads, found_reads)
         _compare(action, "write", writes, found_writes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -10,6 +11,7 @@ import networkx
 import pytest
 from hypothesis import given, settings
 
+from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import Op, Schedule, Stream
 from rpcompile.ordering import ActionGraph, HappensBefore
@@ -206,3 +208,15 @@ def test_one_event_per_source_and_nothing_else_changes(problem):
 def test_refuses_what_has_no_order(queues, message):
     with pytest.raises(ScheduleError, match=f"^{re.escape(message)}$"):
         InsertEventWaits().run(hand_made(*queues))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with collection_paused():
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -54,7 +54,7 @@ CASES = {
     ),
     "replicas and updates": (PLAIN, UNEVEN, drawn(PLAIN, UNEVEN, 2, 4, "sync", 3), "sync", {"clip": True}),
 }
-MUTANTS_A_CASE = 450
+MUTANTS_A_CASE = 330
 
 
 def valid(name: str) -> tuple[Schedule, SegmentChain, Partition]:
@@ -220,8 +220,8 @@ def change_field(schedule, choose) -> Mutation:
 
 def change_after(schedule, choose) -> Mutation:
     found = an_action(schedule, choose)
-    after = list(found.after) + [an_action(schedule, choose).id]
-    return replaced(schedule, found, replace(found, after=tuple(after))), [found]
+    after = (*found.after, an_action(schedule, choose).id)
+    return replaced(schedule, found, replace(found, after=after)), [found]
 
 
 def change_job(schedule, choose) -> Mutation:

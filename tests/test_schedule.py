@@ -220,11 +220,25 @@ DISPATCH = DispatchRoundRobin(2, 2).run(STAGES)
             "gpu0 is to run microbatch 0 of job 1, which is job 1 on gpu1 with microbatches (0, 1)",
         ),
         ({"microbatches": 1}, "the dispatch runs 8 (stage, microbatch) pairs; the partition has 4 stages"),
+        ({"gpus": 3}, "the dispatch orders 2 GPUs; it has 3"),
+        ({"jobs": DISPATCH.jobs[::-1]}, "job 0 of the dispatch is numbered 3"),
+        ({"jobs": DISPATCH.jobs[:3]}, "gpu1 is to run job 3; there are 3 jobs"),
+        ({"jobs": (replace(DISPATCH.jobs[0], stage=9),)}, "job 0 runs stage 9; there are 4 stages"),
+        ({"jobs": (replace(DISPATCH.jobs[0], microbatches=()),)}, "job 0 has no microbatches; leave it out"),
+        (
+            {"order": (DISPATCH.order[0][1::-1] + DISPATCH.order[0][2:], DISPATCH.order[1])},
+            "gpu0 runs microbatches (1, 0) of job 0, whose microbatches are (0, 1); all must run, in this",
+        ),
     ],
 )
 def test_refuses_a_dispatch_that_is_no_iteration(changed, message):
     with pytest.raises(ScheduleError, match=re.escape(message)):
         LayOutDispatch(chain(3), STAGES).run(replace(DISPATCH, **changed))
+
+
+def test_refuses_a_negative_limit():
+    with pytest.raises(InvalidArgument, match="waiting_bytes is -1; it must be at least 0, or None"):
+        LayOutDispatch(chain(3), STAGES, waiting_bytes=-1).run(DISPATCH)
 
 
 def test_replicas_share_a_stage():
@@ -264,6 +278,8 @@ def test_buffer_names_come_apart():
         buffers.gradients("gpu1", 4, 9): ("gpu1", "gradients", 4, 9, None),
         buffers.state(4, 2): ("host", "state", 4, 2, None),
         buffers.loss("gpu1", 0): ("gpu1", "loss", None, None, 0),
+        buffers.updated(4): ("host", "updated", 4, None, None),
+        buffers.NORM: ("host", "norm", None, None, None),
     }
     assert {name: tuple(buffers.parse(name)) for name in names} == names
 

@@ -11,7 +11,7 @@ from rpcompile.runtime.streams import Iteration, StreamThread
 
 @pytest.fixture
 def streams() -> object:
-    made = [StreamThread(f"test-{index}", index) for index in range(2)]
+    made = [StreamThread(f"test-{index}", (index, "test")) for index in range(2)]
     yield made
     for stream in made:
         stream.close()

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 
 from rpcompile.errors import ScheduleError
-from rpcompile.ir import ActionId, Op
+from rpcompile.ir import ActionId, Op, Queue, Stream
 from rpcompile.simulate import simulate
-from rpcompile.trace import format_schedule, parse_ids, write_trace
-from tests.chains import chain, compiled, partition, problems
+from rpcompile.trace import Run, format_schedule, parse_ids, write_trace
+from tests.chains import act, chain, compiled, partition, problems
 
 STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
 
@@ -97,7 +97,7 @@ def test_the_trace_says_that_it_is_simulated(trace):
     names = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
     assert names == ["GPU 0 (simulated)", "GPU 1 (simulated)"]
     assert trace["metadata"]["source"] == "rpcompile, simulated"
-    assert trace["metadata"]["makespan_s"] == 45.0
+    assert trace["metadata"]["runs"][0]["makespan_s"] == 45.0
 
 
 def test_arrows_lead_from_hand_off_to_receive(trace):
@@ -163,3 +163,33 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_trace(schedule, timeline, path)
     assert [found.name for found in tmp_path.iterdir()] == ["trace.json"]
     assert path.read_text() != "old"
+
+
+def test_several_runs_and_iterations_in_one_file(tmp_path):
+    schedule = compiled(chain(3), STAGES, gpus=2, microbatches=2)
+    update = replace(act("2U@2.1", Op.UPDATE, seconds=3), stream=Stream.HOST)
+    updated = replace(schedule, queues=(*schedule.queues, Queue(0, Stream.HOST, (update,))))
+    simulated = simulate(updated, iterations=2, mode="async", rotate=1)
+    measured = simulate(schedule)
+    path = tmp_path / "trace.json"
+    write_trace(updated, simulated, path, Run(schedule, measured, "measured"))
+    trace = json.loads(path.read_text())
+    names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
+    assert names == [
+        "GPU 0 (simulated)",
+        "GPU 1 (simulated)",
+        "Host (simulated)",
+        "GPU 0 (measured)",
+        "GPU 1 (measured)",
+    ]
+    found = {(e["pid"], e["name"]): e["ts"] for e in slices(trace)}
+    # GPUs 3 and 4 are the second run's; its host would be 5.
+    assert found[0, "0F0"] == 1e6 * simulated.start_s["0F0"]
+    assert found[1, "0F0#1"] == 1e6 * simulated.start_s["0F0#1"]
+    assert found[2, "2U@2.1#1"] == 3e6
+    assert found[3, "0F0"] == 1e6 * measured.start_s["0F0"]
+    assert len(found) == 2 * (len(list(schedule.actions())) + 1) + len(list(schedule.actions()))
+    ids = [e["id"] for e in trace["traceEvents"] if e["ph"] == "s"]
+    assert ids == list(range(18))
+    assert trace["metadata"]["source"] == "rpcompile, simulated and measured"
+    assert [run["iterations"] for run in trace["metadata"]["runs"]] == [2, 1]

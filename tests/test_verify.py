@@ -107,6 +107,33 @@ def swapped(schedule: Schedule, left: str, right: str) -> Schedule:
             replace(VALID, queues=(*VALID.queues, VALID.queues[0])),
             "gpu0 has 2 compute queues; it must have one",
         ),
+        (
+            replace(VALID, queues=(*VALID.queues, replace(VALID.queues[0], gpu=2))),
+            "there is a queue of gpu2; the schedule has 2 GPUs",
+        ),
+        (replace(VALID, jobs=VALID.jobs[::-1]), "job 0 of the schedule is numbered 3"),
+        (
+            replace(VALID, jobs=(*VALID.jobs[:3], replace(VALID.jobs[3], stage=4))),
+            "job 3: the partition has no stage 4",
+        ),
+        (
+            replace(VALID, jobs=(replace(VALID.jobs[0], microbatches=(0, 1, 2)), *VALID.jobs[1:])),
+            "job 0 runs 2 microbatches of (0, 1, 2)",
+        ),
+        (
+            edit(VALID, "0X0.0", frees=action(VALID, "0X0.0").frees * 2),
+            "0X0.0 names gpu0:inputs.j0.m0 twice",
+        ),
+        (edit(VALID, "0F0", nbytes=1), "0F0: only copies move bytes, only compute actions have a workspace"),
+        (edit(VALID, "0H0", workspace_bytes=1), "0H0: only copies move bytes, only compute actions have a"),
+        (edit(VALID, "0F0", workspace_bytes=1), "0F0 has a workspace of 1 bytes; its stage needs 7"),
+        (
+            replace(
+                edit(VALID, "0O@0.1", writes=("host:state.j1.s1",)),
+                buffers={**VALID.buffers, "host:state.j1.s1": 1},
+            ),
+            "0O@0.1 copies gpu0:weights.j0.s1 to host:state.j1.s1, which is something else",
+        ),
         (edit(VALID, "0F0", stage=1), "0F0: its stage, op, microbatch or job differ from its id"),
         (edit(VALID, "0P@0.1", job=2), "0P@0.1: its stage, op, microbatch or job differ from its id"),
         (edit(VALID, "0F0", gpu=1), "0F0 is queued on gpu0 compute; it belongs on gpu1 compute"),

@@ -14,10 +14,8 @@ from rpcompile.explain import Explanation, explain
 from rpcompile.files import write_in_one_step
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s, upload_traffic
+from rpcompile.policies import compare_policies
 
-
-def compare_policies(plan):
-    return ()
 
 
 from rpcompile.report import charts, timeline
@@ -64,8 +62,9 @@ def report_html(plan: Plan, *, compare: bool = True) -> str:
     if classes is not None:
         figures["classes"] = classes
     results = compare_policies(plan) if compare else ()
-    if results:
-        figures["policies"] = charts.policies(results)
+    possible = [result for result in results if result.problem is None]
+    if possible:
+        figures["policies"] = charts.policies(possible)
     script, divs = components(figures)
     explanation = explain(plan, replan=False)
     values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,17 +10,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpcompile import buffers
-from rpcompile.errors import ExecutionError
+from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
 from rpcompile.ir import ActionId
+from rpcompile.runtime import blame
+from rpcompile.runtime.compiled_stages import CompiledStages
+from rpcompile.runtime.cuda_streams import CudaStreams
+from rpcompile.runtime.host_slots import HostSlots
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
-from rpcompile.runtime.streams import Failure, Iteration
-from rpcompile.runtime.worker import CpuWorker
+from rpcompile.runtime.streams import CpuStreams, Failure, Iteration, Streams
+from rpcompile.runtime.watchdog import await_all
+from rpcompile.runtime.weight_arenas import WeightArenas
+from rpcompile.runtime.worker import LANES, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from rpcompile.ir import Program, SegmentChain
     from rpcompile.runtime.stage_runner import Tensors
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a program is run; `rpcompile.compile` says what each means.
+
+    Attributes:
+        devices: One device a GPU; None for CPU workers.
+        pin: "auto" or "off".
+        timeout_s: How long no instruction may come to its end.
+        detect_nan: Whether results and gradients are checked.
+        compile_stages: Whether stages go through `torch.compile`.
+    """
+
+    devices: tuple[torch.device, ...] | None = None
+    pin: str = "auto"
+    timeout_s: float = 600.0
+    detect_nan: bool = False
+    compile_stages: bool = False
+
+    @property
+    def cuda(self) -> bool:
+        return any(device.type == "cuda" for device in self.devices or ())
 
 
 @dataclass(frozen=True)
@@ -38,14 +68,40 @@ class Result:
 
 
 class Engine:
-    """Workers for a program; may be run any number of times, by one caller at a time."""
+    """Workers for a program; may be run any number of times, by one caller at a time.
 
-    def __init__(self, program: Program, chain: SegmentChain) -> None:
+    Args:
+        program: What to run.
+        chain: The segments it was made of.
+        options: How to run it.
+        arenas: The model's weights in host memory, shared by all programs of one model.
+
+    Attributes:
+        before_instruction: Called by a stream with an instruction's text before it runs it.
+        record_times: Whether the next run records when each action ran.
+        times: Start and end of each action of the last run by id, if recorded (`time.perf_counter`).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        chain: SegmentChain,
+        options: RuntimeOptions | None = None,
+        arenas: WeightArenas | None = None,
+    ) -> None:
         self._program = program
         self._chain = chain
-        runners = [StageRunner(stage, program.capture.outputs[0]) for stage in program.stages]
-        self._workers = [CpuWorker(index, program, runners) for index in range(len(program.graphs))]
+        self._options = options = options or RuntimeOptions()
+        pin = options.cuda and options.pin == "auto"
+        self._arenas = arenas or WeightArenas(pin=pin, adopt=pin)
+        self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
+        self._runners = self._make_runners()
+        self._slots: HostSlots
+        self._workers: list[Worker] = []
+        self._make_workers()
         self.before_instruction: Callable[[str], None] | None = None
+        self.record_times = False
+        self.times: dict[str, tuple[float, float]] = {}
         self.close = weakref.finalize(self, _close, self._workers)
 
     def run(
@@ -63,27 +119,93 @@ class Engine:
 
         Raises:
             ExecutionError: An instruction failed. Nothing of the model has changed.
+            WorkerTimeout: No instruction came to its end for `timeout_s`.
         """
+        self._arenas.refresh(self._program.weights, tensors)
+        self._slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
         host: dict[str, Any] = {
             buffers.weights(buffers.HOST, segment): {name: tensors[name] for name in names}
             for segment, names in enumerate(self._program.weights)
         }
         for index, microbatch in enumerate(inputs):
-            host[buffers.inputs(buffers.HOST, index)] = microbatch
-        iteration = Iteration(host, self.before_instruction)
+            host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
+        iteration = Iteration(host, self.before_instruction, self.record_times)
         try:
             for worker in self._workers:
                 worker.start(iteration, microbatches)
-            for worker in self._workers:
-                worker.finish()
+            self._await(iteration)
         except BaseException:
             iteration.cancel()
-            for worker in self._workers:
-                worker.finish()
+            self._come_to_rest(iteration)
             raise
+        for worker in self._workers:
+            worker.clear()
         if iteration.failure is not None:
             raise self._error(iteration.failure) from iteration.failure.error
+        times = iteration.times or {}
+        self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
         return self._result(host, len(inputs))
+
+    def _await(self, iteration: Iteration) -> None:
+        drains = [event for worker in self._workers for event in worker.drain()]
+        await_all(drains, iteration, self._program.schedule, self._options.timeout_s)
+
+    def _come_to_rest(self, iteration: Iteration) -> None:
+        """Waits for what runs; leaves behind what does not end, with the memory it may write to."""
+        try:
+            self._await(iteration)
+        except BaseException as error:
+            for worker in self._workers:
+                worker.close()
+            self._make_workers()
+            if not isinstance(error, WorkerTimeout):
+                raise
+        else:
+            for worker in self._workers:
+                worker.clear()
+
+    def _make_runners(self) -> dict[torch.device, list[StageRunner]]:
+        """The stages on each device."""
+        compiled = CompiledStages() if self._options.compile_stages else None
+        loss = self._program.capture.outputs[0]
+        return {
+            device: [
+                StageRunner(
+                    stage,
+                    loss,
+                    None if device.type == "cpu" else device,
+                    self._options.detect_nan,
+                    compiled,
+                )
+                for stage in self._program.stages
+            ]
+            for device in dict.fromkeys(self._devices)
+        }
+
+    def _make_workers(self) -> None:
+        names = self._program.schedule.buffers
+        self._slots = HostSlots(names, pin=self._options.cuda and self._options.pin == "auto")
+        self._workers[:] = [
+            Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
+            for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
+        ]
+
+    def _make_streams(self) -> list[Streams]:
+        workers = len(self._devices)
+        # Workers that each used every core would stand in one another's way.
+        threads = None if workers == 1 else max(1, torch.get_num_threads() // workers)
+        return [
+            CpuStreams(index, LANES, threads) if device.type == "cpu" else CudaStreams(index, device, LANES)
+            for index, device in enumerate(self._devices)
+        ]
+
+    def _staged(self, inputs: Tensors) -> Tensors:
+        """A caller's tensors where a CUDA device can copy them from without making the host wait."""
+        if not self._options.cuda:
+            return inputs
+        return {
+            name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in inputs.items()
+        }
 
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
         gradients: Tensors = {}
@@ -97,22 +219,32 @@ class Engine:
         return Result(tuple(losses), gradients, states)
 
     def _error(self, failure: Failure) -> ExecutionError:
-        reason = f"{type(failure.error).__name__}: {failure.error}"
+        """What the caller is told; the failed stage's tensors are let go of."""
+        error = failure.error
+        kind = NonFinite if isinstance(error, NonFinite) else ExecutionError
+        reason = str(error) if kind is NonFinite else f"{type(error).__name__}: {error}"
         try:
             action = ActionId.parse(failure.instruction)
         except Exception:
-            return ExecutionError(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}")
-        stage = self._program.stages[action.stage].stage
-        first, last = (self._chain.segments[index].name for index in (stage.first, stage.last))
+            traceback.clear_frames(error.__traceback__)
+            return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}")
+        graph = self._workers[failure.gpu].runners[action.stage].graph
+        node = blame.failing_node(error, graph.graph_module)
+        traceback.clear_frames(error.__traceback__)
+        first, last = (self._chain.segments[i].name for i in (graph.stage.first, graph.stage.last))
         where = first if first == last else f"{first} … {last}"
+        where += f", at {blame.describe(node)}" if node is not None else ""
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
-        return ExecutionError(
+        advice = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
+        return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}. Weights, gradients and buffers are as they were before "
-            f"this call."
+            f"GPU {failure.gpu} in {where}: {reason}.{advice} Weights, gradients and buffers are as they "
+            f"were before this call."
         )
 
 
-def _close(workers: list[CpuWorker]) -> None:
+def _close(workers: list[Worker]) -> None:
     for worker in workers:
         worker.close()

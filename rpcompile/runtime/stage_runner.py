@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+import copy
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 
+from rpcompile.errors import NonFinite
 from rpcompile.random_streams import microbatch_seed
+from rpcompile.runtime import blame
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from rpcompile.ir import StageGraph
+    from rpcompile.runtime.compiled_stages import CompiledStages
 
 Tensors = dict[str, torch.Tensor]
 
@@ -34,11 +41,31 @@ class Microbatch:
 
 
 class StageRunner:
-    """Calls a StageGraph. Holds no tensors, so any number of threads may use it."""
+    """Calls a StageGraph. Holds no tensors, so any number of threads may use it.
 
-    def __init__(self, graph: StageGraph, loss: str) -> None:
+    Args:
+        graph: The stage.
+        loss: Name of the node that is the loss.
+        device: Where it runs and the graph's own tensors are made; None for where it was captured.
+        detect_nan: Check results and gradients, which on a GPU waits for them.
+        compiled: Runs the graph through `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        graph: StageGraph,
+        loss: str,
+        device: torch.device | None = None,
+        detect_nan: bool = False,
+        compiled: CompiledStages | None = None,
+    ) -> None:
         self.graph = graph
+        if device is not None:
+            self.graph = replace(graph, graph_module=on_device(copy.deepcopy(graph.graph_module), device))
         self._loss = loss
+        self._detect_nan = detect_nan
+        self._device = device
+        self._compiled = None if compiled is None else compiled.of(self.graph.graph_module)
 
     def forward(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
@@ -53,8 +80,9 @@ class StageRunner:
         Returns:
             The graph's outputs by node name.
         """
-        with torch.no_grad():
-            return self._call(_merged(weights), inputs, values, microbatch, keep_state=True)
+        arguments = self._arguments(_merged(weights), inputs, values, microbatch, keep_state=True)
+        with torch.no_grad(), self._compiling("forward", microbatch):
+            return self._call(arguments, microbatch, self._detect_nan)
 
     def backward(
         self,
@@ -72,25 +100,28 @@ class StageRunner:
             Gradients of the incoming boundary by node name; values no gradient reached are left out.
         """
         named, leaves, incoming = self._prepare(weights, values)
-        with torch.enable_grad():
-            outputs = self._call(named, inputs, incoming, microbatch, keep_state=False)
-        wanted = [name for name in self.graph.gradients_in if name in gradients]
-        roots = [name for name in wanted if outputs[name].requires_grad]
-        return self._propagate(
-            [outputs[name] for name in roots], [gradients[name] for name in roots], leaves, incoming
-        )
+        arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=False)
+        with torch.enable_grad(), self._compiling("backward", microbatch):
+            outputs = self._call(arguments, microbatch)
+            wanted = [name for name in self.graph.gradients_in if name in gradients]
+            seeds = {name: gradients[name] for name in wanted if outputs[name].requires_grad}
+            roots = {name: outputs[name] for name in seeds}
+            del outputs
+            return self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
     def fused(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
     ) -> tuple[torch.Tensor, Tensors]:
         """Forward, loss and backward at once; returns the detached loss and as `backward` does."""
         named, leaves, incoming = self._prepare(weights, values)
-        with torch.enable_grad():
-            outputs = self._call(named, inputs, incoming, microbatch, keep_state=True)
-        loss = outputs.pop(self._loss)
-        del outputs
-        seed = torch.full_like(loss, microbatch.loss_scale)
-        return loss.detach(), self._propagate([loss], [seed], leaves, incoming)
+        arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=True)
+        with torch.enable_grad(), self._compiling("fused", microbatch):
+            outputs = self._call(arguments, microbatch, self._detect_nan)
+            roots = {self._loss: outputs.pop(self._loss)}
+            del outputs
+            loss = roots[self._loss].detach()
+            seeds = {self._loss: torch.full_like(loss, microbatch.loss_scale)}
+            return loss, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
         """What has accumulated, one dict a segment."""
@@ -116,38 +147,84 @@ class StageRunner:
 
     def _propagate(
         self,
-        roots: list[torch.Tensor],
-        gradients: list[torch.Tensor],
+        roots: Tensors,
+        seeds: Tensors,
         leaves: list[torch.Tensor],
         incoming: Tensors,
+        arguments: tuple[Any, ...],
+        microbatch: Microbatch,
     ) -> Tensors:
         if roots and leaves:
-            torch.autograd.backward(roots, gradients, inputs=leaves)
+            torch.autograd.backward(list(roots.values()), list(seeds.values()), inputs=leaves)
+        if self._detect_nan:
+            made = {str(number): leaf.grad for number, leaf in enumerate(leaves) if leaf.grad is not None}
+            if not blame.all_finite(made):
+                for leaf in leaves:
+                    leaf.grad = None
+                run = blame.KeepGradients(self.graph.graph_module)
+                with self._setting(microbatch):
+                    run.run(*arguments)
+                where = blame.first_nonfinite_gradient(run, seeds)
+                raise NonFinite(f"the first gradient that is not finite comes from {where}")
         return {name: grad for name in self.graph.gradients_out if (grad := incoming[name].grad) is not None}
 
-    def _call(
+    def _arguments(
         self, weights: Tensors, inputs: Tensors, values: Tensors, microbatch: Microbatch, keep_state: bool
-    ) -> Tensors:
+    ) -> tuple[Any, ...]:
         graph = self.graph
         buffers = [
             weights[name] if keep_state or name not in graph.mutated else weights[name].clone()
             for name in graph.buffers
         ]
-        arguments: tuple[Any, ...] = (
+        return (
             *(weights[name] for name in graph.parameters),
             *buffers,
             *(inputs[name] for name in graph.inputs),
             *(microbatch.sizes[name] for name in graph.sizes),
             *(values[name] for name in graph.values),
         )
+
+    def _compiling(self, kind: str, microbatch: Microbatch) -> AbstractContextManager[None]:
+        """Around a pass, which runs alone if it compiles the graph."""
+        if self._compiled is None:
+            return nullcontext()
+        return self._compiled.warming((kind, tuple(microbatch.sizes.items())))
+
+    @contextmanager
+    def _setting(self, microbatch: Microbatch) -> Iterator[None]:
+        """Seed and autocast of a forward."""
         autocast = nullcontext()
-        if graph.autocast is not None:
-            device = next((item.device.type for item in arguments if isinstance(item, torch.Tensor)), "cpu")
+        if self.graph.autocast is not None:
             # The cache would keep casts of weights that the next job overwrites.
-            autocast = torch.autocast(device, graph.autocast, cache_enabled=False)
+            device = "cpu" if self._device is None else self._device.type
+            autocast = torch.autocast(device, self.graph.autocast, cache_enabled=False)
         with microbatch_seed(microbatch.seed), autocast:
-            outputs = graph.graph_module(*arguments)
-        return dict(zip(graph.outputs, outputs, strict=True))
+            yield
+
+    def _call(self, arguments: tuple[Any, ...], microbatch: Microbatch, check: bool = False) -> Tensors:
+        # Not GraphModule.__call__, which drops the traceback that names a failing node.
+        run = self.graph.graph_module.forward if self._compiled is None else self._compiled.call
+        with self._setting(microbatch):
+            outputs = dict(zip(self.graph.outputs, run(*arguments), strict=True))
+            if check and not blame.all_finite(outputs):
+                where = blame.first_nonfinite(self.graph.graph_module, arguments)
+                raise NonFinite(f"the first result that is not finite is that of {where}")
+        return outputs
+
+
+def on_device(module: GraphModule, device: torch.device) -> GraphModule:
+    """Changes a graph so that the tensors it makes itself are on `device`, not where it was captured."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            for node in part.graph.nodes:
+                node.args = map_aggregate(node.args, moved)  # type: ignore[assignment]
+                node.kwargs = map_aggregate(node.kwargs, moved)  # type: ignore[assignment]
+            part.recompile()
+    return module
 
 
 def _merged(weights: Sequence[Tensors]) -> Tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +15,6 @@ from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from torch.fx import GraphModule
 
     from rpcompile.ir import StageGraph
 
@@ -68,7 +66,7 @@ class Stopwatch:
             sizes: Symbol name -> size.
         """
         device = torch.device(self.device)
-        runner = StageRunner(replace(graph, graph_module=_on_device(graph.graph_module, device)), loss)
+        runner = StageRunner(graph, loss, device)
         segments = [_made_up(weights, device)]
         tensors = _made_up(inputs, device), _made_up(values, device)
         microbatch = Microbatch(0, sizes, 1.0)
@@ -102,12 +100,3 @@ def _made_up(like: Tensors, device: torch.device) -> Tensors:
         if tensor.dtype.is_floating_point:
             made[name].normal_(0, 0.02)
     return made
-
-
-def _on_device(module: GraphModule, device: torch.device) -> GraphModule:
-    """The graph with the tensors that it makes itself on `device`, not where it was captured."""
-    for node in module.graph.nodes:
-        if node.kwargs.get("device") is not None:
-            node.update_kwarg("device", device)
-    module.recompile()
-    return module

@@ -1,23 +1,29 @@
-"""Queues that run tasks in order, and the events between them; on CPU, as threads."""
+"""What streams share while a program runs once, and the streams of a CPU worker: a thread each."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-_POLL_S = 0.1
+    from rpcompile.runtime.stage_runner import Tensors
+
+Place = tuple[int, str]
+"""A GPU's index and the name of a stream."""
 
 
 class Cancelled(Exception):
     """Unwinds a task whose iteration has ended early."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Failure:
     """The first exception of an iteration, and the instruction that raised it."""
 
@@ -26,40 +32,73 @@ class Failure:
     error: BaseException
 
 
-@dataclass
 class Iteration:
-    """What all streams share while one program runs once.
+    """One run of a program: host buffers, events, and what every stream is doing.
 
     Attributes:
         host: Host buffers by name.
         before_instruction: Called by a stream with the instruction's text before it runs.
+        failure: The first exception, None so far.
+        cancelled: Whether streams skip the tasks they still have.
+        running: What each stream is doing, and since when (`time.perf_counter`).
+        progress_s: When an instruction last came to its end.
+        times: Start and end of each action by id, in the same clock; None unless asked for.
     """
 
-    host: dict[str, Any]
-    before_instruction: Callable[[str], None] | None = None
-    failure: Failure | None = None
-    _events: dict[str, threading.Event] = field(default_factory=dict)
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self,
+        host: dict[str, Any],
+        before_instruction: Callable[[str], None] | None = None,
+        record_times: bool = False,
+    ) -> None:
+        self.host = host
+        self.before_instruction = before_instruction
+        self.failure: Failure | None = None
+        self.cancelled = False
+        self.running: dict[Place, tuple[str, float]] = {}
+        self.progress_s = time.perf_counter()
+        self.times: dict[str, tuple[float, float]] | None = {} if record_times else None
+        self._events: dict[str, threading.Event] = {}
+        self._recorded: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def record(self, event: str) -> None:
-        """Everything that waits for `event` may go on."""
-        self._event(event).set()
-
-    def wait(self, event: str) -> None:
-        """Blocks the calling stream until `event` is recorded.
+    def begin(self, place: Place, instruction: str) -> None:
+        """Notes what a stream is about to do.
 
         Raises:
             Cancelled: The iteration ended early.
         """
-        happened = self._event(event)
-        while not happened.wait(_POLL_S):
-            if self.cancelled:
-                raise Cancelled
+        if self.cancelled:
+            raise Cancelled
+        self.running[place] = instruction, time.perf_counter()
+        if self.before_instruction is not None:
+            self.before_instruction(instruction)
+
+    def end(self, place: Place) -> None:
+        """Notes that a stream's instruction is over."""
+        instruction, since = self.running.pop(place)
+        self.progress_s = time.perf_counter()
+        if self.times is not None:
+            self.times[instruction] = since, self.progress_s
+
+    def record(self, event: str, mark: object = None) -> None:
+        """Everything that waits for `event` may go on; each gets `mark`."""
+        self._recorded[event] = mark
+        self._event(event).set()
+
+    def wait(self, event: str) -> Any:
+        """Blocks the calling thread until `event` is recorded, and returns its mark.
+
+        Raises:
+            Cancelled: The iteration ended early.
+        """
+        self._event(event).wait()
+        if self.cancelled:
+            raise Cancelled
+        return self._recorded[event]
+
+    def recorded(self, event: str) -> bool:
+        return event in self._recorded
 
     def fail(self, instruction: str, gpu: int, error: BaseException) -> None:
         """Keeps the first failure and cancels what has not begun."""
@@ -69,30 +108,125 @@ class Iteration:
         self.cancel()
 
     def cancel(self) -> None:
-        """Streams skip the tasks they still have."""
-        self._cancelled.set()
+        """Streams skip the tasks they still have, and wait no longer."""
+        with self._lock:
+            self.cancelled = True
+            waited_for = list(self._events.values())
+        for event in waited_for:
+            event.set()
 
     def _event(self, name: str) -> threading.Event:
         with self._lock:
-            return self._events.setdefault(name, threading.Event())
+            event = self._events.setdefault(name, threading.Event())
+            if self.cancelled:
+                event.set()
+            return event
+
+
+class Streams(Protocol):
+    """The streams of one logical GPU: queues that run in order, independently but for events.
+
+    `CpuStreams` runs tasks on threads; `rpcompile.runtime.cuda_streams.CudaStreams` runs a task at once,
+    which puts the task's kernels and copies into a CUDA stream.
+    """
+
+    device: torch.device
+
+    def start(self, iteration: Iteration, dispatch: Callable[[], object]) -> None:
+        """Calls `dispatch`, which enqueues the iteration's tasks; may return before it has."""
+
+    def enqueue(
+        self, iteration: Iteration, stream: str, instruction: str, task: Callable[[], object]
+    ) -> None:
+        """Puts a task behind the others of a stream; it is skipped if the iteration is cancelled."""
+
+    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
+        """What comes behind on `stream` runs once `event` has happened."""
+
+    def record(self, iteration: Iteration, stream: str, event: str) -> None:
+        """`event` happens when everything before it on `stream` is over."""
+
+    def release(self, stream: str, made_by: str, tensors: Sequence[Tensors]) -> None:
+        """Gives memory back.
+
+        Args:
+            stream: The stream whose position says when.
+            made_by: The stream that allocated the tensors.
+            tensors: The last references to them.
+        """
+
+    def drain(self, iteration: Iteration) -> list[threading.Event]:
+        """Events that happen when all that was enqueued so far is over, cancelled or not."""
+        ...
+
+    def close(self) -> None:
+        """Ends the threads after the tasks they have."""
+
+
+class CpuStreams:
+    """The streams of a virtual GPU: one thread each.
+
+    Args:
+        gpu: Index of the GPU.
+        names: Names of the streams.
+        operator_threads: Threads of one operator (torch's intra-op threads) in each stream; None for
+            torch's setting.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, gpu: int, names: Sequence[str], operator_threads: int | None = None) -> None:
+        self._gpu = gpu
+        self._threads = {
+            name: StreamThread(f"rpcompile-gpu{gpu}-{name}", (gpu, name), operator_threads) for name in names
+        }
+
+    def start(self, iteration: Iteration, dispatch: Callable[[], object]) -> None:
+        try:
+            dispatch()
+        except Exception as error:
+            iteration.fail(f"gpu{self._gpu}", self._gpu, error)
+
+    def enqueue(
+        self, iteration: Iteration, stream: str, instruction: str, task: Callable[[], object]
+    ) -> None:
+        self._threads[stream].put(iteration, instruction, task)
+
+    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
+        self._threads[stream].put(iteration, f"wait {event}", lambda: iteration.wait(event))
+
+    def record(self, iteration: Iteration, stream: str, event: str) -> None:
+        self._threads[stream].put(iteration, f"record {event}", lambda: iteration.record(event))
+
+    def release(self, stream: str, made_by: str, tensors: Sequence[Tensors]) -> None:
+        """Nothing to do: the task that frees runs when its turn comes, and memory knows no streams."""
+
+    def drain(self, iteration: Iteration) -> list[threading.Event]:
+        return [thread.drain(iteration) for thread in self._threads.values()]
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.close()
 
 
 class StreamThread:
     """Runs tasks one after another on a thread of its own."""
 
-    def __init__(self, name: str, gpu: int) -> None:
-        self._gpu = gpu
-        self._tasks: queue.SimpleQueue[tuple[Iteration, str, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+    def __init__(self, name: str, place: Place, operator_threads: int | None = None) -> None:
+        self._place = place
+        self._tasks: queue.SimpleQueue[tuple[Iteration, str, Callable[[], object]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._run, args=(operator_threads,), name=name, daemon=True)
         self._thread.start()
 
-    def put(self, iteration: Iteration, instruction: str, task: Callable[[], None]) -> None:
+    def put(self, iteration: Iteration, instruction: str, task: Callable[[], object]) -> None:
         """Queues a task; it is skipped if the iteration is cancelled before it begins."""
         self._tasks.put((iteration, instruction, task))
 
-    def drain(self, iteration: Iteration) -> threading.Event:
-        """An event that happens when all tasks queued so far are over, cancelled or not."""
-        drained = _Drained()
+    def drain(self, iteration: Iteration, settle: Callable[[], object] = lambda: None) -> threading.Event:
+        """An event that happens when all tasks queued so far are over, cancelled or not, and `settle` too."""
+        drained = _Drained(settle)
         self._tasks.put((iteration, "", drained))
         return drained.event
 
@@ -103,25 +237,48 @@ class StreamThread:
     def join(self) -> None:
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, operator_threads: int | None) -> None:
+        if operator_threads is not None:
+            _set_operator_threads(operator_threads)
         while (entry := self._tasks.get()) is not None:
             iteration, instruction, task = entry
             if isinstance(task, _Drained):
                 task()
             elif not iteration.cancelled:
                 try:
-                    if iteration.before_instruction is not None:
-                        iteration.before_instruction(instruction)
+                    iteration.begin(self._place, instruction)
                     task()
+                    iteration.end(self._place)
                 except BaseException as error:  # it belongs to the caller, who waits on another thread
-                    iteration.fail(instruction, self._gpu, error)
+                    iteration.fail(instruction, self._place[0], error)
             # Keep no tensor alive while waiting for the next task.
             del entry, iteration, task
 
 
 class _Drained:
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], object]) -> None:
+        self._settle = settle
         self.event = threading.Event()
 
     def __call__(self) -> None:
-        self.event.set()
+        try:
+            self._settle()
+        finally:
+            self.event.set()
+
+
+_setting_threads = threading.Lock()
+
+
+def _set_operator_threads(count: int) -> None:
+    """Sets torch's intra-op threads for the calling thread alone.
+
+    `torch.set_num_threads` sets the calling thread's number and the one that threads started later begin
+    with; a second thread puts the latter back.
+    """
+    with _setting_threads:
+        default = torch.get_num_threads()
+        torch.set_num_threads(count)
+        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restore.start()
+        restore.join()

@@ -8,89 +8,132 @@ import torch
 
 from rpcompile import buffers
 from rpcompile.ir import Stream
-from rpcompile.runtime.streams import Iteration, StreamThread
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Sequence
 
     from rpcompile.ir import Program
+    from rpcompile.runtime.host_slots import HostSlots
     from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
+    from rpcompile.runtime.streams import Iteration, Streams
+    from rpcompile.runtime.weight_arenas import WeightArenas
 
-_STREAMS = (Stream.COMPUTE, Stream.H2D, Stream.D2H)
+WEIGHTS = "weights"
+LANES = (Stream.COMPUTE.value, Stream.H2D.value, Stream.D2H.value, WEIGHTS)
+"""The streams of a worker. Weights have one of their own beside h2d, so that an activation, which is on the
+critical path, passes between two chunks of a prefetch instead of waiting for all of it."""
 
 
-class CpuWorker:
-    """A virtual GPU: three stream threads and a store of its own, to and from which data is copied.
+class Worker:
+    """A logical GPU: streams, and a store of its own, to and from which data is copied.
 
-    Its graph runs on a thread of its own and only enqueues, as it would for CUDA streams.
+    Args:
+        index: The GPU's index in the program.
+        program: What to run.
+        runners: Runs each stage, on the streams' device.
+        streams: Run what is enqueued: on threads (`CpuStreams`) or on a CUDA device.
+        slots: Host memory for what is copied down.
+        arenas: How weights are copied up.
     """
 
-    def __init__(self, index: int, program: Program, runners: Sequence[StageRunner]) -> None:
+    def __init__(
+        self,
+        index: int,
+        program: Program,
+        runners: Sequence[StageRunner],
+        streams: Streams,
+        slots: HostSlots,
+        arenas: WeightArenas,
+    ) -> None:
         self.index = index
+        self.runners = runners
         self._graph = program.graphs[index]
         self._weights = program.weights
         self._states = program.states
-        self._runners = runners
+        self._streams = streams
+        self._slots = slots
+        self._arenas = arenas
         self._store: dict[str, Tensors] = {}
-        self._streams = {
-            stream.value: StreamThread(f"rpcompile-gpu{index}-{stream.value}", index) for stream in _STREAMS
-        }
-        self._dispatch = StreamThread(f"rpcompile-gpu{index}", index)
-        self._iteration = Iteration({})
+        self._received: set[str] = set()  # the buffers of the store that h2d allocated
+        self._iteration: Iteration | None = None
         self._microbatches: Sequence[Microbatch] = ()
+        # The stream on which each program stream's last instruction was enqueued.
+        self._lane: dict[str, str] = {}
+        # Prefetched weights that compute has not been made to wait for yet: buffer -> event.
+        self._arriving: dict[str, str] = {}
 
     def start(self, iteration: Iteration, microbatches: Sequence[Microbatch]) -> None:
-        """Begins to run the GPU's graph; returns at once."""
+        """Begins to run the GPU's graph."""
         self._iteration = iteration
         self._microbatches = microbatches
-        self._dispatch.put(iteration, f"gpu{self.index}", lambda: self._graph(self))
+        self._lane = {lane: lane for lane in LANES}
+        self._arriving.clear()
+        self._streams.start(iteration, lambda: self._graph.forward(self))
 
-    def finish(self) -> None:
-        """Blocks until every queue is empty, then drops what a failed iteration left behind."""
-        iteration = self._iteration
-        self._dispatch.drain(iteration).wait()
-        for event in [stream.drain(iteration) for stream in self._streams.values()]:
-            event.wait()
+    def drain(self) -> list[threading.Event]:
+        """Events that happen when everything enqueued so far is over, cancelled or not."""
+        return [] if self._iteration is None else self._streams.drain(self._iteration)
+
+    def clear(self) -> None:
+        """Drops what an iteration left behind; to be called when it has drained."""
         self._store.clear()
-        self._iteration = Iteration({})
+        self._received.clear()
+        self._iteration = None
 
     def close(self) -> None:
         """Ends the threads."""
-        for stream in (self._dispatch, *self._streams.values()):
-            stream.close()
+        self._streams.close()
+
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors on the GPU, those that operators hold while they run aside."""
+        return sum(tensor.nbytes for made in self._store.values() for tensor in made.values())
 
     # ------------------------------------------------------------- called by the program
 
     def wait(self, stream: str, event: str) -> None:
-        iteration = self._iteration
-        self._streams[stream].put(iteration, f"wait {event}", lambda: iteration.wait(event))
+        self._streams.wait(self._now, stream, event)
 
     def record(self, stream: str, event: str) -> None:
-        iteration = self._iteration
-        self._streams[stream].put(iteration, f"record {event}", lambda: iteration.record(event))
+        self._streams.record(self._now, self._lane[stream], event)
 
-    def prefetch(self, action: str, **arguments: Any) -> None:
-        self._copy("h2d", action, **arguments)
+    def prefetch(
+        self, action: str, stage: int, reads: Sequence[str], writes: Sequence[str], **_: Any
+    ) -> None:
+        def task() -> None:
+            for source, target in zip(reads, writes, strict=True):
+                tensors: Tensors = self._space(source)[source]
+                moved = {name: tensors[name] for name in self._what_moves(target, stage, tensors)}
+                self._store[target] = self._arenas.upload(moved, self._streams.device)
+
+        # Behind all that the program put before it; what the program puts behind it need not wait.
+        turn = f"turn of {action}"
+        self._streams.record(self._now, Stream.H2D, turn)
+        self._streams.wait(self._now, WEIGHTS, turn)
+        self._enqueue(Stream.H2D, action, task, WEIGHTS)
+        for target in writes:
+            self._arriving[target] = f"end of {action}"
+        self._streams.record(self._now, WEIGHTS, f"end of {action}")
 
     def load(self, action: str, **arguments: Any) -> None:
-        self._copy("h2d", action, **arguments)
+        self._upload(action, **arguments)
 
     def receive(self, action: str, **arguments: Any) -> None:
-        self._copy("h2d", action, **arguments)
+        self._upload(action, **arguments)
 
     def handoff(self, action: str, **arguments: Any) -> None:
-        self._copy("d2h", action, **arguments)
+        self._download(action, **arguments)
 
     def offload(self, action: str, **arguments: Any) -> None:
-        self._copy("d2h", action, **arguments)
+        self._download(action, **arguments)
 
     def gradient(self, action: str, **arguments: Any) -> None:
-        self._copy("d2h", action, **arguments)
+        self._download(action, **arguments)
 
     def free(self, action: str, stream: str, buffers: Sequence[str]) -> None:
         def task() -> None:
             for name in buffers:
-                del self._space(name)[name]
+                self._free(name, stream)
 
         self._enqueue(stream, action, task)
 
@@ -98,9 +141,10 @@ class CpuWorker:
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
     ) -> None:
         def task() -> None:
-            runner = self._runners[stage]
+            runner = self.runners[stage]
             weights, inputs, values, _ = self._gather(reads)
             outputs = runner.forward(weights, inputs, values, self._microbatches[microbatch])
+            outputs = _own(outputs, [*weights, inputs, values])
             for name in writes:
                 kind = buffers.parse(name).kind
                 if kind == "x":
@@ -108,59 +152,98 @@ class CpuWorker:
                 elif kind == "loss":
                     self._store[name] = outputs
 
-        self._enqueue("compute", action, task)
+        self._compute(action, reads, task)
 
     def backward(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
     ) -> None:
         def task() -> None:
             weights, inputs, values, gradients = self._gather(reads)
-            runner = self._runners[stage]
+            runner = self.runners[stage]
             result = runner.backward(weights, inputs, values, gradients, self._microbatches[microbatch])
-            self._keep_gradients(runner, reads, writes, weights, result)
+            self._keep_gradients(runner, reads, writes, weights, _own(result, [gradients]))
 
-        self._enqueue("compute", action, task)
+        self._compute(action, reads, task)
 
     def fused(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
     ) -> None:
         def task() -> None:
             weights, inputs, values, _ = self._gather(reads)
-            runner = self._runners[stage]
+            runner = self.runners[stage]
             loss, result = runner.fused(weights, inputs, values, self._microbatches[microbatch])
             self._store[buffers.loss(buffers.gpu(self.index), microbatch)] = {"loss": loss}
             self._keep_gradients(runner, reads, writes, weights, result)
 
-        self._enqueue("compute", action, task)
+        self._compute(action, reads, task)
 
     # ------------------------------------------------------------- helpers
 
-    def _enqueue(self, stream: str, action: str, task: Callable[[], None]) -> None:
-        self._streams[stream].put(self._iteration, action, task)
+    @property
+    def _now(self) -> Iteration:
+        assert self._iteration is not None
+        return self._iteration
+
+    def _enqueue(self, stream: str, action: str, task: Callable[[], None], lane: str | None = None) -> None:
+        self._lane[stream] = lane or stream
+        self._streams.enqueue(self._now, lane or stream, action, task)
+
+    def _compute(self, action: str, reads: Sequence[str], task: Callable[[], None]) -> None:
+        for name in reads:
+            if name in self._arriving:
+                self._streams.wait(self._now, Stream.COMPUTE, self._arriving.pop(name))
+        self._enqueue(Stream.COMPUTE, action, task)
 
     def _space(self, buffer: str) -> dict[str, Any]:
-        return self._iteration.host if buffers.space_of(buffer) == buffers.HOST else self._store
+        return self._now.host if buffers.space_of(buffer) == buffers.HOST else self._store
 
-    def _copy(
-        self,
-        stream: str,
-        action: str,
-        stage: int,
-        reads: Sequence[str],
-        writes: Sequence[str],
-        microbatch: int | None = None,
+    def _upload(self, action: str, stage: int, reads: Sequence[str], writes: Sequence[str], **_: Any) -> None:
+        def task() -> None:
+            for source, target in zip(reads, writes, strict=True):
+                tensors: Tensors = self._space(source)[source]
+                made: Tensors = {}
+                for name in self._what_moves(target, stage, tensors):
+                    tensor = tensors[name].detach()
+                    empty = torch.empty_like(tensor, device=self._streams.device)
+                    made[name] = empty.copy_(tensor, non_blocking=True)
+                self._store[target] = made
+                self._received.add(target)
+
+        self._enqueue(Stream.H2D, action, task)
+
+    def _download(
+        self, action: str, stage: int, reads: Sequence[str], writes: Sequence[str], **_: Any
     ) -> None:
         def task() -> None:
             for source, target in zip(reads, writes, strict=True):
                 tensors: Tensors = self._space(source)[source]
-                names = self._what_moves(target, stage, tensors)
-                self._space(target)[target] = {name: tensors[name].detach().clone() for name in names}
+                moved = {name: tensors[name].detach() for name in self._what_moves(target, stage, tensors)}
+                made = self._slots.empty_like(target, moved)
+                for name, tensor in moved.items():
+                    made[name].copy_(tensor, non_blocking=True)
+                self._space(target)[target] = made
 
-        self._enqueue(stream, action, task)
+        self._enqueue(Stream.D2H, action, task)
+
+    def _free(self, name: str, stream: str) -> None:
+        tensors = self._space(name).pop(name)
+        if buffers.space_of(name) == buffers.HOST:
+            return
+        kind = buffers.parse(name).kind
+        made_by: str = Stream.COMPUTE
+        if kind == "weights":
+            made_by = WEIGHTS
+            for tensor in tensors.values():
+                # Gradients have a buffer, and an end, of their own.
+                tensor.grad = None
+        elif name in self._received:
+            self._received.remove(name)
+            made_by = Stream.H2D
+        self._streams.release(stream, made_by, [tensors])
 
     def _what_moves(self, target: str, stage: int, tensors: Tensors) -> Sequence[str]:
         """The names of the tensors that a copy into `target` takes along."""
-        runner, kind = self._runners[stage], buffers.parse(target).kind
+        runner, kind = self.runners[stage], buffers.parse(target).kind
         if kind == "inputs":
             return runner.graph.inputs
         if kind == "state":
@@ -203,3 +286,12 @@ class CpuWorker:
 
 def _pick(tensors: Tensors, names: Sequence[str]) -> dict[str, torch.Tensor]:
     return {name: tensors[name] for name in names}
+
+
+def _own(made: Tensors, given: Sequence[Tensors]) -> Tensors:
+    """What a stage made, in memory of its own: what it only passed on is freed at another time."""
+    storages = {tensor.untyped_storage()._cdata for tensors in given for tensor in tensors.values()}
+    return {
+        name: tensor.clone() if tensor.untyped_storage()._cdata in storages else tensor
+        for name, tensor in made.items()
+    }

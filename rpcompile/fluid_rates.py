@@ -1,0 +1,173 @@
+"""Runs actions that slow one another down: an event loop with shared rates, compiled by numba.
+
+Imported only where something is shared, for numba takes a while to load.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Integers = NDArray[np.int64]
+
+
+@numba.njit(cache=True)
+def run_shared(
+    seconds: Floats,
+    demand: Floats,
+    urgent: Any,
+    uses: Integers,
+    capacity: Floats,
+    waiting: Integers,
+    successor_first: Integers,
+    successors: Integers,
+    start_s: Floats,
+    end_s: Floats,
+) -> int:
+    """Runs every action as soon as all it waits for is over; a transfer's rate follows what is shared.
+
+    Args:
+        seconds: Time of each action on an idle machine.
+        demand: Bytes per second that it moves then; 0 for actions that share nothing.
+        urgent: Whether it takes its rate before those that are not urgent share the rest.
+        uses: [action, 3] what it draws on, -1 for nothing.
+        capacity: Bytes per second of each of those.
+        waiting: How many actions each waits for; used up.
+        successor_first: Where each action's part of `successors` begins, and where the last one ends.
+        successors: Who waits for it.
+        start_s: Filled with starts.
+        end_s: Filled with ends.
+
+    Returns:
+        How many actions ran; fewer than all in a deadlock.
+    """
+    count = seconds.shape[0]
+    running = np.empty(count, np.int64)
+    left = np.zeros(count)  # seconds left at full rate, since `since`
+    since = np.zeros(count)
+    share = np.ones(count)  # of the full rate
+    ready = np.empty(count, np.int64)
+    active = ready_count = done = 0
+    now, changed = 0.0, False
+    for action in range(count):
+        if waiting[action] == 0:
+            ready[ready_count] = action
+            ready_count += 1
+    while True:
+        for k in range(ready_count):
+            action = ready[k]
+            start_s[action], end_s[action] = now, now + seconds[action]
+            left[action], since[action] = seconds[action], now
+            running[active] = action
+            active += 1
+            changed = changed or demand[action] > 0
+        ready_count = 0
+        if active == 0:
+            return done
+        if changed:
+            _share(running[:active], demand, urgent, uses, capacity, share, left, since, end_s, now)
+        now, changed = np.inf, False
+        for k in range(active):
+            now = min(now, float(end_s[running[k]]))
+        k = 0
+        while k < active:
+            action = running[k]
+            if end_s[action] > now:
+                k += 1
+                continue
+            active -= 1
+            running[k] = running[active]
+            done += 1
+            changed = changed or demand[action] > 0
+            for edge in range(successor_first[action], successor_first[action + 1]):
+                waiting[successors[edge]] -= 1
+                if waiting[successors[edge]] == 0:
+                    ready[ready_count] = successors[edge]
+                    ready_count += 1
+
+
+@numba.njit(cache=True)
+def _share(
+    running: Integers,
+    demand: Floats,
+    urgent: Any,
+    uses: Integers,
+    capacity: Floats,
+    share: Floats,
+    left: Floats,
+    since: Floats,
+    end_s: Floats,
+    now: float,
+) -> None:
+    """Gives the running actions their rates, and moves the ends of those whose rate changes."""
+    free = capacity.copy()
+    rates = np.zeros(running.shape[0])
+    for kind in (True, False):
+        _fill(running, demand, urgent, kind, uses, free, rates)
+    for k in range(running.shape[0]):
+        action = running[k]
+        if demand[action] <= 0:
+            continue
+        new = 1.0 if rates[k] >= demand[action] else rates[k] / demand[action]
+        if new == share[action]:
+            continue
+        left[action] -= (now - since[action]) * share[action]
+        since[action], share[action] = now, new
+        end_s[action] = now + max(0.0, left[action]) / new if new > 0 else np.inf
+
+
+@numba.njit(cache=True)
+def _fill(
+    running: Integers,
+    demand: Floats,
+    urgent: Any,
+    kind: bool,
+    uses: Integers,
+    free: Floats,
+    rates: Floats,
+) -> None:
+    """Max-min fair rates of the actions of one kind, out of what is free."""
+    count = running.shape[0]
+    is_open = np.zeros(count, np.bool_)
+    remaining = 0
+    for k in range(count):
+        is_open[k] = demand[running[k]] > 0 and urgent[running[k]] == kind
+        remaining += is_open[k]
+    users = np.zeros(free.shape[0], np.int64)
+    while remaining:
+        users[:] = 0
+        for k in range(count):
+            if is_open[k]:
+                for resource in uses[running[k]]:
+                    if resource >= 0:
+                        users[resource] += 1
+        # The level up to which everyone who is open can rise together.
+        level, tight = np.inf, -1
+        for resource in range(free.shape[0]):
+            if users[resource] and free[resource] / users[resource] < level:
+                level, tight = max(0.0, free[resource]) / users[resource], resource
+        smallest = np.inf
+        for k in range(count):
+            if is_open[k]:
+                smallest = min(smallest, demand[running[k]])
+        content = smallest <= level
+        for k in range(count):
+            action = running[k]
+            if not is_open[k]:
+                continue
+            at_bottleneck = False
+            for resource in uses[action]:
+                at_bottleneck = at_bottleneck or resource == tight
+            if (content and demand[action] <= level) or (not content and at_bottleneck):
+                rates[k] = min(demand[action], level)
+                is_open[k] = False
+                remaining -= 1
+                for resource in uses[action]:
+                    if resource >= 0:
+                        free[resource] -= rates[k]

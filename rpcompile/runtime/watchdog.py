@@ -1,0 +1,69 @@
+"""Waits for workers, and says who waits for whom when they stop answering."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rpcompile.errors import WorkerTimeout
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterable
+
+    from rpcompile.ir import Action, Schedule
+    from rpcompile.runtime.streams import Iteration
+
+_POLL_S = 1.0
+
+
+def await_all(
+    events: Iterable[threading.Event], iteration: Iteration, schedule: Schedule, timeout_s: float
+) -> None:
+    """Blocks until all events have happened.
+
+    Args:
+        events: E.g. the workers' drains.
+        iteration: What the workers run.
+        schedule: The schedule that it is a run of.
+        timeout_s: How long no instruction may come to its end.
+
+    Raises:
+        WorkerTimeout: Nothing has happened for that long.
+    """
+    for event in events:
+        while not event.wait(min(_POLL_S, timeout_s / 4)):
+            idle_s = time.perf_counter() - iteration.progress_s
+            if idle_s > timeout_s:
+                raise WorkerTimeout(
+                    f"no instruction came to its end for {idle_s:.1f} s (timeout_s={timeout_s:g}). "
+                    f"{report(iteration, schedule)}. Pass a larger timeout_s to rpcompile.compile if an "
+                    f"instruction may take that long. Weights, gradients and buffers are as they were before "
+                    f"this call; what is stuck is left behind, and the next call uses new workers."
+                )
+
+
+def report(iteration: Iteration, schedule: Schedule) -> str:
+    """What every stream is doing, since when; first those that run, then those that wait, and for whom."""
+    recorders = {event: action for action in schedule.actions() for event in action.records}
+    actions = {action.id: action for action in schedule.actions()}
+    now = time.perf_counter()
+    busy: list[str] = []
+    waiting: list[str] = []
+    for (gpu, stream), (instruction, since) in sorted(iteration.running.copy().items()):
+        where, for_s = f"gpu{gpu} {stream}", f"for {now - since:.1f} s"
+        event = instruction.removeprefix("wait ")
+        if event == instruction:
+            busy.append(f"{where} has been running {instruction} {for_s}")
+        elif event in recorders:
+            source = recorders[event]
+            waiting.append(f"{where} has been waiting {for_s} for {event} from {_place(source)}")
+        else:
+            owner = event.removeprefix("end of ").removeprefix("turn of ")
+            of = _place(actions[owner]) if owner in actions else owner
+            waiting.append(f"{where} has been waiting {for_s} for {of}")
+    return "; ".join([*busy, *waiting]) or "No stream is running anything"
+
+
+def _place(action: Action) -> str:
+    return f"{action.id} (gpu{action.gpu} {action.stream.value})"

@@ -1,0 +1,168 @@
+"""The model's weights in few large pieces of host memory, so that few large copies upload a stage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from rpcompile.runtime.host_slots import ALIGNMENT, aligned, allocate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rpcompile.runtime.stage_runner import Tensors
+
+CHUNK_BYTES = 16 << 20
+"""Bytes of one copy of weights: 0.7 ms at 25 GB/s, which is how long an activation may have to wait."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes lie in an arena; `follows` if the tensor reads them from there itself."""
+
+    arena: torch.Tensor
+    offset: int
+    nbytes: int
+    view: torch.Tensor
+    source: torch.Tensor
+
+    @property
+    def follows(self) -> bool:
+        return self.source.data_ptr() == self.view.data_ptr()
+
+
+@dataclass
+class _Run:
+    """Neighbours in an arena, from `begin` to `end`, and what lies there: name, tensor and offset."""
+
+    arena: torch.Tensor
+    begin: int
+    end: int
+    members: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
+
+
+class WeightArenas:
+    """One arena a segment for weights that train and one for those that do not.
+
+    A tensor becomes a view into its arena where nobody can tell: it is contiguous, on the host, and no tensor
+    but the model's shares its storage. Otherwise its bytes are copied into the arena before each iteration.
+    Weights that train lie apart, since `torch.save` of one tensor writes the whole arena.
+
+    Args:
+        pin: Register the arenas with CUDA.
+        adopt: Use arenas at all; otherwise weights stay where they are (memory-mapped files do) and are
+            uploaded one by one.
+    """
+
+    def __init__(self, pin: bool = False, adopt: bool = False) -> None:
+        self._pin = pin
+        self._adopt = adopt
+        self._places: dict[str, _Place] = {}
+
+    def refresh(self, groups: Sequence[Sequence[str]], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Makes the arenas agree with the model; to be called before an iteration.
+
+        Args:
+            groups: Names of the tensors of each segment.
+            tensors: The model's tensors by name.
+        """
+        if not self._adopt:
+            return
+        private: set[int] | None = None
+        for names in groups:
+            for trainable in (True, False):
+                strange = {
+                    name: tensor
+                    for name in names
+                    if not self._knows(name, tensor := tensors[name]) and tensor.requires_grad is trainable
+                }
+                if strange:
+                    private = _private(tensors.values()) if private is None else private
+                    self._place(strange, private)
+        with torch.no_grad():
+            for place in self._places.values():
+                if not place.follows:
+                    place.view.copy_(place.source)
+
+    def upload(self, tensors: Tensors, device: torch.device) -> Tensors:
+        """Copies of host tensors on a device; enqueued, where the device is asynchronous."""
+        made: Tensors = {}
+        placed = {name: tensor for name, tensor in tensors.items() if self._knows(name, tensor)}
+        for run in self._runs(placed):
+            flat = torch.empty(run.end - run.begin, dtype=torch.uint8, device=device)
+            source = run.arena[run.begin : run.end]
+            for piece, target in zip(source.split(CHUNK_BYTES), flat.split(CHUNK_BYTES), strict=True):
+                target.copy_(piece, non_blocking=True)
+            for name, tensor, offset in run.members:
+                # `.data` has a version counter of its own: autograd must not take an update of one tensor
+                # for an update of all.
+                made[name] = flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).data
+        for name, tensor in tensors.items():
+            if name not in made:
+                target = torch.empty_like(tensor, device=device, requires_grad=False)
+                made[name] = target.copy_(tensor.detach(), non_blocking=True)
+        return {name: made[name] for name in tensors}
+
+    def _knows(self, name: str, tensor: torch.Tensor) -> bool:
+        place = self._places.get(name)
+        return place is not None and place.source.data_ptr() == tensor.data_ptr()
+
+    def _place(self, tensors: Tensors, private: set[int]) -> None:
+        """Puts tensors into a new arena; one that has several names is put there once."""
+        fitting = {name: t for name, t in tensors.items() if t.is_contiguous() and t.nbytes}
+        pointers = {name: tensor.data_ptr() for name, tensor in fitting.items()}
+        offsets: dict[int, int] = {}
+        total = 0
+        for name, pointer in pointers.items():
+            if pointer not in offsets:
+                offsets[pointer], total = total, total + aligned(fitting[name].nbytes)
+        arena = allocate(total, self._pin)
+        for name, tensor in fitting.items():
+            start = offsets[pointers[name]]
+            view = arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            with torch.no_grad():
+                view.copy_(tensor)
+            if pointers[name] in private:
+                tensor.data = view.data
+            self._places[name] = _Place(arena, start, tensor.nbytes, view, tensor)
+
+    def _runs(self, tensors: Tensors) -> list[_Run]:
+        by_arena: dict[int, list[str]] = defaultdict(list)
+        for name in tensors:
+            by_arena[self._places[name].arena.data_ptr()].append(name)
+        runs: list[_Run] = []
+        for names in by_arena.values():
+            names.sort(key=lambda name: self._places[name].offset)
+            end: int | None = None
+            for name in names:
+                place = self._places[name]
+                if end is None or place.offset - end >= ALIGNMENT:
+                    runs.append(_Run(place.arena, place.offset, place.offset))
+                run = runs[-1]
+                run.end = end = max(run.end, place.offset + place.nbytes)
+                run.members.append((name, tensors[name], place.offset - run.begin))
+        return runs
+
+
+def _private(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Addresses of the tensors that lie on the host in storages which only these tensors use.
+
+    Tensors of one storage must lie side by side in it (one memory-mapped file) or be one and the same.
+    """
+    sharers: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        if tensor.device.type == "cpu":
+            sharers[tensor.untyped_storage()._cdata].append(tensor)
+    found: set[int] = set()
+    for same in sharers.values():
+        storage = same[0].untyped_storage()
+        extents = sorted({(tensor.data_ptr(), tensor.nbytes) for tensor in same})
+        apart = all(begin + nbytes <= after for (begin, nbytes), (after, _) in pairwise(extents))
+        others = torch._C._storage_Use_Count(storage._cdata) - 1 - len(same)
+        if apart and not others and not storage.is_shared():
+            found.update(begin for begin, _ in extents)
+    return found
