@@ -53,7 +53,8 @@ class Page:
             assert time.monotonic() < deadline, "Chromium did not start"
             time.sleep(0.05)
         port, browser = port_file.read_text().split()
-        self._socket = connect(f"ws://127.0.0.1:{port}{browser}", max_size=None)
+        self._connection = connect(f"ws://127.0.0.1:{port}{browser}", max_size=None)
+        self._socket = self._connection.__enter__()
         self._session: str | None = None
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -66,7 +67,7 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self._connection.__exit__(None, None, None)
         self._process.terminate()
         self._process.wait(WAIT_S)
         self._folder.cleanup()
