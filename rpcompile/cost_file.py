@@ -121,8 +121,8 @@ class CostFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise InvalidArgument(f"cost file {path} cannot be read: {error}") from error
         if (found.format, found.version) != (FORMAT, VERSION):
             raise InvalidArgument(
-                f"{path} has format {found.format!r} version {found.version}; this rpcompile reads {FORMAT!r} "
-                f"version {VERSION}"
+                f"{path} has format {found.format!r} version {found.version}; this rpcompile reads "
+                f"{FORMAT!r} version {VERSION}"
             )
         found.parsed()
         for segment in found.segments:

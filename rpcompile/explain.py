@@ -147,8 +147,8 @@ def _cut(plan: Plan) -> list[str]:
     for stage in by_kind[StageKind.FB]:
         saved = plan.microbatches * sum(plan.chain.segments[i].forward_s for i in stage.segments)
         lines.append(
-            f"Stage {stage.index} ({_segments(plan, stage)}) runs forward and backward at once: no recompute, "
-            f"which saves {seconds(saved)} of GPU time an iteration."
+            f"Stage {stage.index} ({_segments(plan, stage)}) runs forward and backward at once: no "
+            f"recompute, which saves {seconds(saved)} of GPU time an iteration."
         )
     lines.append(_balance(plan))
     lines.append(_limit(plan))
@@ -166,8 +166,8 @@ def _balance(plan: Plan) -> str:
     if over < 0.05:
         return f"All {plan.gpus} GPUs compute {seconds(mean)} an iteration: the load is even."
     return (
-        f"GPU {heaviest} computes longest: {seconds(loads[heaviest])} an iteration, {over:.1f} % over the mean of "
-        f"{seconds(mean)}; an iteration cannot be shorter than that."
+        f"GPU {heaviest} computes longest: {seconds(loads[heaviest])} an iteration, {over:.1f} % over the "
+        f"mean of {seconds(mean)}; an iteration cannot be shorter than that."
     )
 
 
@@ -179,7 +179,8 @@ def _limit(plan: Plan) -> str:
     proof = (
         f"{partition.solver} proved that no partition is faster under its model"
         if partition.status == "OPTIMAL"
-        else f"of those that {partition.solver} considered none takes {100 * partition.gap:.1f} % less under its model"
+        else f"of those that {partition.solver} considered none takes {100 * partition.gap:.1f} % less under "
+        "its model"
     )
     return f"The fullest GPU holds {size(peak)} of {size(limit)} ({share:.0f} %): {memory}; {proof}."
 
@@ -232,10 +233,11 @@ class _Question:
         work_s = each_s * self.plan.microbatches
         cause = max(waits, key=lambda name: waits[name], default=None)
         bound_by = cause if cause is not None and waits[cause] > work_s else "compute"
-        text = f"Stage {stage.index} ({stage.kind.value}, {_segments(self.plan, stage)}) computes {seconds(work_s)}"
+        what = f"{stage.kind.value}, {_segments(self.plan, stage)}"
+        text = f"Stage {stage.index} ({what}) computes {seconds(work_s)}"
         said = [
-            f"{seconds(value)} for {what}"
-            for name, what in (
+            f"{seconds(value)} for {reason}"
+            for name, reason in (
                 (UPLOAD, "its upload"),
                 (QUEUED, "other stages' uploads in front of it"),
                 (COPY, "its activations"),

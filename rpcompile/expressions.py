@@ -1,8 +1,9 @@
 """Text <-> expression for costs such as `128*batch*sequence*(sequence + 1)`, without `eval`.
 
-The text is parsed as Python and only a few kinds of nodes are let through: numbers, names, `+ - * / // % **`
-with small whole exponents, and the functions `floor`, `ceiling`, `Max`, `Min`, `Mod`, `Abs`. Length, depth
-and the size of numbers are bounded, so that no text takes long. Neither torch nor sympy is needed to evaluate.
+The text is parsed as Python and only a few kinds of nodes are let through: numbers, names,
+`+ - * / // % **` with small whole exponents, and the functions `floor`, `ceiling`, `Max`, `Min`, `Mod`,
+`Abs`. Length, depth and the size of numbers are bounded, so that no text takes long. Neither torch nor
+sympy is needed to evaluate.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OPERATORS: dict[type[ast.operator], tuple[str, Callable[[Fraction, Fraction], F
     ast.FloorDiv: ("//", lambda left, right: Fraction(left // right)),
     ast.Mod: ("%", operator.mod),
 }
-_FUNCTIONS: dict[str, tuple[int | None, Callable[..., Fraction]]] = {  # name -> (arguments, function)
+_FUNCTIONS: dict[str, tuple[int | None, Callable[..., Any]]] = {  # name -> (arguments, function)
     "floor": (1, lambda value: Fraction(math.floor(value))),
     "ceiling": (1, lambda value: Fraction(math.ceil(value))),
     "Abs": (1, abs),
@@ -140,8 +141,8 @@ def _check(node: ast.expr, known: frozenset[str], found: set[str], text: str, de
         case _:
             names = ", ".join(sorted(known)) or "none"
             raise InvalidArgument(
-                f"{_short(text)} holds {_short(ast.unparse(node))}; only numbers, the sizes ({names}), + - * / // % **, "
-                f"{', '.join(_FUNCTIONS)} are allowed"
+                f"{_short(text)} holds {_short(ast.unparse(node))}; only numbers, the sizes ({names}), "
+                f"+ - * / // % **, {', '.join(_FUNCTIONS)} are allowed"
             )
     for part in parts:
         _check(part, known, found, text, depth + 1)

@@ -79,7 +79,9 @@ class TrainOptions:
         if options.lora < 0 or not 0 < options.lr < float("inf"):
             raise InvalidArgument(f"lora is {options.lora} and lr is {options.lr}; use lora >= 0 and lr > 0")
         if options.batch % options.microbatches:
-            raise InvalidArgument(f"batch {options.batch} is no multiple of microbatches {options.microbatches}")
+            raise InvalidArgument(
+                f"batch {options.batch} is no multiple of microbatches {options.microbatches}"
+            )
         return options
 
 
@@ -170,6 +172,8 @@ def _rows(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(tokens) // options.seq
     if count == 0:
-        raise InvalidArgument(f"text {options.text} has {len(tokens)} tokens, fewer than one row of {options.seq}")
+        raise InvalidArgument(
+            f"text {options.text} has {len(tokens)} tokens, fewer than one row of {options.seq}"
+        )
     rows = torch.tensor(tokens[: count * options.seq]).view(count, options.seq)
     return {"input_ids": rows, "labels": rows.clone()}

@@ -7,7 +7,6 @@ the size that is left is then planned for good, and made smaller until a plan is
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm

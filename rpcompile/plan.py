@@ -35,7 +35,7 @@ from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from matplotlib.figure import Figure
 
@@ -179,7 +179,8 @@ class Plan:
     def _repr_html_(self) -> str:
         """What a notebook shows: the printed form, and the timeline as a picture."""
         picture = io.BytesIO()
-        self.plot().savefig(picture, format="png", dpi=110)
+        figure: Any = self.plot()
+        figure.savefig(picture, format="png", dpi=110)
         data = base64.b64encode(picture.getvalue()).decode()
         return f'<pre>{html.escape(str(self))}</pre><img alt="timeline" src="data:image/png;base64,{data}">'
 
@@ -242,7 +243,7 @@ def _read(data: bytes, version: int) -> Plan:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def _no_garbage_collection() -> Generator[None]:
     """Reading makes many objects and no garbage; looking for some in between takes most of the time."""
     enabled = gc.isenabled()
     gc.disable()

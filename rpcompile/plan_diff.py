@@ -72,8 +72,9 @@ def _stages(left: Plan, right: Plan) -> Iterator[Difference]:
         gpus: dict[int, list[int]] = {}
         for job in plan.schedule.jobs:
             gpus.setdefault(job.stage, []).append(job.gpu)
+        places = {stage: ",".join(map(str, found)) for stage, found in gpus.items()}
         return [
-            f"{stage.kind.value} {stage.first}..{stage.last} on {','.join(map(str, gpus.get(stage.index, [])))}"
+            f"{stage.kind.value} {stage.first}..{stage.last} on {places.get(stage.index, '-')}"
             for stage in plan.partition.stages
         ]
 

@@ -25,7 +25,7 @@ _STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
 """Version -> what makes its `plan` one of the next version."""
 
 
-def upgrade(plan: dict[str, Any], version: int) -> dict[str, Any]:
+def upgrade(plan: Any, version: int) -> dict[str, Any]:
     """The `plan` part of a file of an older version as one of `VERSION`.
 
     Raises:

@@ -187,13 +187,14 @@ def _apart(
     segments, tail = len(chain.segments), sum(forward)
     if tail + backward[0] not in (segments, segments - 1) or backward[0] < 0:
         raise InvalidArgument(
-            f"partition {text!r}: the forward stages have {tail} segments and the fused one {backward[0]} more; "
-            f"together with the head they must be the chain's {segments}"
+            f"partition {text!r}: the forward stages have {tail} segments and the fused one "
+            f"{backward[0]} more; together with the head they must be the chain's {segments}"
         )
     needed = tail - chain.first_backward
     if sum(backward[1:]) != needed:
         raise InvalidArgument(
-            f"partition {text!r}: the backward stages have {sum(backward[1:])} segments; {needed} need a backward"
+            f"partition {text!r}: the backward stages have {sum(backward[1:])} segments; "
+            f"{needed} need a backward"
         )
     down = _runs(backward[:0:-1], needed, text)
     offset = chain.first_backward
@@ -207,7 +208,8 @@ def _apart(
 def _runs(counts: list[int], segments: int, text: str) -> list[tuple[int, int]]:
     if any(count < 1 for count in counts) or sum(counts) != segments:
         raise InvalidArgument(
-            f"partition {text!r}: {','.join(map(str, counts))} must be numbers from 1 that add up to {segments}"
+            f"partition {text!r}: {','.join(map(str, counts))} must be numbers from 1 that add up "
+            f"to {segments}"
         )
     runs: list[tuple[int, int]] = []
     for count in counts:

@@ -21,7 +21,10 @@ WAIT_S = 60.0
 
 def find() -> str | None:
     """The browser's path; None where there is none."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
+        None,
+    )
 
 
 needs_chromium = pytest.mark.skipif(
@@ -42,9 +45,17 @@ class Page:
         self._dark, self._size = dark, size
         self.problems: list[str] = []
         self.requests: list[str] = []
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
         options += ["--remote-debugging-port=0", f"--user-data-dir={self._folder.name}", "about:blank"]
-        self._process = subprocess.Popen([path, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [path, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def __enter__(self) -> Self:
         port_file = Path(self._folder.name) / "DevToolsActivePort"
@@ -61,7 +72,13 @@ class Page:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._ask(f"{domain}.enable")
         width, height = self._size
-        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self._ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         return self

@@ -19,9 +19,10 @@ from tests.chains import chain, partition
 from tests.test_plan import plan_of
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = (
-    "plan fit show verify diff trace report plot export explain simulate compare probe profile train doctor".split()
-)
+COMMANDS = [
+    *("plan", "fit", "show", "verify", "diff", "trace", "report", "plot", "export", "explain"),
+    *("simulate", "compare", "probe", "profile", "train", "doctor"),
+]
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -137,13 +138,19 @@ def test_help_of_everything_loads_nothing_heavy() -> None:
 def test_every_command_is_listed(run: Any) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    listed = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.startswith("  ") and line[2] != " "]
+    listed = [
+        line.split()[0]
+        for line in out.split("Commands:")[1].splitlines()
+        if line.startswith("  ") and line[2] != " "
+    ]
     assert sorted(listed) == sorted(COMMANDS)
     assert run("--version")[1].startswith("rpcompile 0.")
 
 
 def test_python_m_rpcompile() -> None:
-    done = subprocess.run([sys.executable, "-m", "rpcompile", "--version"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "rpcompile", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
     assert (done.returncode, done.stdout.split()[0]) == (0, "rpcompile")
 
 
@@ -182,7 +189,9 @@ def test_plan_of_a_model(run: Any, model: str, options: list[str], microbatch: d
 
 
 def test_a_lora_plan_trains_only_the_adapters(run: Any) -> None:
-    status, out, err = run("profile", "config.json", "--lora", "2", "--out", "lora.json", "--costs", "costs.json")
+    status, out, err = run(
+        "profile", "config.json", "--lora", "2", "--out", "lora.json", "--costs", "costs.json"
+    )
     assert status == 0, err
     segments = json.loads(Path("lora.json").read_text())["segments"]
     assert 0 < sum(s["gradient_bytes"] for s in segments) < 0.3 * sum(s["weight_bytes"] for s in segments)
@@ -275,7 +284,9 @@ def test_probe_writes_a_file_that_plan_takes(run: Any) -> None:
     status, out, err = run("probe", "--seconds", "0.01", "--out", "here.json", "--json")
     assert status == 0, err
     assert json.loads(out)["flops_per_s"] > 0
-    status, _, err = run("plan", "--profile", "profile.json", "--gpu", "here.json", "--gpus", "2", "--solver-time", "0.1")
+    status, _, err = run(
+        "plan", "--profile", "profile.json", "--gpu", "here.json", "--gpus", "2", "--solver-time", "0.1"
+    )
     assert status == 0, err
 
 
@@ -304,7 +315,10 @@ BAD = [
     (["plan", "broken.json"], "is no JSON"),
     (["plan", "list.json"], 'has no "model_type"'),
     (["plan", "config.json", "--dtype", "int7"], "dtype 'int7'; choose one of bfloat16"),
-    (["plan", "config.json", "--batch", "7", "--microbatches", "2"], "--batch 7 does not divide into --microbatches 2"),
+    (
+        ["plan", "config.json", "--batch", "7", "--microbatches", "2"],
+        "--batch 7 does not divide into --microbatches 2",
+    ),
     (["plan", "config.json", "--gpu", "rtx409"], "did you mean rtx4090"),
     (["plan", "config.json", "--mode", "warp"], "mode"),
     (["plan", "config.json", "--gpus", "0"], "--gpus"),
@@ -317,7 +331,10 @@ BAD = [
     (["plan", "--profile", "broken.json"], "is no JSON"),
     (["plan", "--profile", "profile.json", "--batch", "4"], "a profile is for one size of microbatch"),
     (["plan", "--profile", "profile.json", "--gpu", "nope"], "hardware 'nope' is not in the catalogue"),
-    (["plan", "--profile", "profile.json", "--out", "plan.json/x.json", "--gpus", "2"], "cannot write the plan"),
+    (
+        ["plan", "--profile", "profile.json", "--out", "plan.json/x.json", "--gpus", "2"],
+        "cannot write the plan",
+    ),
     (["fit", "config.json"], "give --seq to find the largest microbatch"),
     (["fit", "config.json", "--seq", "8", "--batch", "8"], "give --seq"),
     (["fit", "net.py:make", "--batch", "8", "--gpus", "1"], "the model has no size 'sequence'; it has batch"),
@@ -340,7 +357,10 @@ BAD = [
     (["simulate", "plan.json", "--policy", "gpip"], "policy 'gpip' is unknown; did you mean gpipe?"),
     (["simulate", "plan.json", "--gpus", "3"], "need --policy or --profile"),
     (["simulate", "--profile", "profile.json", "--partition", "1,x"], "'1,x' is no list of numbers"),
-    (["simulate", "--profile", "profile.json", "--partition", "2,2|0,2"], "together with the head they must be"),
+    (
+        ["simulate", "--profile", "profile.json", "--partition", "2,2|0,2"],
+        "together with the head they must be",
+    ),
     (["compare", "missing.json"], "cannot read the plan"),
     (["compare"], "give a PLAN or --profile FILE"),
     (["probe", "--out", "here.txt"], "a hardware file ends in .json"),
@@ -355,13 +375,18 @@ BAD = [
     (["train", "--model", "qwen3-8b", "--text", "text.txt"], "its weights are not here"),
     (["train", "--model", "nowhere", "--text", "text.txt"], "there is no such folder"),
     (["train", "--model", ".", "--text", "text.txt"], "model . cannot be loaded"),
-    (["train", "--model", "x", "--text", "y", "--batch", "3", "--microbatches", "2"], "batch 3 is no multiple"),
+    (
+        ["train", "--model", "x", "--text", "y", "--batch", "3", "--microbatches", "2"],
+        "batch 3 is no multiple",
+    ),
     (["doctor", "--far"], "No such option"),
     (["plam"], "No such command 'plam'"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_bad_input_is_one_line_and_status_2(run: Any, arguments: list[str], message: str) -> None:
     status, out, err = run(*arguments)
     assert message in err

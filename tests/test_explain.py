@@ -86,7 +86,9 @@ def test_with_microbatches_adds_work_and_keeps_places() -> None:
     assert variations.with_microbatches(plan, 0) == plan.schedule
     grown = variations.with_microbatches(plan, 4)
     assert grown.microbatches == 7
-    run = [(a.stage, a.microbatch, a.gpu) for a in grown.actions() if a.op in (Op.FORWARD, Op.FUSED, Op.BACKWARD)]
+    run = [
+        (a.stage, a.microbatch, a.gpu) for a in grown.actions() if a.op in (Op.FORWARD, Op.FUSED, Op.BACKWARD)
+    ]
     assert sorted((stage, m) for stage, m, _ in run) == [(stage, m) for stage in range(3) for m in range(7)]
     places = {job.stage: job.gpu for job in plan.schedule.jobs}
     assert all(places[stage] == gpu for stage, _, gpu in run)
@@ -124,8 +126,8 @@ def test_words_about_balance_memory_and_the_solver() -> None:
     )
     # GPU 0 has F and B of layer 0: 2 x (2 + 5); GPU 1 has 2 x 5; the mean is 12.
     assert lines[3] == (
-        "GPU 0 computes longest: 14.00 s an iteration, 16.7 % over the mean of 12.00 s; an iteration cannot be "
-        "shorter than that."
+        "GPU 0 computes longest: 14.00 s an iteration, 16.7 % over the mean of 12.00 s; an iteration cannot "
+        "be shorter than that."
     )
     assert "memory does not bind the cuts" in lines[4]
 
@@ -134,7 +136,13 @@ def test_explanation_prints_and_is_json() -> None:
     plan = plan_of((chain(3), partition("F0-1", "FB2-2", "B0-1"), 2, 2, "sync"))
     found = explain(plan, replan=False)
     text = str(found)
-    for title in ("Why these stages", "Where the idle time goes", "Stage by stage", "What was tried", "What would help"):
+    for title in (
+        "Why these stages",
+        "Where the idle time goes",
+        "Stage by stage",
+        "What was tried",
+        "What would help",
+    ):
         assert title in text
     assert found.as_dict()["source"] == "simulated"
     assert len(found.as_dict()["stages"]) == 3

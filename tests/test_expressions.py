@@ -112,7 +112,9 @@ def test_any_text_gives_an_expression_or_a_clean_error(text: str) -> None:
         found = parse(text, NAMES)
     except InvalidArgument:
         return
-    assert {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)} <= {
+    assert {
+        node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)
+    } <= {
         *NAMES,
         "floor",
         "ceiling",

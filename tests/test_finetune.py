@@ -15,7 +15,7 @@ from rpcompile.errors import InvalidArgument
 from rpcompile.finetune import TrainOptions, train
 from rpcompile.plan import Plan
 
-WORDS = "the quick brown fox jumps over a lazy dog".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_training_from_yaml_and_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_from_yaml_and_flags(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {folder}\ntext: {folder / 'text.txt'}\nout: {tmp_path / 'out'}\n"

@@ -228,7 +228,9 @@ def test_file_of_version_1_without_a_chain_says_so(saved: Path) -> None:
 
 
 def test_a_version_2_field_is_not_part_of_version_1(saved: Path, plan: Plan) -> None:
-    with_classes = replace(plan, chain=replace(plan.chain, op_classes=(ClassCost("matmul", 1, 2, 3, 4, 5, 6),)))
+    with_classes = replace(
+        plan, chain=replace(plan.chain, op_classes=(ClassCost("matmul", 1, 2, 3, 4, 5, 6),))
+    )
     with_classes.save(saved)
     assert Plan.load(saved) == with_classes
     assert Plan.load(version_1(saved)) == plan

@@ -68,7 +68,9 @@ def test_torch_loads_the_table(policy: str, rows: list[str] | None, tmp_path: Pa
     schedule._load_csv(str(path))
     assert sorted(schedule.pipeline_order) == list(range(GPUS))
     read = [str(action) for rank in range(GPUS) for action in schedule.pipeline_order[rank]]
-    assert sorted(read) == sorted(f"{s}{k}{m}" for s in range(count) for k in "FB" for m in range(MICROBATCHES))
+    assert sorted(read) == sorted(
+        f"{s}{k}{m}" for s in range(count) for k in "FB" for m in range(MICROBATCHES)
+    )
     assert any("RECV" in str(action) for action in schedule.pipeline_order_with_comms[1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,14 @@ def test_a_bar_for_every_action_that_takes_time_until_there_are_too_many() -> No
 
 def test_neighbouring_microbatches_differ_in_grayscale() -> None:
     gray = [0.30 * red + 0.59 * green + 0.11 * blue for red, green, blue in palette(64)]
-    assert all(abs(one - two) > 0.03 for one, two in zip(gray, gray[1:], strict=False))
+    assert all(abs(one - two) > 0.03 for one, two in pairwise(gray))
 
 
 def test_thinned_memory_keeps_the_peak() -> None:
     count = 10 * timeline.MOST_STEPS
-    steps = MemorySteps(tuple(map(float, range(count))), tuple(999 if i == 777 else i % 5 for i in range(count)))
+    steps = MemorySteps(
+        tuple(map(float, range(count))), tuple(999 if i == 777 else i % 5 for i in range(count))
+    )
     times, nbytes = timeline.thinned(steps, float(count))
     assert len(times) == len(nbytes) <= timeline.MOST_STEPS + 1
     assert max(nbytes) == 999
@@ -87,7 +90,8 @@ PLACE = f"""(() => {{
   const bars = {BARS}, view = Bokeh.index.find_one(bars), plot = view.parent;
   const data = bars.data_source.data, i = data.label.indexOf("2FB1");
   const box = plot.canvas_view.el.getBoundingClientRect();
-  const x = plot.frame.x_scale.compute((data.left[i] + data.right[i]) / 2), y = plot.frame.y_scale.compute(data.y[i]);
+  const x = plot.frame.x_scale.compute((data.left[i] + data.right[i]) / 2);
+  const y = plot.frame.y_scale.compute(data.y[i]);
   return [box.x + x, box.y + y];
 }})()"""
 TIPS = """(() => {
@@ -126,7 +130,9 @@ def test_in_a_browser(written: Path, dark: bool, tmp_path: Path) -> None:
 
 @needs_chromium
 def test_ten_thousand_bars_open(tmp_path: Path) -> None:
-    stages = partition(*(f"F{i}-{i}" for i in range(19)), "FB19-19", *(f"B{i}-{i}" for i in reversed(range(19))))
+    stages = partition(
+        *(f"F{i}-{i}" for i in range(19)), "FB19-19", *(f"B{i}-{i}" for i in reversed(range(19)))
+    )
     plan = plan_of((chain(20), stages, 8, 76, "sync"))
     path = tmp_path / "report.html"
     write_report(plan, path, compare=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rpcompile.cli import options
+from rpcompile.cli import options, planning
 from rpcompile.errors import InvalidArgument
 
 
@@ -66,14 +66,13 @@ def profile(
     as_json: options.Json = False,
 ) -> None:
     """Write what each segment of a model costs, for `plan --profile` here or elsewhere."""
-    from rpcompile.cli.planning import capture, sizes_of
     from rpcompile.planner import find_hardware
     from rpcompile.profile import Profile
 
     assert model is not None
-    captured = capture(model, dtype, lora)
+    captured = planning.capture(model, dtype, lora)
     source = "measured" if measure else "estimated"
-    hardware, sizes = find_hardware(gpu), sizes_of(captured, batch, seq)
+    hardware, sizes = find_hardware(gpu), planning.sizes_of(captured, batch, seq)
     chain = captured.bind(hardware, sizes, seconds=source, device=device)
     Profile.from_chain(chain).save(out)
     if costs is not None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rpcompile.profile import Profile
 
 DEFAULT_BATCH = 64
-DEFAULT_SEQUENCE = 2048
 
 
 def plan(
@@ -50,7 +49,7 @@ def plan(
     else:
         assert model is not None
         rows, count = divide(batch, microbatches, gpus)
-        captured = capture(model, dtype, lora, seq)
+        captured = capture(model, dtype, lora)
         given = PlanOptions(gpus, count, mode, solver_time, seed)
         found = plan_model(captured, rows, seq, gpu, given)
     if out is not None:
@@ -89,7 +88,7 @@ def fit(
         raise InvalidArgument(
             "give --seq to find the largest microbatch, or --batch to find the longest sequence"
         )
-    captured = capture(model, dtype, lora, seq)
+    captured = capture(model, dtype, lora)
     asked, fixed = ("batch", {"sequence": seq}) if batch is None else ("sequence", {"batch": batch})
     found = largest_that_fits(
         captured,
@@ -130,9 +129,7 @@ def divide(batch: int | None, microbatches: int | None, gpus: int) -> tuple[int,
     return batch // count, count
 
 
-def capture(
-    name: str, dtype: str | None = None, lora: int | None = None, sequence: int | None = None
-) -> CapturedModel:
+def capture(name: str, dtype: str | None = None, lora: int | None = None) -> CapturedModel:
     """Captures a model by name, with example inputs of two rows."""
     from rpcompile import named_models
 
@@ -146,8 +143,8 @@ def capture(
         example = infer_example_inputs(found.module, 2)
     if example is None:
         raise InvalidArgument(
-            f"the inputs of {type(found.module).__name__} cannot be inferred; give module:factory that returns "
-            "the module and its example inputs"
+            f"the inputs of {type(found.module).__name__} cannot be inferred; give module:factory that "
+            "returns the module and its example inputs"
         )
     with progress_bar(None) as bar:
         return capture_model(found.module, ExampleInputs.of(example), bar)

@@ -131,5 +131,6 @@ def _bounds(plan: Plan) -> str:
     ideal_s = (1 - plan.prediction.bubble) * predicted
     return (
         f"no schedule of these stages on {plan.gpus} GPUs is shorter than {seconds(ideal_s)} (no bubbles); "
-        f"the solver proves {seconds(partition.bound_s)} for its partitions; this one takes {seconds(predicted)}"
+        f"the solver proves {seconds(partition.bound_s)} for its partitions; this one takes "
+        f"{seconds(predicted)}"
     )

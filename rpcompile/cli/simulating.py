@@ -32,7 +32,9 @@ def simulate(
         str | None,
         typer.Option("--partition", help='Stages, e.g. "7,7,7,7|0,3,3,3": forward | fused, backward.'),
     ] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")
+    ] = None,
     microbatches: options.Microbatches = None,
     as_json: options.Json = False,
 ) -> None:
@@ -44,7 +46,9 @@ def simulate(
         from rpcompile.cli.reading import load
 
         if gpus is not None or microbatches is not None:
-            raise InvalidArgument("--gpus and --microbatches need --policy or --profile; the plan has its own")
+            raise InvalidArgument(
+                "--gpus and --microbatches need --policy or --profile; the plan has its own"
+            )
         found = load(plan)
         timeline = found.simulate()
         result = policies.result_of(found.schedule.policy, found.chain, timeline, own=True)
@@ -65,7 +69,9 @@ def simulate(
 def compare(
     plan: OptionalPlan = None,
     profile: options.ProfileFile = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")
+    ] = None,
     microbatches: options.Microbatches = None,
     as_json: options.Json = False,
 ) -> None:

@@ -48,7 +48,9 @@ def train(
 
     found = run(TrainOptions.of({**_read(config), **given}))
     first, last = found.losses[0], found.losses[-1]
-    text_form = f"Loss {first:.3f} at first, {last:.3f} at last, {len(found.losses)} steps\nSaved to {found.out}\n"
+    text_form = (
+        f"Loss {first:.3f} at first, {last:.3f} at last, {len(found.losses)} steps\nSaved to {found.out}\n"
+    )
     options.show(text_form, {"losses": list(found.losses), "out": str(found.out)}, as_json)
 
 

@@ -57,7 +57,7 @@ def gpu_load(plan: Plan) -> Any:
         stage = plan.partition.stages[job.stage]
         loads[stage.kind][job.gpu] += len(job.microbatches) * compute_s(plan, stage) * 1e3
     kinds = [kind for kind in StageKind if any(loads[kind])]
-    data = {"gpu": names} | {kind.value: loads[kind] for kind in kinds}
+    data: dict[str, Any] = {"gpu": names} | {kind.value: loads[kind] for kind in kinds}
     chart = _figure(FactorRange(factors=names), "milliseconds of an iteration")
     chart.vbar_stack(
         [kind.value for kind in kinds],
@@ -127,7 +127,7 @@ def _figure(x_range: FactorRange | None, y_label: str, y_range: FactorRange | No
         ranges["x_range"] = x_range
     if y_range is not None:
         ranges["y_range"] = y_range
-    chart = figure(
+    chart: Any = figure(
         height=300,
         sizing_mode="stretch_width",
         tools="",

@@ -42,13 +42,13 @@ LINES = ("#3b82c4", "#d9822b", "#3d9970", "#b5489b", "#8a7a2f", "#5b63c9", "#c05
 def time_range(timeline: Timeline) -> Range1d:
     """The x axis that the figures share, in milliseconds."""
     end = timeline.makespan_s * 1e3
-    return Range1d(-0.005 * end, 1.005 * end, bounds=(-0.02 * end, 1.02 * end))
+    return Range1d(start=-0.005 * end, end=1.005 * end, bounds=(-0.02 * end, 1.02 * end))
 
 
 def gantt(plan: Plan, timeline: Timeline, x_range: Range1d) -> Any:
     """Every action by GPU and stream; idle time is hatched."""
     drawn = bars(plan.schedule, timeline, MOST_BARS)
-    chart = _figure(x_range, height=90 + _GPU_PIXELS * plan.gpus, y_range=Range1d(plan.gpus, -0.05))
+    chart = _figure(x_range, height=90 + _GPU_PIXELS * plan.gpus, y_range=Range1d(start=plan.gpus, end=-0.05))
     idle = chart.hbar(
         y="y",
         left="left",
@@ -90,7 +90,7 @@ def memory(plan: Plan, timeline: Timeline, x_range: Range1d) -> Any:
     """Memory of each GPU over time, against what a plan may use."""
     limit = plan.chain.hardware.usable_bytes / 1e9
     top = 1.2 * max(limit, *(peak / 1e9 for peak in timeline.gpu_peak_bytes))
-    chart = _figure(x_range, height=280, y_range=Range1d(0, top))
+    chart = _figure(x_range, height=280, y_range=Range1d(start=0, end=top))
     for gpu, steps in enumerate(timeline.gpu_memory):
         label = f"gpu{gpu}" if gpu < len(LINES) else "more"
         _steps(chart, steps, LINES[gpu % len(LINES)], label, f"gpu{gpu}", timeline.makespan_s)
@@ -104,7 +104,9 @@ def memory(plan: Plan, timeline: Timeline, x_range: Range1d) -> Any:
 
 def host_memory(timeline: Timeline, x_range: Range1d) -> Any:
     """Memory of the host over time."""
-    chart = _figure(x_range, height=200, y_range=Range1d(0, 1.25 * max(1e-9, timeline.host_peak_bytes / 1e9)))
+    chart = _figure(
+        x_range, height=200, y_range=Range1d(start=0, end=1.25 * max(1e-9, timeline.host_peak_bytes / 1e9))
+    )
     _steps(chart, timeline.host_memory, LINES[0], "host", "host", timeline.makespan_s)
     chart.yaxis.axis_label = "GB on the host"
     _finish_lines(chart)

@@ -15,9 +15,6 @@ from rpcompile.files import write_in_one_step
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s, upload_traffic
 from rpcompile.policies import compare_policies
-
-
-
 from rpcompile.report import charts, timeline
 
 if TYPE_CHECKING:
@@ -90,8 +87,8 @@ def report_html(plan: Plan, *, compare: bool = True) -> str:
 def _subtitle(plan: Plan) -> str:
     sizes = " x ".join(map(str, plan.chain.bindings.values())) or "the given size"
     return (
-        f"plan {plan.id} · {plan.schedule.policy} · {plan.mode} · {plan.microbatches} microbatches of {sizes} · "
-        f"{plan.dtype} · every figure is simulated"
+        f"plan {plan.id} · {plan.schedule.policy} · {plan.mode} · {plan.microbatches} microbatches "
+        f"of {sizes} · {plan.dtype} · every figure is simulated"
     )
 
 
@@ -121,10 +118,10 @@ def _words(explanation: Explanation) -> str:
         "What was tried": tuple(map(str, explanation.variations)),
         "What would help": explanation.advice,
     }
-    return "".join(
-        f"<section><h3>{title}</h3><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></section>"
-        for title, lines in parts.items()
-    )
+    items = {
+        title: "".join(f"<li>{html.escape(line)}</li>" for line in lines) for title, lines in parts.items()
+    }
+    return "".join(f"<section><h3>{title}</h3><ul>{text}</ul></section>" for title, text in items.items())
 
 
 def _stage_table(plan: Plan, explanation: Explanation) -> str:
