@@ -74,7 +74,7 @@ class MemoryRows:
     # ------------------------------------------------------------------ the figures of `StageCost`
 
     def _memory(self, slot: Slot) -> cp_model.LinearExpr:
-        total = self._weights(slot) + self._gradients(slot) + self._workspace(slot)
+        total = self._weights(slot) + self._gradients_made(slot) + self._workspace(slot)
         return total + self.costs.sets * (self._load(slot) + self._store(slot))
 
     def _weights(self, slot: Slot) -> cp_model.LinearExpr:
@@ -84,12 +84,17 @@ class MemoryRows:
         return total
 
     def _gradients(self, slot: Slot) -> cp_model.LinearExpr:
+        total = self._gradients_made(slot)
+        if slot.kind is not StageKind.F:
+            for both, tied in slot.duplicates:
+                total -= tied.gradient_bytes * both
+        return total
+
+    def _gradients_made(self, slot: Slot) -> cp_model.LinearExpr:
+        """With a tied weight's gradient once for each use: all but the last wait for it."""
         if slot.kind is StageKind.F:
             return _ZERO
-        total = self.layout.share("gradients", (s.gradient_bytes for s in self._segments), slot)
-        for both, tied in slot.duplicates:
-            total -= tied.gradient_bytes * both
-        return total
+        return self.layout.share("gradients", (s.gradient_bytes for s in self._segments), slot)
 
     def _lingering(self, slot: Slot) -> cp_model.LinearExpr:
         if slot.kind is StageKind.B:
@@ -98,28 +103,51 @@ class MemoryRows:
         return self.layout.share("lingering", changed, slot)
 
     def _workspace(self, slot: Slot) -> cp_model.LinearExpr:
-        total = self._peak(slot) + _ZERO
-        if slot.kind is not StageKind.F:
-            total += self.layout.share("saved", (s.saved_bytes for s in self._segments), slot)
-        if slot.kind is StageKind.B:
-            total += self.layout.share("scratch", (s.state_bytes for s in self._segments), slot)
+        """`Workspaces.of`, without the gradients of tied weights, which `_gradients_made` has."""
+        layout, total = self.layout, self._own(slot) + _ZERO
         if self.costs.gpus == 1:
             m, (into, out) = self.costs.microbatches, self._handed(slot)
-            held = self.layout.model.new_int_var(0, self.limit_bytes, "")
-            self.layout.model.add(held >= m * into + out).only_enforce_if(slot.used)
-            self.layout.model.add(held >= into + m * out).only_enforce_if(slot.used)
+            held = layout.model.new_int_var(0, self.limit_bytes, "")
+            layout.model.add(held >= m * into + out).only_enforce_if(slot.used)
+            layout.model.add(held >= into + m * out).only_enforce_if(slot.used)
             total += held
         return total
 
-    def _peak(self, slot: Slot) -> cp_model.IntVar:
-        """At least the largest transient of the slot's segments."""
-        peaks = [s.peak_bytes for s in self._segments]
-        peak = self.layout.model.new_int_var(min(peaks), max(peaks), "")
-        for segment, nbytes in enumerate(peaks):
-            if nbytes > min(peaks):
+    def _own(self, slot: Slot) -> cp_model.IntVar:
+        """At least what each of the slot's segments needs."""
+        layout, tables = self.layout, self.costs.workspaces
+        own = layout.model.new_int_var(0, self.limit_bytes, "")
+        shared = self._shared(slot)
+        if slot.kind is StageKind.F:
+            base = self._crossing(slot.high) - shared
+            edge = layout.look_up("first forward", [*tables.first_forward, 0], slot.low)
+            inner, margins = tables.inner_forward, (-1, 0)
+        else:
+            base = layout.look_up("base", [*tables.base_backward, 0], slot.low) - shared
+            edge = layout.look_up("last backward", [0, *tables.last_backward], slot.high)
+            inner, margins = tables.inner_backward, (0, 1)
+            if slot.kind is StageKind.B:
+                base -= layout.share("scratch", (s.state_bytes for s in self._segments), slot)
+        layout.model.add(own >= edge - base).only_enforce_if(slot.used)
+        for segment, nbytes in enumerate(inner):
+            inside = (
+                layout.at_most(slot.low, segment + margins[0]),
+                ~layout.at_most(slot.high, segment + margins[1]),
+            )
+            layout.model.add(own >= nbytes - base).only_enforce_if(slot.used, *inside)
+        return own
+
+    def _shared(self, slot: Slot) -> cp_model.LinearExpr:
+        """At least the results of rematerialised nodes that each of the slot's segments reads."""
+        sizes = self.costs.workspaces.rematerialised
+        if not any(sizes):
+            return _ZERO
+        shared = self.layout.model.new_int_var(0, max(sizes), "")
+        for segment, nbytes in enumerate(sizes):
+            if nbytes:
                 inside = (self.layout.at_most(slot.low, segment), ~self.layout.at_most(slot.high, segment))
-                self.layout.model.add(peak >= nbytes).only_enforce_if(*inside)
-        return peak
+                self.layout.model.add(shared >= nbytes).only_enforce_if(*inside)
+        return shared + _ZERO
 
     def _load(self, slot: Slot) -> cp_model.LinearExpr:
         total = self.layout.share("inputs", (s.input_bytes for s in self._segments), slot)

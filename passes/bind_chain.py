@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import sympy
 
+from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import ClassCost, Segment, SegmentChain, TiedWeight
+from rpcompile.passes._segment_memory import SegmentMemories
 from rpcompile.roofline import Work, node_seconds, seconds
-from rpcompile.sizes import Sizes, is_view, storage, symbol, tensors
+from rpcompile.sizes import Sizes, symbol, tensors
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -25,15 +27,18 @@ class BindChain:
     """Prices segments for one microbatch size on one kind of GPU, by roofline.
 
     `rpcompile/roofline.py` says how; the shares of the peaks that kernels reach come with the hardware.
+    Memory is exact, by `rpcompile/peak_memory.py`.
 
     Args:
         bindings: Symbol name -> size of one microbatch, e.g. {"batch": 4, "sequence": 2048}.
         hardware: The GPU.
+        kernels: Of which device the memory is; by default the CPU's for hardware called "cpu", else CUDA's.
     """
 
     name: ClassVar[str] = "bind-chain"
     bindings: Mapping[str, int]
     hardware: Hardware
+    kernels: Kernels | None = None
 
     def run(self, costed: CostedGraph) -> SegmentChain:
         """Price the segments between `costed.capture.cuts`.
@@ -45,7 +50,8 @@ class BindChain:
             InvalidArgument: A size is missing, unknown or out of the captured range.
         """
         _check(self.bindings, costed.capture.symbols)
-        binder = _Binder(costed, self.bindings, self.hardware)
+        kernels = self.kernels or Kernels("cpu" if self.hardware.name == "cpu" else "cuda")
+        binder = _Binder(costed, self.bindings, self.hardware, kernels)
         segments = tuple(binder.segment(index) for index in range(len(costed.capture.cuts) + 1))
         tied, classes = binder.tied(segments), binder.op_classes()
         return SegmentChain(segments, dict(self.bindings), self.hardware, tied, classes)
@@ -85,11 +91,14 @@ class _Evaluator:
 
 
 class _Binder:
-    def __init__(self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware) -> None:
+    def __init__(
+        self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware, kernels: Kernels
+    ) -> None:
         capture = costed.capture
         self._capture = capture
         self._costs = costed.costs
         self._hardware = hardware
+        self._memory = SegmentMemories(capture, bindings, kernels)
         self._evaluate = _Evaluator(bindings)
         self._sizes = Sizes(capture.graph_module.meta.get("symbols", {}))
         self._nodes: dict[str, Node] = {node.name: node for node in capture.graph_module.graph.nodes}
@@ -114,6 +123,7 @@ class _Binder:
         inputs = [name for name in placeholders if name in self._inputs]
         boundary, gradients = (cut.values, cut.gradients) if cut else ((), ())
         costs = [self._costs[name] for name in charged]
+        memory = self._memory.segment(index)
         return Segment(
             name=cut.name if cut else capture.last_name,
             nodes=names,
@@ -131,12 +141,13 @@ class _Binder:
             input_bytes=self._nbytes(inputs),
             boundary_bytes=self._nbytes(boundary),
             boundary_gradient_bytes=self._nbytes(gradients),
-            saved_bytes=self._saved_bytes(costs),
-            peak_bytes=max(
-                self._forward_peak(names, rematerialised, boundary), self._backward_peak(names, gradients)
-            ),
+            saved_bytes=memory.saved_bytes,
+            peak_bytes=memory.peak_bytes,
             needs_backward=bool(trainable) or (index > 0 and bool(cuts[index - 1].gradients)),
             source="estimated",
+            forward_peak_bytes=memory.forward_peak_bytes,
+            saved_input_bytes=memory.saved_input_bytes,
+            rematerialised_bytes=memory.rematerialised_bytes,
         )
 
     def tied(self, segments: tuple[Segment, ...]) -> tuple[TiedWeight, ...]:
@@ -213,59 +224,3 @@ class _Binder:
         inside = set(names)
         changed = {buffer for buffer, node in self._capture.mutations.items() if node in inside}
         return sum(spec.nbytes for spec in self._capture.buffers if spec.name in changed)
-
-    def _saved_bytes(self, costs: Iterable[NodeCost]) -> int:
-        """What several nodes keep is there once."""
-        total, seen = 0, set[str]()
-        for cost in costs:
-            total += self._evaluate.nbytes(cost.saved_bytes) - self._nbytes(set(cost.saved) & seen)
-            seen.update(cost.saved)
-        return total
-
-    # ---------------------------------------------------------------------- peaks
-
-    def _forward_peak(
-        self, names: Iterable[str], rematerialised: Iterable[str], boundary: Iterable[str]
-    ) -> int:
-        """Most bytes alive at once in a forward that keeps nothing but `boundary`.
-
-        The tensors that come in across the previous cut and from the caller are not counted: they
-        have buffers of their own.
-        """
-        nodes = [self._nodes[name] for name in self._in_graph_order({*names, *rematerialised})]
-        made = {
-            node: self._nbytes([node.name])
-            for node in nodes
-            if tensors(node) and storage(node) is node and not is_view(node)
-        }
-        last: dict[Node, int] = {}
-        for step, node in enumerate(nodes):
-            for item in (node, *node.all_input_nodes):
-                last[storage(item)] = step
-        last.update({storage(self._nodes[name]): len(nodes) for name in boundary})
-        live = peak = 0
-        for step, node in enumerate(nodes):
-            peak = max(peak, live + self._evaluate.nbytes(self._costs[node.name].write_bytes))
-            live += made.get(node, 0)
-            for item in {storage(used) for used in (node, *node.all_input_nodes)}:
-                live -= made.get(item, 0) if last[item] == step else 0
-        return peak
-
-    def _backward_peak(self, names: Iterable[str], gradients: Iterable[str]) -> int:
-        """Most bytes of activations' gradients alive at once, with those of one weight being made."""
-        live = {storage(self._nodes[name]): self._nbytes([name]) for name in gradients}
-        peak = total = sum(live.values())
-        differentiable = self._capture.requires_grad
-        for name in reversed(tuple(names)):
-            if name not in differentiable:
-                continue
-            node = self._nodes[name]
-            peak = max(peak, total + self._evaluate.nbytes(self._costs[name].backward_write_bytes))
-            for item in node.all_input_nodes:
-                made = storage(item)
-                if item.name in differentiable and made.op == "call_function" and made not in live:
-                    live[made] = self._nbytes([made.name])
-                    total += live[made]
-            if storage(node) is node:
-                total -= live.pop(node, 0)
-        return peak

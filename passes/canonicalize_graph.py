@@ -10,13 +10,24 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
-from rpcompile.graphs import argument, gradient_nodes, is_random, mutated_arguments, value_of
+from rpcompile.errors import UnsupportedModel
+from rpcompile.graphs import (
+    AUTOCAST,
+    GRAD_MODE,
+    argument,
+    gradient_nodes,
+    is_random,
+    mutated_arguments,
+    place_of,
+    region_of,
+    value_of,
+)
 from rpcompile.ir import Capture
 
 _ATEN = torch.ops.aten
-_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
-_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _NO_EFFECT = {
     _ATEN._assert_tensor_metadata.default,
     _ATEN._assert_scalar.default,
@@ -36,14 +47,18 @@ class CanonicalizeGraph:
         _assert_tensor_metadata(x, ...)            ->  (gone)
         to(x, float32) of a float32 x; alias(x)    ->  x
         set_(x, x)                                 ->  x
-        wrap_with_set_grad_enabled(False, f, x)    ->  f's operators, where x carries no gradient
+        wrap_with_set_grad_enabled(False, f, x)    ->  f's operators, of detach(x) where x carries a gradient
         sym_size(input_ids, 0)                     ->  the placeholder `sym_batch`
     """
 
     name = "canonicalize-graph"
 
     def run(self, capture: Capture) -> Capture:
-        """Returns a capture over a copy of the graph; `capture` is left as it is."""
+        """Returns a capture over a copy of the graph; `capture` is left as it is.
+
+        Raises:
+            UnsupportedModel: A size depends on the values in a tensor, or the graph calls torch.vmap.
+        """
         module = copy.copy(capture.graph_module)
         module = GraphModule(module, copy.deepcopy(capture.graph_module.graph))
         module.meta.update(capture.graph_module.meta)
@@ -56,6 +71,7 @@ class CanonicalizeGraph:
             _drop_if_idle(graph, node, plain)
         _name_sizes(graph, module.meta["symbols"])
         _remove_dead(graph)
+        _check_operators(graph, capture.model_name)
         module.recompile()
         renamed = _output_names(graph)
         return replace(capture, graph_module=module, outputs=renamed)
@@ -100,18 +116,19 @@ def _inline(module: GraphModule, node: Node, trainable: set[str], plain: bool) -
 
     `plain`: the graph does not run under autocast, so that a region without it is nothing special.
     """
-    if node.op != "call_function" or node.target not in (_GRAD_MODE, _AUTOCAST):
+    found = region_of(node)
+    if found is None:
         return False
-    region_node, arguments = _region(node)
-    if node.target is _GRAD_MODE:
-        live = gradient_nodes(module.graph.nodes, trainable)
-        if node.args[0] is False and any(arg in live for arg in node.all_input_nodes):
-            return False
-    elif not plain or node.args[2] is not False:
+    if node.target is AUTOCAST and (not plain or node.args[2] is not False):
         return False  # changes autocast: stays one operator, which runs under its own context
-    region = module.get_submodule(str(region_node.target))
-    assert isinstance(region, GraphModule)
-    results = _copy_region(module, region, node, arguments)
+    region, arguments = found
+    detached: set[Node] = set()
+    if node.target is GRAD_MODE and node.args[0] is False:
+        live = gradient_nodes(module.graph.nodes, trainable)
+        inputs = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        detached = {inner for inner, given in zip(inputs, arguments, strict=True) if given in live}
+    results = _copy_region(module, region, node, arguments, detached)
+    region_node = next(arg for arg in node.all_input_nodes if arg.op == "get_attr")
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -122,31 +139,54 @@ def _inline(module: GraphModule, node: Node, trainable: set[str], plain: bool) -
     return True
 
 
-def _region(node: Node) -> tuple[Node, list[Any]]:
-    # (enabled, region, *args) and (device_type, dtype, enabled, cache_enabled, region, *args)
-    index = 1 if node.target is _GRAD_MODE else 4
-    region = node.args[index]
-    assert isinstance(region, Node)
-    return region, list(node.args[index + 1 :])
+def _copy_region(
+    module: GraphModule, region: GraphModule, place: Node, arguments: list[Any], detached: set[Node]
+) -> list[Node]:
+    """Copies a region's nodes before `place` and returns what they return.
 
-
-def _copy_region(module: GraphModule, region: GraphModule, place: Node, arguments: list[Any]) -> list[Node]:
-    values: dict[Node, Any] = {}
+    Args:
+        detached: Nodes of a no-grad region that carry a gradient outside of it; its operators read
+            them detached. More are added: the results of regions with gradients inside of it.
+    """
+    graph = module.graph
     inputs = [node for node in region.graph.nodes if node.op == "placeholder"]
-    values.update(zip(inputs, arguments, strict=True))
-    results: list[Node] = []
+    values: dict[Node, Any] = dict(zip(inputs, arguments, strict=True))
+    plain: dict[Node, Node] = {}
+    without_gradients = place.target is GRAD_MODE and place.args[0] is False
+
+    def read(item: Node) -> Any:
+        if item not in detached:
+            return values[item]
+        if item not in plain:
+            plain[item] = graph.call_function(_ATEN.detach.default, (values[item],))
+            plain[item].meta = dict(values[item].meta)
+        return plain[item]
+
     for inner in region.graph.nodes:
-        if inner.op == "output":
-            results = [values[item] for item in inner.args[0]]
-        elif inner.op == "get_attr":
-            name = f"{place.name}_{inner.name}"
-            module.add_submodule(name, region.get_submodule(str(inner.target)))
-            with module.graph.inserting_before(place):
-                values[inner] = module.graph.get_attr(name)
-        elif inner.op != "placeholder":
-            with module.graph.inserting_before(place):
-                values[inner] = module.graph.node_copy(inner, lambda item: values[item])
-    return results
+        if inner.op in ("placeholder", "output"):
+            continue
+        with graph.inserting_before(place):
+            if inner.op == "get_attr":
+                name = f"{place.name}_{inner.name}"
+                module.add_submodule(name, region.get_submodule(str(inner.target)))
+                values[inner] = graph.get_attr(name)
+                continue
+            inside = without_gradients and inner.target is GRAD_MODE and inner.args[0] is True
+            values[inner] = graph.node_copy(inner, values.__getitem__ if inside else read)
+        if inside:
+            detached.update(inner.users)
+    output = next(iter(reversed(region.graph.nodes)))
+    return [values[_written_to(item)] for item in output.args[0]]
+
+
+def _written_to(node: Node) -> Node:
+    """What an in-place operator returns is its own argument, and carries the gradient that this has."""
+    while isinstance(node.target, torch._ops.OpOverload) and isinstance(first := argument(node, 0), Node):
+        returns = node.target._schema.returns
+        if not returns or returns[0].alias_info is None or not returns[0].alias_info.is_write:
+            break
+        node = first
+    return node
 
 
 # ------------------------------------------------------------------- sizes
@@ -193,6 +233,25 @@ def _remove_dead(graph: Graph) -> None:
             continue
         if not mutated_arguments(node) or is_random(node):
             graph.erase_node(node)
+
+
+def _check_operators(graph: Graph, model_name: str) -> None:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+            raise UnsupportedModel(
+                f"{model_name} calls torch.vmap, which torch.export leaves in pieces that do not run alone"
+                f"{place_of(node)}\n  Write it with operators that take the whole batch."
+            )
+        for value in pytree.tree_leaves(value_of(node)):
+            sizes = value.shape if isinstance(value, torch.Tensor) else ()
+            if any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes):
+                raise UnsupportedModel(
+                    f"{model_name} makes a tensor whose size depends on values: {node.target} returns "
+                    f"{tuple(sizes)}{place_of(node)}\n  Keep the size: multiply by a mask or use torch.where "
+                    f"instead of selecting elements."
+                )
 
 
 def _output_names(graph: Graph) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
 from rpcompile.export_guards import capture_error, plain_autograd
 from rpcompile.exporting import deferred_code, renumber_nodes, share_sizes
-from rpcompile.huggingface import capture_context
+from rpcompile.huggingface import capture_context, idle_mask_notice
 from rpcompile.ir import Capture, InputSpec, TensorSpec
-from rpcompile.repeated_blocks import repeated_blocks
+from rpcompile.repeated_blocks import Interference, repeated_blocks
 
 MAX_SIZE = 1 << 20
 
@@ -83,8 +83,8 @@ class CaptureGraph:
 
         Raises:
             CaptureError: torch.export cannot trace it; names operator and place.
-            UnsupportedModel: The graph has no scalar loss first, changes an input, or calls an
-                autograd.Function.
+            UnsupportedModel: The graph has no scalar loss first, changes an input, calls an
+                autograd.Function, or assigns a buffer of another shape.
         """
         named = self.example.named()
         symbols = symbol_dims(named)
@@ -105,6 +105,7 @@ class CaptureGraph:
         symbols: dict[str, dict[int, str]],
         mode: FakeTensorMode | None,
     ) -> torch.export.ExportedProgram:
+        """Exports once; again with narrower ranges, or in full where copied blocks may be why it failed."""
         entry = _Entry(model, list(named), len(self.example.args))
         ranges: dict[str, tuple[int, int] | None] = {
             name: (1, MAX_SIZE) for dims in symbols.values() for name in dims.values()
@@ -119,19 +120,21 @@ class CaptureGraph:
                 values = [mode.from_tensor(value) for value in values]
             kwargs = dict(zip(entry.names, values, strict=True))
             dynamic = dict(zip(entry.names, shapes, strict=True))
+            interference = Interference()
             try:
                 with ExitStack() as stack:
                     if repeat:
-                        stack.enter_context(repeated_blocks(model))
+                        interference = stack.enter_context(repeated_blocks(model))
                         stack.enter_context(deferred_code())
                     exported = torch.export.export(entry, (), kwargs, dynamic_shapes=dynamic, strict=False)
             except RpcompileError:
                 raise
             except Exception as error:
                 refined = _refine(error, ranges)
-                if refined == ranges and not repeat:
-                    raise capture_error(model, error) from error
-                repeat = repeat and refined != ranges
+                if refined == ranges:
+                    if not interference.possible:
+                        raise capture_error(model, error) from error
+                    repeat = False
                 ranges = refined
             else:
                 share_sizes(exported.graph)
@@ -191,14 +194,42 @@ class _Entry(torch.nn.Module):
 
         def forward(**named: torch.Tensor) -> Any:
             values = list(named.values())
-            return model(
-                *values[:positional], **dict(zip(inputs[positional:], values[positional:], strict=True))
-            )
+            keywords = dict(zip(inputs[positional:], values[positional:], strict=True))
+            with _assigned_buffers_copied(model):
+                return model(*values[:positional], **keywords)
 
         kind = inspect.Parameter.KEYWORD_ONLY
         signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.names])
         forward.__signature__ = signature  # type: ignore[attr-defined]
         self.forward = forward
+
+
+@contextmanager
+def _assigned_buffers_copied(model: torch.nn.Module) -> Iterator[None]:
+    """Turns `self.buffer = value` into a copy into the buffer, at the end; torch.export would drop it.
+
+    Raises:
+        UnsupportedModel: The new value has another shape or dtype.
+    """
+    before = [(path, module, dict(module._buffers)) for path, module in model.named_modules()]
+    yield
+    for path, module, buffers in before:
+        for name, old in buffers.items():
+            new = module._buffers.get(name)
+            if new is old:
+                continue
+            where = f"{path}.{name}".removeprefix(".")
+            if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} assigns {_form(new)} to its buffer {where!r}, which was "
+                    f"{_form(old)}; keep shape and dtype, or keep it out of register_buffer"
+                )
+            module._buffers[name] = old
+            old.copy_(new.detach())
+
+
+def _form(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else f"{_dtype(tensor)} of shape {tuple(tensor.shape)}"
 
 
 def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
@@ -227,9 +258,16 @@ def symbol_dims(named: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
     for key, value in named.items():
         if value.ndim and value.shape[0] == batch:
             result[key] = {0: "batch"}
-            if key in tokens and tokens[key] in lengths:
-                result[key][1] = lengths[tokens[key]]
+            if (key in tokens or _is_vectors(value)) and value.shape[1] in lengths:
+                result[key][1] = lengths[value.shape[1]]
+        elif value.ndim == 3 and value.shape[1] == batch and value.shape[2] in lengths:
+            result[key] = {1: "batch", 2: lengths[value.shape[2]]}
     return result
+
+
+def _is_vectors(value: torch.Tensor) -> bool:
+    """Whether it may be one vector a token (inputs_embeds)."""
+    return value.ndim == 3 and value.dtype.is_floating_point
 
 
 def _is_target(key: str) -> bool:
@@ -261,9 +299,14 @@ def _refine(error: Exception, ranges: dict[str, tuple[int, int] | None]) -> dict
             continue
         if value.isdigit():
             result[name] = None
-        elif value.startswith("Dim("):
+        elif not value.startswith("Dim("):
+            result[name] = None  # a multiple of something, which no range can say
+        else:
             limits = {key: int(number) for key, number in re.findall(r"(min|max)=(\d+)", value)}
             result[name] = (limits.get("min", bounds[0]), limits.get("max", bounds[1]))
+    if result == ranges:
+        violated = re.search(r"Constraints violated \(([\w, ]+)\)", str(error))
+        result.update(dict.fromkeys(set(violated[1].split(", ")) & result.keys() if violated else ()))
     return result
 
 
@@ -334,7 +377,25 @@ def _to_capture(
         fingerprint=_fingerprint(parameters, buffers, inputs, module.graph, autocast),
         output_spec=exported.call_spec.out_spec,
         autocast=autocast,
+        notices=(*_fixed_sizes(model, named, symbols, ranges), *idle_mask_notice(model, named)),
     )
+
+
+def _fixed_sizes(
+    model: torch.nn.Module,
+    named: Mapping[str, torch.Tensor],
+    symbols: dict[str, dict[int, str]],
+    ranges: Mapping[str, tuple[int, int]],
+) -> Iterator[str]:
+    wanted = {name: (key, dim) for key, dims in symbols.items() for dim, name in dims.items()}
+    for name, (key, dim) in wanted.items():
+        if name not in ranges:
+            size = named[key].shape[dim]
+            yield (
+                f"the {name} of {type(model).__name__} is fixed at {size}, as in the example: its forward "
+                f"depends on the number (a loop over it, or a shape that fits only some sizes). Batches of "
+                f"another {name} need a capture of their own"
+            )
 
 
 def _strip_entry(module: torch.fx.GraphModule) -> None:
@@ -374,8 +435,8 @@ def _inputs(
             ranges[name] = (1 if bounds is None else max(1, int(bounds.lower)), upper)
             symbol_text[name] = str(symbol)
             shape.append(name)
-        batched = symbols.get(key, {}).get(0) == "batch"
-        specs.append(InputSpec(placeholder, key, tuple(shape), _dtype(value), 0 if batched else None))
+        batch_dim = next((dim for dim, name in symbols.get(key, {}).items() if name == "batch"), None)
+        specs.append(InputSpec(placeholder, key, tuple(shape), _dtype(value), batch_dim))
     return tuple(specs), ranges, symbol_text
 
 

@@ -18,6 +18,7 @@ from rpcompile.graphs import (
     is_tensor,
     module_path,
     mutated_arguments,
+    read_arguments,
     value_of,
 )
 from rpcompile.ir import Capture, Cut
@@ -60,8 +61,8 @@ class FindCuts:
         """Fills `order`, `rematerialised`, `requires_grad`, `random`, `mutations` and `cuts`.
 
         Raises:
-            UnsupportedModel: A parameter or an input is changed in place, or the loss
-                does not depend on any parameter.
+            UnsupportedModel: A parameter or an input is changed in place, or the loss depends on a
+                buffer that the forward changes.
         """
         graph = _Liveness(capture)
         cuts = [graph.cut(position) for position in self._choose(graph)]
@@ -143,6 +144,7 @@ class _Liveness:
         self.order = [n for n in nodes if n.op == "call_function" and n not in self.rematerialised]
         self._position = {node: index for index, node in enumerate(self.order)}
         loss = next(node for node in nodes if node.name == capture.outputs[0])
+        self._check_recompute(nodes, aliases, changed, loss)
         self._last_use = self._last_uses(loss)
         self._illegal = self._illegal_positions(aliases, mutations, changed)
         self._crossing = self._sweep()
@@ -164,6 +166,26 @@ class _Liveness:
             if root.name in buffers:
                 result[buffers[root.name]] = node.name
         return result
+
+    def _check_recompute(self, nodes: list[Node], aliases: AliasSets, changed: set[Node], loss: Node) -> None:
+        """A stage recomputed in the backward would see another value of a buffer than its forward did."""
+        buffers = {spec.placeholder: spec.name for spec in self._capture.buffers}
+        source = {root: root.name for root in changed if root.name in buffers}
+        if not source:
+            return
+        for node in nodes:
+            tainted = [
+                source[aliases.root(arg)] for arg in read_arguments(node) if aliases.root(arg) in source
+            ]
+            for made in [node, *mutated_arguments(node)] if tainted and node.op != "output" else ():
+                source.setdefault(aliases.root(made), tainted[0])
+        if (name := source.get(aliases.root(loss))) is not None:
+            change = next(n for n in nodes for arg in mutated_arguments(n) if aliases.root(arg).name == name)
+            raise UnsupportedModel(
+                f"{self._capture.model_name}'s loss depends on the buffer {buffers[name]!r}, which its "
+                f"forward changes ({change.target} in {module_path(change) or 'forward'}): recomputed in the "
+                f"backward, it would be another one. Change the buffer outside of forward"
+            )
 
     def _find_rematerialised(self, nodes: list[Node], aliases: AliasSets, changed: set[Node]) -> set[Node]:
         buffers = {spec.placeholder for spec in self._capture.buffers}

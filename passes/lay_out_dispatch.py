@@ -69,6 +69,7 @@ class LayOutDispatch:
         self._check_state(dispatch)
         spilled = self._spilled(dispatch, jobs_of)
         saved = frozenset(stage.first - 1 for stage in stages if stage.kind is StageKind.B)
+        workspaces = [*map(stage_bytes.Workspaces(self.chain).of, stages)]
         nbytes: dict[str, int] = {}
         begun: set[int] = set()
         queues: list[Queue] = []
@@ -80,7 +81,10 @@ class LayOutDispatch:
                 # What was made right here is read in place. Otherwise this job receives a copy.
                 if source.gpu != gpu or (job.stage, microbatch) in spilled:
                     source = job
-                layout = _JobLayout(self, stages[job.stage], job, source, saved, index not in begun)
+                workspace = workspaces[job.stage]
+                layout = _JobLayout(
+                    self, stages[job.stage], job, source, saved, index not in begun, workspace
+                )
                 begun.add(index)
                 reads, writes = layout.reads(microbatch), layout.writes(microbatch)
                 nbytes |= reads | writes
@@ -250,6 +254,7 @@ class _JobLayout:
     source: Job
     saved: frozenset[int]
     begins: bool
+    workspace_bytes: int
 
     @property
     def is_last(self) -> bool:
@@ -272,7 +277,7 @@ class _JobLayout:
             seconds=seconds,
             reads=reads,
             writes=writes,
-            workspace_bytes=stage_bytes.workspace_bytes(self.options.chain, stage),
+            workspace_bytes=self.workspace_bytes,
         )
 
     def reads(self, microbatch: int) -> dict[str, int]:

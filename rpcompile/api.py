@@ -262,7 +262,8 @@ def _microbatch_example(
 
 def _narrow(whole: ExampleInputs, dims: dict[str, dict[int, str]], size: int) -> ExampleInputs:
     def cut(key: str, value: torch.Tensor) -> torch.Tensor:
-        return value[:size] if dims.get(key, {}).get(0) == "batch" else value
+        batch_dim = next((dim for dim, name in dims.get(key, {}).items() if name == "batch"), None)
+        return value if batch_dim is None else value.narrow(batch_dim, 0, size)
 
     args = tuple(cut(str(index), value) for index, value in enumerate(whole.args))
     return ExampleInputs(args, {key: cut(key, value) for key, value in whole.kwargs.items()})

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rpcompile.planner import CapturedModel
 
 SOLVER_S = 1.0
-OPTIMIZER_STATE_BYTES = 8  # a trainable element: AdamW's two float32 moments
 
 
 @dataclass(frozen=True)
@@ -118,19 +117,11 @@ def largest_that_fits(
         sizes={**fixed, asked: found},
         gpu_peak_bytes=0 if plan is None else max(plan.prediction.gpu_peak_bytes),
         gpu_limit_bytes=hardware.usable_bytes,
-        host_bytes=0 if plan is None else needed_on_host(plan),
+        host_bytes=0 if plan is None else plan.prediction.host_peak_bytes,
         host_limit_bytes=host_bytes,
         binds=binds,
         plan=plan,
     )
-
-
-def needed_on_host(plan: Plan) -> int:
-    """Peak of what the program keeps on the host, and AdamW's state in float32."""
-    element = 4 if plan.dtype == "float32" else 2
-    gradients = sum(segment.gradient_bytes for segment in plan.chain.segments)
-    gradients -= sum(tied.gradient_bytes * (len(tied.segments) - 1) for tied in plan.chain.tied)
-    return plan.prediction.host_peak_bytes + gradients // element * OPTIMIZER_STATE_BYTES
 
 
 @dataclass
@@ -183,7 +174,7 @@ class _Search:
             plan = self.captured.plan(chain, options, progress=False)
         except PartitionError as error:
             return f"at {self.asked} {size:,} the GPU: {error}"
-        needed = needed_on_host(plan)
+        needed = plan.prediction.host_peak_bytes
         if needed > self.host_bytes:
             return (
                 f"at {self.asked} {size:,} the host: weights, gradients, boundaries and AdamW's state "

@@ -7,12 +7,14 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_REGION_ARGUMENT: dict[Any, int] = {GRAD_MODE: 1, AUTOCAST: 4}
 _CUTS_GRADIENT = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}
 # These change running statistics in training although their schemas do not say so:
 # operator -> (argument that says whether, arguments changed).
@@ -61,9 +63,25 @@ def bytes_hint(node: Node) -> int:
     return math.prod(size_hint(size) for size in value.shape) * value.element_size()
 
 
+def region_of(node: Node) -> tuple[GraphModule, list[Any]] | None:
+    """The graph that a no-grad or autocast region runs, with what is passed to it; None for operators."""
+    if node.op != "call_function" or node.target not in _REGION_ARGUMENT:
+        return None
+    index = _REGION_ARGUMENT[node.target]
+    module = node.graph.owning_module
+    region = node.args[index]
+    assert isinstance(module, GraphModule)
+    assert isinstance(region, Node)
+    graph_module = module.get_submodule(str(region.target))
+    assert isinstance(graph_module, GraphModule)
+    return graph_module, list(node.args[index + 1 :])
+
+
 def is_random(node: Node) -> bool:
     """Whether it draws random numbers when it runs."""
     target = node.target
+    if (region := region_of(node)) is not None:
+        return any(is_random(inner) for inner in region[0].graph.nodes)
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target in _DROPOUT_PROBABILITY:
@@ -76,6 +94,9 @@ def is_random(node: Node) -> bool:
 def mutated_arguments(node: Node) -> list[Node]:
     """Inputs that the node changes in place."""
     target = node.target
+    if (region := region_of(node)) is not None:
+        inner = region[0].graph.nodes
+        return _passed(region, (changed for item in inner for changed in mutated_arguments(item)))
     if not isinstance(target, torch._ops.OpOverload):
         return []
     changed: list[Node] = []
@@ -91,9 +112,19 @@ def mutated_arguments(node: Node) -> list[Node]:
     return changed
 
 
+def read_arguments(node: Node) -> list[Node]:
+    """Inputs that decide on what the node returns: all but running statistics that it only updates."""
+    indices = _STATISTICS[node.target][1] if node.target in _STATISTICS and mutated_arguments(node) else ()  # type: ignore[index]
+    skipped = {argument(node, index) for index in indices}
+    return [arg for arg in node.all_input_nodes if arg not in skipped]
+
+
 def aliased_arguments(node: Node) -> list[Node]:
     """Inputs whose storage the node's output may share."""
     target = node.target
+    if (region := region_of(node)) is not None:
+        output = next(iter(reversed(region[0].graph.nodes)))
+        return _passed(region, output.all_input_nodes)
     if target is operator.getitem:
         return [arg for arg in node.args[:1] if isinstance(arg, Node)]
     if not isinstance(target, torch._ops.OpOverload):
@@ -105,6 +136,16 @@ def aliased_arguments(node: Node) -> list[Node]:
     arguments = target._schema.arguments
     aliased = [argument(node, i) for i, arg in enumerate(arguments) if arg.alias_info is not None]
     return [item for item in aliased if isinstance(item, Node)]
+
+
+def _passed(region: tuple[GraphModule, list[Any]], values: Iterable[Node]) -> list[Node]:
+    """The arguments of a region whose storage the given values of its graph share."""
+    nodes = region[0].graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    outer = dict(zip(inputs, region[1], strict=True))
+    aliases = AliasSets(nodes)
+    shared = (outer.get(aliases.root(value)) for value in values)
+    return [item for item in dict.fromkeys(shared) if isinstance(item, Node)]
 
 
 class AliasSets:
@@ -147,7 +188,7 @@ def gradient_nodes(nodes: Iterable[Node], trainable: set[str]) -> set[Node]:
             continue
         if node.op != "call_function" or node.target in _CUTS_GRADIENT:
             continue
-        if node.target is _GRAD_MODE and node.args[0] is False:
+        if node.target is GRAD_MODE and node.args[0] is False:
             continue
         inputs = node.all_input_nodes
         if not any(arg in live or aliases.root(arg) in changed_roots for arg in inputs):
@@ -155,7 +196,9 @@ def gradient_nodes(nodes: Iterable[Node], trainable: set[str]) -> set[Node]:
         if _carries_gradient(value_of(node)):
             live.add(node)
             changed_roots.update(aliases.root(arg) for arg in mutated_arguments(node))
-    return live
+    # A view made before its base took up a gradient carries one when it is read later.
+    calls = (node for node in ordered if node.op == "call_function")
+    return live | {n for n in calls if aliases.root(n) in changed_roots and _carries_gradient(value_of(n))}
 
 
 def _carries_gradient(value: Any) -> bool:
@@ -171,3 +214,13 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     names = [entry[0] for entry in stack.values()]
     return names[-1].removeprefix("L['self'].") if names else ""
+
+
+def place_of(node: Node) -> str:
+    """Where the model's code calls the operator, as further lines of a message: module and source line."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    files = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    path = module_path(node)
+    return (f"\n  in module {path}" if path else "") + (
+        f"\n  at {': '.join(lines[files[-1] : files[-1] + 2])}" if files else ""
+    )

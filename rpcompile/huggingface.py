@@ -5,8 +5,9 @@ Nothing here imports transformers unless the model already did.
 
 from __future__ import annotations
 
+import functools
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ import torch
 from rpcompile.errors import MissingExampleInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -91,6 +92,8 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
       builder refuses that while exporting for fear that the graph will be used for decoding. A
       mask that is an input of the graph is always kept.
     - No gradient checkpointing: stages recompute anyway.
+    - Masks of transformers' own functions are built by broadcasting indices, since `torch.vmap` cannot
+      be exported.
     - Without `position_ids` the batch is not packed, so the builder need not look for packing.
       With them it looks, and the mask it makes stays in the graph.
     """
@@ -104,9 +107,48 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None and base_model(model) is not None:
             stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
+            expand = functools.partial(
+                _expand_mask, masking, masking._vmap_expansion_sdpa, masking.TransformGetItemToIndex
+            )
+            stack.enter_context(patch.object(masking, "_vmap_expansion_sdpa", expand))
+            stack.enter_context(patch.object(masking, "TransformGetItemToIndex", nullcontext))
             if "position_ids" not in input_names:
                 stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda _: None))
         yield
+
+
+def idle_mask_notice(model: nn.Module, named: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """What to say of an example whose attention mask hides nothing: it stays in the graph all the same."""
+    mask = named.get("attention_mask")
+    if mask is None or mask.device.type == "meta" or base_model(model) is None:
+        return
+    if bool(mask.all()):
+        yield (
+            "attention_mask is all ones in the first microbatch. It stays in the graph, since a batch may be "
+            "padded, and keeps attention from its faster causal kernels; leave it out if no batch is padded"
+        )
+
+
+def _expand_mask(masking: Any, by_vmap: Any, indexing: Any, mask_function: Any) -> Any:
+    """The mask over all (batch, head, query, key) indices, given one vector of each."""
+
+    def expanded(*indices: torch.Tensor) -> torch.Tensor:
+        if not _is_of_transformers(mask_function):
+            with indexing():
+                return by_vmap(mask_function)(*indices)
+        mask = mask_function(*masking._non_vmap_expansion_sdpa(*indices))
+        return mask.expand(*(index.shape[0] for index in indices))
+
+    return expanded
+
+
+def _is_of_transformers(function: Any) -> bool:
+    """Whether it and the functions it is put together from are; these only compare and look up indices."""
+    if not getattr(function, "__module__", "").startswith("transformers."):
+        return False
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held = [item for value in held for item in (value if isinstance(value, tuple | list) else [value])]
+    return all(_is_of_transformers(item) for item in held if callable(item))
 
 
 def remedy_for(model: nn.Module, text: str) -> str | None:
@@ -127,7 +169,8 @@ def remedy_for(model: nn.Module, text: str) -> str | None:
     if "grid_thw" in text or "grid_h" in text:
         return (
             "Image sizes are read from the tensor image_grid_thw, and shapes depend on them. Run the vision "
-            "tower outside the compiled module and pass it inputs_embeds, labels and position_ids, "
-            "or use a model whose images have one size (Llava)."
+            "tower before (model.get_image_features, model.get_rope_index) and compile the model for "
+            "inputs_embeds, position_ids and labels; or use a model whose images have one size (Llava, "
+            "PaliGemma, Gemma 3, InternVL)."
         )
     return None

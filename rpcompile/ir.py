@@ -112,6 +112,7 @@ class Capture:
         fingerprint: Hash of parameter names, shapes, dtypes and of the graph.
         output_spec: How `outputs` are put together for the caller (a pytree spec), or None.
         autocast: Dtype of the autocast that the graph was captured and runs under, or None.
+        notices: What the user should know of the capture, e.g. that a size is fixed.
     """
 
     graph_module: torch.fx.GraphModule
@@ -134,6 +135,7 @@ class Capture:
     last_name: str = ""
     output_spec: object = None
     autocast: torch.dtype | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class NodeCost:
         write_bytes: Bytes the forward writes.
         backward_read_bytes: Bytes the backward reads.
         backward_write_bytes: Bytes the backward writes.
-        saved_bytes: Bytes kept for the backward.
+        saved_bytes: Bytes kept for the backward by torch's derivative formulas: what a report says of one
+            node. A segment's need is found by running it, see `rpcompile/peak_memory.py`.
         source: Where the formula is from; "bytes only" for an operator without one.
         saved: The nodes whose memory `saved_bytes` counts whole (others may keep them too); what
             remains is the operator's own.
@@ -233,11 +236,17 @@ class Segment:
         input_bytes: The user inputs it reads.
         boundary_bytes: The tensors of `boundary`.
         boundary_gradient_bytes: Their gradients.
-        saved_bytes: Tensors kept from its forward for its backward.
-        peak_bytes: Largest transient need on top of weights and saved tensors.
+        saved_bytes: What autograd holds of its forward for its backward, besides values that came in.
+        peak_bytes: Most that its recompute and backward need at once on top of `saved_bytes` and of what has
+            buffers of its own: weights, inputs, values and gradients that come in and go out.
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
+        forward_peak_bytes: As `peak_bytes`, of a forward without autograd; below 0 where some of what goes
+            out is what came in.
+        saved_input_bytes: Values that came in and that its backward is the first of all to hold.
+        rematerialised_bytes: Results of rematerialised nodes that it reads; the segments of a stage share
+            them.
     """
 
     name: str
@@ -261,6 +270,9 @@ class Segment:
     needs_backward: bool
     source: str
     chunks: int = 1
+    forward_peak_bytes: int = 0
+    saved_input_bytes: int = 0
+    rematerialised_bytes: int = 0
 
 
 @dataclass(frozen=True)

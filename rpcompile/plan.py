@@ -27,6 +27,7 @@ from rpcompile import stage_bytes
 from rpcompile.action_table import ActionTable, schedule_table
 from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.files import write_in_one_step
+from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
 from rpcompile.plan_checks import plan_problem
 from rpcompile.plan_versions import VERSION, known, upgrade
@@ -53,7 +54,8 @@ class Prediction:
         tokens_per_s: Tokens of all microbatches over the makespan; None where there are no tokens.
         bubble: Share of the GPUs' compute time that is idle.
         gpu_peak_bytes: Peak memory of each GPU.
-        host_peak_bytes: Peak of weights, gradients and boundaries on the host; no optimizer state.
+        host_peak_bytes: Peak memory of the host.
+        host: What it is made of; None where that is not known.
     """
 
     iteration_s: float
@@ -61,6 +63,7 @@ class Prediction:
     bubble: float
     gpu_peak_bytes: tuple[int, ...]
     host_peak_bytes: int
+    host: HostMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,18 @@ def _format(plan: Plan) -> str:
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines()).rstrip("\n") + "\n"
 
 
+def _host(host: HostMemory) -> str:
+    parts = {
+        "weights": host.weight_bytes,
+        "gradients": host.gradient_bytes,
+        "masters": host.master_bytes,
+        "optimizer": host.optimizer_bytes,
+        "boundaries": host.boundary_bytes,
+        "inputs": host.input_bytes,
+    }
+    return " · ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
+
+
 def _header(plan: Plan) -> list[tuple[str, str]]:
     hardware, predicted, partition = plan.chain.hardware, plan.prediction, plan.partition
     sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
@@ -286,6 +301,7 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
             f"{seconds(predicted.iteration_s)}/step{rate} · bubble {100 * predicted.bubble:.1f} % · "
             f"GPU peak {size(max(predicted.gpu_peak_bytes))} · host peak {size(predicted.host_peak_bytes)}",
         ),
+        *([("Host", _host(predicted.host))] if predicted.host else []),
         (
             "Solver",
             f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "

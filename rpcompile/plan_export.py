@@ -100,6 +100,6 @@ def _pipeline_stages(plan: Plan) -> dict[int, int]:
 def _cut_apart(plan: Plan, stage: Stage) -> str:
     return (
         f"policy {plan.schedule.policy!r}: backward stage {stage.index} has segments {stage.first}.."
-        f"{stage.last} and no forward stage has the same; torch.distributed.pipelining cuts both alike. Use a "
-        "gpipe, 1f1b, interleaved_1f1b or looped_bfs plan"
+        f"{stage.last} and no forward stage has the same; torch.distributed.pipelining cuts both alike. Use "
+        "a gpipe, 1f1b, interleaved_1f1b or looped_bfs plan"
     )

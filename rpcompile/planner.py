@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rpcompile import hardware as catalogue
 from rpcompile.cost_file import CostFile
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
+from rpcompile.host_memory import host_memory
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
@@ -35,6 +36,7 @@ from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.simulate import Timeline, simulate
+from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
 
@@ -112,6 +114,7 @@ class CapturedModel:
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
         if seconds == "estimated":
+            _report(unknown_shares(self.costed, bindings, hardware))
             return chain
         if seconds == "measured":
             return MeasureChain(self.capture, Stopwatch(device), progress=progress).run(chain)
@@ -148,7 +151,7 @@ class CapturedModel:
         chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
         schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
         verify_schedule(schedule, chain, plan.partition)
-        prediction = _prediction(chain, plan.microbatches, simulate(schedule))
+        prediction = _prediction(chain, schedule, simulate(schedule), plan.dtype)
         return replace(plan, chain=chain, schedule=schedule, prediction=prediction)
 
     def save_costs(self, path: str | PathLike[str]) -> None:
@@ -184,14 +187,23 @@ def capture_model(
         UnsupportedModel: The model cannot be captured; says where and what to change.
     """
     capture = CaptureGraph(example_inputs).run(model)
+    for notice in capture.notices:
+        _log.warning(notice)
     for step in (CanonicalizeGraph(), FindCuts()):
         announce(bar, step.name)
         capture = step.run(capture)
     announce(bar, EstimateCosts.name)
-    costed = EstimateCosts().run(capture)
-    if costed.unknown:
-        _log.info("priced by bytes only, no FLOP formula: %s", ", ".join(costed.unknown))
-    return CapturedModel(costed)
+    return CapturedModel(EstimateCosts().run(capture))
+
+
+def _report(shares: tuple[UnknownShare, ...]) -> None:
+    if shares:
+        large = sum(share.time_share for share in shares) > WORTH_A_WARNING
+        _log.log(
+            logging.WARNING if large else logging.INFO,
+            "no FLOP formula is known for %s; counted by their bytes, so the prediction may be low",
+            ", ".join(str(share) for share in shares),
+        )
 
 
 def plan_profile(
@@ -229,7 +241,7 @@ def plan_chain(
     partition, schedule, timeline = _schedule(chain, options, bar)
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
-    prediction = _prediction(chain, options.microbatches, timeline)
+    prediction = _prediction(chain, schedule, timeline, model.dtype)
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -246,14 +258,16 @@ def plan_chain(
     )
 
 
-def _prediction(chain: SegmentChain, microbatches: int, timeline: Timeline) -> Prediction:
-    tokens = microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:
+    tokens = schedule.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    host = host_memory(chain, schedule, dtype)
     return Prediction(
         iteration_s=timeline.makespan_s,
         tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
         bubble=timeline.bubble,
         gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=timeline.host_peak_bytes,
+        host_peak_bytes=host.total_bytes,
+        host=host,
     )
 
 

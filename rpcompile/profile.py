@@ -49,7 +49,8 @@ class ProfileSegment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     """What one segment costs; fields as in `ir.Segment`.
 
     A backward passes through every segment from the first one on that has a `backward_s` or
-    `gradient_bytes`. `boundary_gradient_bytes` is then `boundary_bytes` unless it is given.
+    `gradient_bytes`. `boundary_gradient_bytes` is then `boundary_bytes` unless it is given, and
+    `forward_peak_bytes` is `peak_bytes`.
     """
 
     name: str
@@ -66,6 +67,9 @@ class ProfileSegment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     peak_bytes: Bytes = 0
     forward_flops: Seconds = 0.0
     backward_flops: Seconds = 0.0
+    forward_peak_bytes: int | None = None
+    saved_input_bytes: Bytes = 0
+    rematerialised_bytes: Bytes = 0
 
 
 class ProfileTied(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -220,6 +224,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             )
         fields = msgspec.structs.asdict(given)
         fields |= {"boundary_bytes": boundary, "boundary_gradient_bytes": gradient}
+        if given.forward_peak_bytes is None:
+            fields["forward_peak_bytes"] = given.peak_bytes
         values = () if last else (f"{given.name}.output",)
         return Segment(
             **fields,

@@ -17,6 +17,7 @@ number of the call; everything else is as torch.export makes it.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -27,15 +28,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.fx import Node, Proxy
-from torch.fx.experimental.proxy_tensor import (
-    _ModuleStackTracer,
-    _ProxyTensor,
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    get_proxy_slot,
-    set_proxy_slot,
-    track_tensor_tree,
-)
+from torch.fx.experimental import proxy_tensor
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -52,23 +45,54 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
 SMALLEST_RUN = 3
+_log = logging.getLogger("rpcompile")
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _SIZES = (bool, int, float, torch.SymInt, torch.SymBool, torch.SymFloat)
 _CONTAINERS = (None, tuple, list, dict)
 
 
+# Of torch's internals; they may move from one version to the next.
+_PRIVATE = (
+    "_ModuleStackTracer",
+    "_ProxyTensor",
+    "disable_proxy_modes_tracing",
+    "get_proxy_mode",
+    "get_proxy_slot",
+    "set_proxy_slot",
+    "track_tensor_tree",
+)
+
+
+@dataclass
+class Interference:
+    """Whether tracing was anything else than the model's own: if it fails, a full export may not."""
+
+    possible: bool = False
+
+
 @contextmanager
-def repeated_blocks(model: nn.Module) -> Iterator[None]:
+def repeated_blocks(model: nn.Module) -> Iterator[Interference]:
     """While it is open, torch.export (not strict) of `model` copies repeated blocks.
 
-    The classes of the blocks have another `forward` meanwhile; the modules are left alone.
+    The classes of the blocks have another `forward` meanwhile; the modules are left alone. With a
+    torch that lacks one of the internals that this needs, every block is traced.
     """
+    interference = Interference()
+    missing = [name for name in _PRIVATE if not hasattr(proxy_tensor, name)]
+    if missing:
+        _log.warning(
+            "every block is traced, which takes longer: torch %s has no proxy_tensor.%s",
+            torch.__version__,
+            missing[0],
+        )
+        yield interference
+        return
     blocks = list(_candidates(model))
-    calls = _Blocks(blocks)
+    calls = _Blocks(blocks, interference)
     with ExitStack() as stack:
         for kind in dict.fromkeys(type(block) for block in blocks):
             stack.enter_context(patch.object(kind, "forward", calls.intercept(kind.forward)))
-        yield
+        yield interference
 
 
 def _candidates(model: nn.Module) -> Iterator[nn.Module]:
@@ -145,7 +169,8 @@ class _Trace:
 class _Blocks:
     """What is known about the calls of one export."""
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(self, blocks: list[nn.Module], interference: Interference) -> None:
+        self._interference = interference
         # torch.export may call a block through a proxy, which shares the block's dictionary.
         self._blocks = {id(vars(block)): block for block in blocks}
         self._traced: dict[Hashable, _Trace] = {}
@@ -158,9 +183,9 @@ class _Blocks:
         @functools.wraps(original)
         def call_block(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             block = self._blocks.get(id(vars(module)))
-            mode = get_proxy_mode()
+            mode = proxy_tensor.get_proxy_mode()
             tracer = None if mode is None else mode.tracer
-            if block is None or not isinstance(tracer, _ModuleStackTracer):
+            if block is None or not isinstance(tracer, proxy_tensor._ModuleStackTracer):
                 return original(module, *args, **kwargs)
             return self._call(tracer, block, module, original, args, kwargs)
 
@@ -168,7 +193,7 @@ class _Blocks:
 
     def _call(
         self,
-        tracer: _ModuleStackTracer,
+        tracer: proxy_tensor._ModuleStackTracer,
         block: nn.Module,
         module: nn.Module,
         original: Callable[..., Any],
@@ -176,24 +201,33 @@ class _Blocks:
         kwargs: dict[str, Any],
     ) -> Any:
         # Export counts and inspects every look at a tensor; ours are not the model's.
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), self._noted():
             try:
                 call = _entered(tracer, block, module, args, kwargs)
             except Indescribable:
                 call = None
             if call is not None and call.key in self._proved:
+                self._interference.possible = True
                 return _copy(tracer, self._traced[call.key], call)
         if call is None or call.key in self._refused:
             return original(module, *args, **kwargs)
         start = tracer.graph._root.prev
         with noticed_reads(call.unread) as read:
             output = original(module, *args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), self._noted():
             self._learn(tracer, call, start, output, read)
         return output
 
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._interference.possible = True
+            raise
+
     def _learn(
-        self, tracer: _ModuleStackTracer, call: _Call, start: Node, output: Any, read: list[str]
+        self, tracer: proxy_tensor._ModuleStackTracer, call: _Call, start: Node, output: Any, read: list[str]
     ) -> None:
         try:
             _check_unchanged(call, read)
@@ -211,7 +245,11 @@ class _Blocks:
 
 
 def _entered(
-    tracer: _ModuleStackTracer, block: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Any
+    tracer: proxy_tensor._ModuleStackTracer,
+    block: nn.Module,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Any,
 ) -> _Call:
     """Raises Indescribable where the call cannot be compared with others."""
     path = next(reversed(tracer.module_stack.values()))[0]
@@ -239,14 +277,14 @@ def _entered(
     return _Call(block, path, _named_stack(tracer), leaves, tensors, roles, key, description.unread)
 
 
-def _path(tracer: _ModuleStackTracer, module: nn.Module) -> str | None:
+def _path(tracer: proxy_tensor._ModuleStackTracer, module: nn.Module) -> str | None:
     try:
         return tracer.path_of_module(module)
     except NameError:
         return None
 
 
-def _calls_below(tracer: _ModuleStackTracer, path: str, block: nn.Module) -> dict[str, int]:
+def _calls_below(tracer: proxy_tensor._ModuleStackTracer, path: str, block: nn.Module) -> dict[str, int]:
     """How often each module below the block was called; the block itself ("") without this call."""
     names = [name for name, _ in block.named_modules(remove_duplicate=False)]
     counts = {name: tracer.num_calls.get(f"{path}.{name}" if name else path, 0) for name in names}
@@ -254,7 +292,7 @@ def _calls_below(tracer: _ModuleStackTracer, path: str, block: nn.Module) -> dic
     return counts
 
 
-def _named_stack(tracer: _ModuleStackTracer) -> dict[str, tuple[str, str]]:
+def _named_stack(tracer: proxy_tensor._ModuleStackTracer) -> dict[str, tuple[str, str]]:
     return {
         key: (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}")
         for key, (path, kind) in tracer.module_stack.items()
@@ -265,8 +303,8 @@ def _is_plain(spec: pytree.TreeSpec) -> bool:
     return spec.type in _CONTAINERS and all(_is_plain(child) for child in spec.children())
 
 
-def _node(tracer: _ModuleStackTracer, tensor: torch.Tensor) -> Node:
-    slot = get_proxy_slot(tensor, tracer, None)
+def _node(tracer: proxy_tensor._ModuleStackTracer, tensor: torch.Tensor) -> Node:
+    slot = proxy_tensor.get_proxy_slot(tensor, tracer, None)
     if slot is None or slot.constant is not None:
         raise Indescribable("a tensor that is a constant of the graph")
     return slot.proxy.node
@@ -305,7 +343,7 @@ def _check_unchanged(call: _Call, read: list[str]) -> None:
         raise Indescribable("it changes an argument")
 
 
-def _traced(tracer: _ModuleStackTracer, call: _Call, start: Node, output: Any) -> _Trace:
+def _traced(tracer: proxy_tensor._ModuleStackTracer, call: _Call, start: Node, output: Any) -> _Trace:
     """Raises Indescribable where the nodes cannot be copied."""
     nodes: list[Node] = []
     while (following := (nodes[-1] if nodes else start).next) is not tracer.graph._root:
@@ -352,7 +390,7 @@ def _relative(node: Node, call: _Call) -> tuple[tuple[str, str, str], ...]:
 
 
 def _results(
-    tracer: _ModuleStackTracer, call: _Call, made: set[Node], leaves: list[Any]
+    tracer: proxy_tensor._ModuleStackTracer, call: _Call, made: set[Node], leaves: list[Any]
 ) -> tuple[_Result, ...]:
     arguments = {id(leaf): i for i, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor)}
     storages = {StorageWeakRef(tensor.untyped_storage()) for tensor in call.tensors.values()}
@@ -416,7 +454,7 @@ def _values(node: Node) -> list[Hashable]:
 # ------------------------------------------------------------------- copying
 
 
-def _copy(tracer: _ModuleStackTracer, trace: _Trace, call: _Call) -> Any:
+def _copy(tracer: proxy_tensor._ModuleStackTracer, trace: _Trace, call: _Call) -> Any:
     """Appends the trace's nodes for another call, and returns what that call returns."""
     graph = tracer.graph
     mapping = dict(zip(trace.call.roles, call.roles, strict=True))
@@ -430,20 +468,26 @@ def _copy(tracer: _ModuleStackTracer, trace: _Trace, call: _Call) -> Any:
     for name, count in trace.calls.items():
         tracer.num_calls[f"{call.path}.{name}" if name else call.path] = count + (not name)
     for role, node in trace.changed.items():
-        set_proxy_slot(call.tensors[role], tracer, _ProxyTensor(Proxy(mapping[node], tracer), None))
+        proxy_tensor.set_proxy_slot(
+            call.tensors[role], tracer, proxy_tensor._ProxyTensor(Proxy(mapping[node], tracer), None)
+        )
     results = [_result(tracer, result, call, mapping) for result in trace.results]
     return pytree.tree_unflatten(results, trace.spec)
 
 
-def _result(tracer: _ModuleStackTracer, result: _Result, call: _Call, mapping: dict[Node, Node]) -> Any:
+def _result(
+    tracer: proxy_tensor._ModuleStackTracer, result: _Result, call: _Call, mapping: dict[Node, Node]
+) -> Any:
     if result.argument is not None:
         return call.leaves[result.argument]
     if result.node is None:
         return result.constant
     dtype, device = result.options
-    with disable_proxy_modes_tracing():
+    with proxy_tensor.disable_proxy_modes_tracing():
         tensor = torch.empty_strided(*result.sizes, dtype=dtype, device=device)
         if result.requires_grad:
             # Adding in place keeps the strides, and makes it no leaf: it may be changed in place.
             tensor.add_(torch.zeros((), dtype=dtype, device=device, requires_grad=True))
-    return track_tensor_tree(tensor, Proxy(mapping[result.node], tracer), constant=None, tracer=tracer)
+    return proxy_tensor.track_tensor_tree(
+        tensor, Proxy(mapping[result.node], tracer), constant=None, tracer=tracer
+    )

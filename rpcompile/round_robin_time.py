@@ -25,11 +25,12 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile.ir import Stage, StageKind
+from rpcompile.stage_bytes import Workspaces, duplicates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcompile.ir import SegmentChain, TiedWeight
+    from rpcompile.ir import SegmentChain
 
 LOSS_BYTES = 4
 
@@ -128,6 +129,7 @@ class StageCosts:
         chain: The segments.
         gpus: N.
         microbatches: M.
+        workspaces: What stages need besides their buffers.
         sets: Microbatches whose copies a GPU holds at once: one is copied while one is computed.
     """
 
@@ -139,15 +141,12 @@ class StageCosts:
         self._backward_s = list(accumulate((s.backward_s for s in segments), initial=0.0))
         self._weights = list(accumulate((s.weight_bytes for s in segments), initial=0))
         self._gradients = list(accumulate((s.gradient_bytes for s in segments), initial=0))
-        self._saved = list(accumulate((s.saved_bytes for s in segments), initial=0))
-        self._states = list(accumulate((s.state_bytes for s in segments), initial=0))
         changed = (s.weight_bytes if s.state_bytes else 0 for s in segments)
         self._changed = list(accumulate(changed, initial=0))
         self._inputs = list(accumulate((s.input_bytes for s in segments), initial=0))
-        self._peaks = [s.peak_bytes for s in segments]
-        # What crosses the cut in front of each segment; nothing crosses the ends.
-        self.crossing = [0, *(s.boundary_bytes for s in segments[:-1]), 0]
-        self.crossing_gradients = [0, *(s.boundary_gradient_bytes for s in segments[:-1]), 0]
+        self.workspaces = Workspaces(chain)
+        self.crossing = self.workspaces.crossing
+        self.crossing_gradients = self.workspaces.crossing_gradients
 
     def of(self, stage: Stage) -> StageCost:
         """The cost of one stage."""
@@ -157,21 +156,19 @@ class StageCosts:
         out = self.crossing[high] if kind is StageKind.F else self.crossing_gradients[low]
         hop_s = out / hardware.d2h_bytes_per_s + out / hardware.h2d_bytes_per_s + 2 * hardware.latency_s
 
-        compute_s, workspace = self._forward_s[high] - self._forward_s[low], max(self._peaks[low:high])
+        compute_s, workspace = self._forward_s[high] - self._forward_s[low], self.workspaces.of(stage)
         weights, gradients = self._weights[high] - self._weights[low], 0
         lingering = self._changed[high] - self._changed[low]
         load, store = self._inputs[high] - self._inputs[low], LOSS_BYTES if high == n else 0
         for tied in self.chain.tied:
-            weights -= _duplicates(tied, low, high) * tied.weight_bytes
+            weights -= duplicates(tied, low, high) * tied.weight_bytes
         if kind is not StageKind.F:
             compute_s += self._backward_s[high] - self._backward_s[low]
-            workspace += self._saved[high] - self._saved[low]
             gradients += self._gradients[high] - self._gradients[low]
             for tied in self.chain.tied:
-                gradients -= _duplicates(tied, low, high) * tied.gradient_bytes
+                gradients -= duplicates(tied, low, high) * tied.gradient_bytes
         if kind is StageKind.B:
             # Its recompute runs on scratch copies of the buffers, and changes none.
-            workspace += self._states[high] - self._states[low]
             load, lingering = load + self.crossing[low], 0
         if self.gpus > 1:
             load, store = load + into, store + out
@@ -246,8 +243,3 @@ class StageCosts:
             if begin > n and first and cuts[job + 1] > first:
                 found[job] = found.get(job, 0) + self.crossing[first]
         return found
-
-
-def _duplicates(tied: TiedWeight, low: int, high: int) -> int:
-    """Users of a tied tensor among the segments `low <= s < high` that need no copy of their own."""
-    return max(0, sum(low <= user < high for user in tied.segments) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from rpcompile.ir import StageKind
@@ -9,7 +10,7 @@ from rpcompile.ir import StageKind
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rpcompile.ir import SegmentChain, Stage
+    from rpcompile.ir import SegmentChain, Stage, TiedWeight
 
 
 def weight_bytes(chain: SegmentChain, segments: Iterable[int]) -> dict[int, int]:
@@ -33,16 +34,68 @@ def gradient_bytes(chain: SegmentChain, segments: Iterable[int]) -> dict[int, in
     return sizes
 
 
-def workspace_bytes(chain: SegmentChain, stage: Stage) -> int:
-    """Device memory that one microbatch of a stage needs besides its buffers.
+class Workspaces:
+    """Device memory that one microbatch of a stage needs besides its buffers, from tables.
 
-    F runs without autograd, so one segment's transients at a time. FB and B hold what every segment
-    saves; B also holds scratch copies of the buffers that its recompute must not change.
+    A stage's need is the largest of its segments' needs, each on top of what is there at that time. With
+    b the bytes that cross a cut, d those of their gradients, and P the prefix sums of what is saved::
+
+        F      the values in front of and behind segment i, and its own need      e_i = b + b + forward_peak
+        B, FB  what is saved up to segment i, its own need, gradients around it   a_i = P_{i+1} + peak + d + d
+
+    Buffers are left out: of a stage low <= i < high, the values in front of it and the gradients behind it
+    while the segment next to them runs, and its results from the beginning on. What a stage shares is
+    counted once: results of rematerialised nodes, and values that several segments hold for their backwards.
+
+    Too much: values that only pass by a segment of a model whose cuts are several tensors wide, and values
+    in front of a segment that a forward drops before that segment's peak, or that have a buffer since a
+    backward stage begins there. The gradient of a weight counts twice while it is made, as from the second
+    microbatch on: what is accumulated and what is added.
     """
-    segments = [chain.segments[index] for index in stage.segments]
-    nbytes = max(segment.peak_bytes for segment in segments)
-    if stage.kind is not StageKind.F:
-        nbytes += sum(segment.saved_bytes for segment in segments)
-    if stage.kind is StageKind.B:
-        nbytes += sum(segment.state_bytes for segment in segments)
-    return nbytes
+
+    def __init__(self, chain: SegmentChain) -> None:
+        segments = chain.segments
+        self._chain = chain
+        # What crosses the cut in front of each segment; nothing crosses the ends.
+        self.crossing = [0, *(s.boundary_bytes for s in segments[:-1]), 0]
+        self.crossing_gradients = [0, *(s.boundary_gradient_bytes for s in segments[:-1]), 0]
+        around = map(sum, pairwise(self.crossing))
+        self.inner_forward = [s.forward_peak_bytes + b for s, b in zip(segments, around, strict=True)]
+        self.first_forward = [e - b for e, b in zip(self.inner_forward, self.crossing, strict=False)]
+        saved = list(accumulate((s.saved_bytes + s.saved_input_bytes for s in segments), initial=0))
+        around = map(sum, pairwise(self.crossing_gradients))
+        self.inner_backward = [
+            after + s.peak_bytes + d for after, s, d in zip(saved[1:], segments, around, strict=True)
+        ]
+        behind = self.crossing_gradients[1:]
+        self.last_backward = [a - d for a, d in zip(self.inner_backward, behind, strict=True)]
+        self.base_backward = [
+            before + s.saved_input_bytes + d
+            for before, s, d in zip(saved, segments, self.crossing_gradients, strict=False)
+        ]
+        self.rematerialised = [s.rematerialised_bytes for s in segments]
+        self._states = list(accumulate((s.state_bytes for s in segments), initial=0))
+
+    def of(self, stage: Stage) -> int:
+        """Bytes of one stage.
+
+        B also holds scratch copies of the buffers that its recompute must not change, and a tied weight's
+        first gradient until the last one is made.
+        """
+        low, high = stage.first, stage.last + 1
+        if stage.kind is StageKind.F:
+            inner = max(self.inner_forward[low + 1 : high], default=0)
+            own = max(inner, self.first_forward[low]) - self.crossing[high]
+        else:
+            inner = max(self.inner_backward[low : high - 1], default=0)
+            own = max(inner, self.last_backward[high - 1]) - self.base_backward[low]
+            for tied in self._chain.tied:
+                own += duplicates(tied, low, high) * tied.gradient_bytes
+        if stage.kind is StageKind.B:
+            own += self._states[high] - self._states[low]
+        return max(0, own + max(self.rematerialised[low:high]))
+
+
+def duplicates(tied: TiedWeight, low: int, high: int) -> int:
+    """Users of a tied tensor among the segments `low <= s < high` that need no copy of their own."""
+    return max(0, sum(low <= user < high for user in tied.segments) - 1)

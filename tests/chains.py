@@ -66,6 +66,7 @@ def segment(index: int, **changes: object) -> Segment:
         boundary_gradient_bytes=1,
         saved_bytes=5,
         peak_bytes=7,
+        forward_peak_bytes=7,
         needs_backward=True,
         source="given",
     )

@@ -19,7 +19,7 @@ from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.estimate_costs import EstimateCosts
 from tests import family_real as real
 from tests import family_tiny as tiny
-from tests import models, staged
+from tests import minilm, models, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,7 +51,8 @@ class Family:
         tiny: A small member with a batch; None where the family cannot be captured.
         real: A published member.
         parity: How near staged execution of the tiny member is to plain PyTorch.
-        context: What the tiny member runs under.
+        context: What both members run under.
+        unread: Whether the model holds parameters that this batch does not need.
         note: What a user should know.
     """
 
@@ -60,6 +61,7 @@ class Family:
     real: Real | None = None
     parity: str = EXACT
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    unread: bool = False
     note: str = ""
 
 
@@ -86,7 +88,12 @@ FAMILIES: tuple[Family, ...] = (
         _text("Mistral-7B-v0.3"),
         note="with a sliding window, the sequence stays on the side of the window that it was captured on",
     ),
-    Family("Gemma 2", partial(tiny.causal, "Gemma2", sliding_window=4, attn_implementation="eager")),
+    Family(
+        "Gemma 2",
+        partial(tiny.causal, "Gemma2", sliding_window=4, attn_implementation="eager"),
+        _text("Gemma-2-2B"),
+        note="sliding window: as Mistral",
+    ),
     Family(
         "Gemma 3",
         partial(tiny.causal, "Gemma3", sliding_window=4, tie_word_embeddings=True),
@@ -136,13 +143,35 @@ FAMILIES: tuple[Family, ...] = (
         "Llava",
         tiny.llava,
         Real("Llava-1.5-7B", real.llava, real.text_and_image_batch()),
-        note="number of images fixed at that of the captured microbatch",
+        unread=True,
+        note="the number of images in a microbatch may be fixed (the capture says so)",
     ),
     Family(
-        "Qwen-VL",
-        note="not captured: shapes depend on the values of `image_grid_thw`; run the vision tower outside "
-        "and pass `inputs_embeds`",
+        "Gemma 3 with images",
+        tiny.gemma3_vision,
+        Real("Gemma-3-4B", real.gemma3_vision, real.gemma3_batch()),
+        parity=TIED,
+        note="the mask stays in the graph: the tokens of an image see each other",
     ),
+    Family(
+        "PaliGemma",
+        tiny.paligemma,
+        parity=TIED,
+        note="the mask stays in the graph: image and prompt see each other",
+    ),
+    Family("InternVL", tiny.internvl),
+    Family(
+        "Qwen-VL, embedded",
+        lambda: tiny.embedded(tiny.qwen_vl()),
+        Real("Qwen2.5-VL-7B", real.qwen_vl, real.embedded_batch()),
+        unread=True,
+        note="`inputs_embeds`, `position_ids` and `labels`: the vision tower runs before, outside",
+    ),
+    Family(
+        "Qwen-VL with images",
+        note="not captured: shapes depend on the values of `image_grid_thw`; use the row above",
+    ),
+    Family("Idefics 3, SmolVLM", note="not captured: selects the images that are not padding"),
     Family(
         "ResNet, BatchNorm",
         tiny.resnet,
@@ -162,9 +191,16 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Mamba",
         tiny.mamba,
+        Real("Mamba-130M, 16 tokens", real.mamba, real.text_batch(16)),
         parity=TIED,
         note="without its CUDA kernels the scan is a Python loop: the graph holds one copy of it per token, "
-        "the sequence length is fixed, and capture takes long",
+        "so the sequence length is fixed (the capture says so) and the real size is shown for 16 tokens",
+    ),
+    Family(
+        "Mamba 2",
+        tiny.mamba2,
+        Real("Mamba2-1.3B, 12 of 48 layers", real.mamba2, real.text_batch(1024)),
+        note="works in chunks, so the sequence length is fixed (the capture says so); layers are alike",
     ),
     Family(
         "LoRA on Qwen3",
@@ -181,26 +217,54 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "LoRA on experts",
         lambda: tiny.lora(tiny.moe(), ["q_proj"], dropout=0.0, target_parameters=["mlp.experts.down_proj"]),
+        _text(
+            "Qwen3-30B-A3B + LoRA on experts",
+            partial(real.lora, "Qwen3-30B-A3B", ["q_proj"], target_parameters=["mlp.experts.down_proj"]),
+        ),
         note=_MOE_NOTE,
     ),
     Family(
         "Gradient checkpointing",
         lambda: tiny.checkpointed(_QWEN3(), use_reentrant=False),
+        _text("Qwen3-1.7B, checkpointed", partial(real.checkpointed, "Qwen3-1.7B", False)),
         note="bypassed: stages recompute anyway",
     ),
     Family(
         "Gradient checkpointing, reentrant",
         lambda: tiny.checkpointed(_QWEN3(), use_reentrant=True),
+        _text("Qwen3-1.7B, reentrant", partial(real.checkpointed, "Qwen3-1.7B", True)),
         note="bypassed: stages recompute anyway",
     ),
     Family(
         "bfloat16 autocast",
         _QWEN3,
+        _text("Qwen3-1.7B, autocast", partial(real.causal, "Qwen3-1.7B", torch.float32)),
         context=partial(torch.autocast, "cpu", dtype=torch.bfloat16, cache_enabled=False),
         note="compile under the autocast of training; equal to plain PyTorch with `cache_enabled=False`",
     ),
-    Family("Padded batch", lambda: tiny.padded(_QWEN3()), note="the mask stays in the graph"),
-    Family("Packed batch", lambda: tiny.packed(_QWEN3()), note="the mask stays in the graph"),
+    Family(
+        "Padded on the right",
+        lambda: tiny.padded(_QWEN3(), left=False),
+        Real("Qwen3-1.7B, padded", partial(real.causal, "Qwen3-1.7B"), real.masked_batch()),
+        note="the mask stays in the graph",
+    ),
+    Family(
+        "Padded on the left",
+        lambda: tiny.padded(_QWEN3(), left=True),
+        note="the graph of the row above",
+    ),
+    Family(
+        "Packed batch",
+        lambda: tiny.packed(_QWEN3()),
+        Real("Qwen3-1.7B, packed", partial(real.causal, "Qwen3-1.7B"), real.packed_batch()),
+        note="`position_ids` that start again; the mask stays in the graph",
+    ),
+    Family(
+        "MiniLM, its real weights",
+        minilm.case,
+        Real("all-MiniLM-L6-v2", minilm.on_meta, minilm.batch()),
+        note="trained on real text: sentence pairs, padded",
+    ),
 )
 
 
@@ -209,10 +273,12 @@ def family(name: str) -> Family:
     return next(item for item in FAMILIES if item.name == name)
 
 
-def price(member: Real) -> tuple[nn.Module, CostedGraph, SegmentChain]:
-    """The model, its costed graph, and its segments on an RTX 4090."""
-    model = member.model().train()
-    captured = staged.capture(model, member.batch, microbatches=1)
+def price(item: Family) -> tuple[nn.Module, CostedGraph, SegmentChain]:
+    """The real-size model, its costed graph, and its segments on an RTX 4090."""
+    assert item.real is not None
+    model = item.real.model().train()
+    with item.context():
+        captured = staged.capture(model, item.real.batch, microbatches=1)
     costed = EstimateCosts().run(captured)
     return model, costed, BindChain(captured.example_sizes, hardware.lookup("rtx4090")).run(costed)
 
@@ -255,7 +321,7 @@ def lines() -> Iterator[str]:
     yield "| " + " | ".join(_COLUMNS) + " |"
     yield "|" + "---|" * len(_COLUMNS)
     for item in FAMILIES:
-        measured = measured_cells(*price(item.real)[1:]) if item.real else ("", "", "")
+        measured = measured_cells(*price(item)[1:]) if item.real else ("", "", "")
         yield row(static_cells(item), measured)
 
 

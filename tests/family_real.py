@@ -58,6 +58,20 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         _decoder(1152, 26, (4, 1, 256), 6912, 262_144, tie_word_embeddings=True, sliding_window=512),
     ),
+    "Gemma-2-2B": (
+        "Gemma2",
+        _decoder(
+            2304,
+            26,
+            (8, 4, 256),
+            9216,
+            256_000,
+            tie_word_embeddings=True,
+            sliding_window=4096,
+            max_position_embeddings=8192,
+            attn_implementation="eager",
+        ),
+    ),
     "Phi-3-medium-128k": ("Phi3", _decoder(5120, 40, (40, 10, 128), 17_920, 32_064, sliding_window=None)),
     "Qwen3-235B-A22B": (
         "Qwen3Moe",
@@ -118,13 +132,20 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def causal(checkpoint: str) -> nn.Module:
+def causal(checkpoint: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A decoder with a language-modelling head, e.g. "Qwen3-1.7B"."""
     kind, options = CAUSAL[checkpoint]
     text = "Text" if kind == "Gemma3" else ""
     config = getattr(transformers, f"{kind}{text}Config")(**options)
     with torch.device("meta"):
-        return getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
+        return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+
+
+def checkpointed(checkpoint: str, use_reentrant: bool) -> nn.Module:
+    """The decoder with gradient checkpointing switched on."""
+    model: Any = causal(checkpoint)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return model
 
 
 def lora(checkpoint: str, modules: list[str], **options: Any) -> nn.Module:
@@ -151,6 +172,61 @@ def llava() -> nn.Module:
     return build(
         "LlavaForConditionalGeneration", transformers.LlavaConfig(vision_config=vision, text_config=text)
     ).to(torch.bfloat16)
+
+
+def gemma3_vision() -> nn.Module:
+    """Gemma-3-4B: a SigLIP of 896 pixels, 256 tokens an image, before a Gemma 3 of 4B."""
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=896,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    sizes = _decoder(2560, 34, (8, 4, 256), 10_240, 262_208, tie_word_embeddings=True, sliding_window=1024)
+    config = transformers.Gemma3Config(
+        vision_config=vision, text_config=transformers.Gemma3TextConfig(**sizes), mm_tokens_per_image=256
+    )
+    return build("Gemma3ForConditionalGeneration", config).to(torch.bfloat16)
+
+
+def qwen_vl() -> nn.Module:
+    """Qwen2.5-VL-7B."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "patch_size": 14,
+        "out_hidden_size": 3584,
+    }
+    sizes = _decoder(3584, 28, (28, 4, 128), 18_944, 152_064, rope_parameters=rope)
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=sizes)
+    return build("Qwen2_5_VLForConditionalGeneration", config).to(torch.bfloat16)
+
+
+def mamba() -> nn.Module:
+    """Mamba-130M."""
+    config = transformers.MambaConfig(hidden_size=768, num_hidden_layers=24, state_size=16, vocab_size=50_280)
+    return build("MambaForCausalLM", config)
+
+
+def mamba2() -> nn.Module:
+    """Mamba2-1.3B with a quarter of its layers."""
+    config = transformers.Mamba2Config(
+        hidden_size=2048,
+        num_hidden_layers=12,
+        num_heads=64,
+        head_dim=64,
+        state_size=128,
+        n_groups=1,
+        vocab_size=50_288,
+        tie_word_embeddings=True,
+    )
+    return build("Mamba2ForCausalLM", config).to(torch.bfloat16)
 
 
 def build(architecture: str, config: Any) -> nn.Module:
@@ -195,3 +271,29 @@ def noise_batch(size: int = 64) -> Batch:
 def text_and_image_batch() -> Batch:
     """One row that begins with one image."""
     return {**text_batch(), "pixel_values": torch.zeros(1, 3, 336, 336, dtype=torch.bfloat16)}
+
+
+def gemma3_batch() -> Batch:
+    """One row that begins with one image."""
+    batch = text_batch()
+    images = torch.zeros(1, 3, 896, 896, dtype=torch.bfloat16)
+    return {**batch, "pixel_values": images, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
+def embedded_batch() -> Batch:
+    """One row of vectors with their positions in time, height and width."""
+    positions = torch.zeros(3, 1, SEQUENCE, dtype=torch.long)
+    vectors = torch.zeros(1, SEQUENCE, 3584, dtype=torch.bfloat16)
+    return {"inputs_embeds": vectors, "position_ids": positions, "labels": text_batch()["labels"]}
+
+
+def masked_batch() -> Batch:
+    """One row with a mask."""
+    batch = text_batch()
+    return {**batch, "attention_mask": torch.zeros_like(batch["input_ids"])}
+
+
+def packed_batch() -> Batch:
+    """One row with positions."""
+    batch = text_batch()
+    return {**batch, "position_ids": torch.zeros_like(batch["input_ids"])}

@@ -33,6 +33,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+IMAGE = 5
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
@@ -43,10 +44,11 @@ def causal(kind: str, **options: Any) -> Case:
     return Case(getattr(transformers, f"{kind}ForCausalLM")(config), tokens())
 
 
-def padded(case: Case) -> Case:
-    """The case with its rows cut to different lengths by an attention mask; padding on the right."""
+def padded(case: Case, left: bool) -> Case:
+    """The case with its rows cut to different lengths by an attention mask."""
     lengths = torch.arange(BATCH) % 4 + SEQUENCE - 4
     mask = (torch.arange(SEQUENCE) < lengths[:, None]).long()
+    mask = mask.flip(-1) if left else mask
     labels = case.batch["labels"].masked_fill(mask == 0, -100)
     return Case(case.model, {**case.batch, "attention_mask": mask, "labels": labels})
 
@@ -143,29 +145,86 @@ def unet() -> Case:
     return Case(model, {"x": images, "timesteps": timesteps, "noise": noise})
 
 
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def _with_images(model: Any, image_tokens: int, **extra: torch.Tensor) -> Case:
+    """One image at the beginning of each row; `IMAGE` stands for its tokens."""
+    batch = tokens()
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, IMAGE + 1)
+    ids[:, :image_tokens] = IMAGE
+    images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    return Case(model, {**batch, "input_ids": ids, "pixel_values": images, **extra})
+
+
 def llava() -> Case:
-    """One image of four tokens at the beginning of each row."""
-    image_token = 5
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=8,
-        patch_size=4,
-    )
+    """CLIP before Llama, four tokens an image."""
     config = transformers.LlavaConfig(
-        vision_config=vision,
+        vision_config=transformers.CLIPVisionConfig(**_TOWER),
         text_config=transformers.LlamaConfig(**DECODER),
-        image_token_index=image_token,
+        image_token_index=IMAGE,
         image_seq_length=4,
     )
-    batch = tokens()
-    ids = batch["input_ids"].masked_fill(batch["input_ids"] == image_token, image_token + 1)
-    ids[:, :4] = image_token
-    images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(5))
-    model = transformers.LlavaForConditionalGeneration(config)
-    return Case(model, {**batch, "input_ids": ids, "pixel_values": images})
+    return _with_images(transformers.LlavaForConditionalGeneration(config), 4)
+
+
+def gemma3_vision() -> Case:
+    """SigLIP before Gemma 3; the tokens of an image see each other."""
+    config = transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**_TOWER, vision_use_head=False),
+        text_config=transformers.Gemma3TextConfig(**DECODER, sliding_window=4),
+        image_token_id=IMAGE,
+        mm_tokens_per_image=4,
+    )
+    is_image = (torch.arange(SEQUENCE) < 4).long().expand(BATCH, -1).clone()
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    return _with_images(model, 4, token_type_ids=is_image)
+
+
+def paligemma() -> Case:
+    """SigLIP before Gemma; image and prompt see each other."""
+    config = transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**_TOWER, vision_use_head=False),
+        text_config=transformers.GemmaConfig(**DECODER),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    is_answer = (torch.arange(SEQUENCE) >= 6).long().expand(BATCH, -1).clone()
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    return _with_images(model, 4, token_type_ids=is_answer, attention_mask=torch.ones_like(is_answer))
+
+
+def internvl() -> Case:
+    """InternViT before Qwen2, four patches a token."""
+    tower = {**_TOWER, "image_size": [8, 8], "patch_size": [4, 4]}
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**tower),
+        text_config=transformers.Qwen2Config(**DECODER),
+        image_token_id=IMAGE,
+        downsample_ratio=0.5,
+        image_seq_length=1,
+    )
+    return _with_images(transformers.InternVLForConditionalGeneration(config), 1)
+
+
+def idefics3() -> Case:
+    """Selects the images that are not padding, so their number depends on values."""
+    config = transformers.Idefics3Config(
+        vision_config=_TOWER,
+        text_config=transformers.LlamaConfig(**DECODER),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    case = _with_images(transformers.Idefics3ForConditionalGeneration(config), 1)
+    return Case(case.model, {**case.batch, "pixel_values": case.batch["pixel_values"][:, None]})
 
 
 def qwen_vl() -> Case:
@@ -182,12 +241,45 @@ def qwen_vl() -> Case:
         "fullatt_block_indexes": [1],
     }
     config = transformers.Qwen2_5_VLConfig(
-        vision_config=vision, text_config={**DECODER, "rope_parameters": rope}, image_token_id=5
+        vision_config=vision, text_config={**DECODER, "rope_parameters": rope}, image_token_id=IMAGE
     )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    patches = torch.zeros(BATCH * 16, 3 * 2 * 4 * 4)
-    grid = torch.tensor([[1, 4, 4]] * BATCH)
-    return Case(model, {**tokens(), "pixel_values": patches, "image_grid_thw": grid})
+    is_image = (torch.arange(SEQUENCE) < 4).long().expand(BATCH, -1).clone()
+    case = _with_images(
+        model, 4, mm_token_type_ids=is_image, image_grid_thw=torch.tensor([[1, 4, 4]] * BATCH)
+    )
+    patches = torch.randn(BATCH * 16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(5))
+    return Case(model, {**case.batch, "pixel_values": patches})
+
+
+def embedded(case: Case) -> Case:
+    """A Qwen-VL case whose vision tower ran before: embeddings, and the positions of their tokens."""
+    model, batch = case.model.model, case.batch
+    ids, grid = batch["input_ids"], batch["image_grid_thw"]
+    with torch.no_grad():
+        vectors = model.get_input_embeddings()(ids)  # type: ignore[operator]
+        features = torch.cat(model.get_image_features(batch["pixel_values"], grid).pooler_output)  # type: ignore[operator]
+        vectors = vectors.masked_scatter((ids == IMAGE)[..., None], features)
+        positions, _ = model.get_rope_index(  # type: ignore[operator]
+            ids, mm_token_type_ids=batch["mm_token_type_ids"], image_grid_thw=grid
+        )
+    given = {"inputs_embeds": vectors, "position_ids": positions, "labels": batch["labels"]}
+    return Case(case.model, given)
+
+
+def mamba2() -> Case:
+    """Three chunks of four tokens."""
+    config = transformers.Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=8,
+        n_groups=2,
+        chunk_size=4,
+    )
+    return Case(transformers.Mamba2ForCausalLM(config), tokens())
 
 
 def mamba() -> Case:

@@ -28,6 +28,11 @@ class Case:
     batch: dict[str, torch.Tensor]
 
 
+def part(name: str, value: torch.Tensor, microbatches: int, index: int) -> torch.Tensor:
+    """One microbatch of an input; positions in several dimensions have the batch second."""
+    return value.chunk(microbatches, 1 if name == "position_ids" and value.ndim == 3 else 0)[index]
+
+
 def tokens() -> dict[str, torch.Tensor]:
     """Random tokens; the first three of each row are not predicted."""
     generator = torch.Generator().manual_seed(7)

@@ -38,6 +38,9 @@ NOTHING: dict[str, Any] = {
     "boundary_gradient_bytes": 0,
     "saved_bytes": 0,
     "peak_bytes": 0,
+    "forward_peak_bytes": 0,
+    "saved_input_bytes": 0,
+    "rematerialised_bytes": 0,
 }
 
 
@@ -159,9 +162,8 @@ def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> t
         held = max(m * into + (microbatches + 1 - m) * out for m in range(1, microbatches + 1))
         if gpus > 1:
             load[-1], store[-1], held = load[-1] + into, store[-1] + out, 0
-        workspace = max(s.peak_bytes for s in inside)
-        workspace += 0 if kind is F else sum(s.saved_bytes for s in inside)
-        workspace += sum(s.state_bytes for s in inside) if kind is B else 0
+        workspace = own_bytes(segments, kind, first, last)
+        workspace += 0 if kind is F else sum(t.gradient_bytes * k for t, k in again)
         alone.append(weights[-1] + gradients[-1] + workspace + held)
     resident: list[int] = []
     for j, nbytes in enumerate(alone):
@@ -175,6 +177,24 @@ def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> t
         down = sorted([store[j]] * sets + [store[k] for k in [j - gpus] if k >= 0])[-2:]
         resident.append(nbytes + max(beside) + sum(up) + sum(down))
     return every_microbatch_s(compute, upload, hop, gpus, microbatches)[1][-1], max(resident)
+
+
+def own_bytes(segments: Sequence[Segment], kind: StageKind, first: int, last: int) -> int:
+    """What a stage needs besides its buffers, moment by moment."""
+    x = [*(s.boundary_bytes for s in segments[:-1]), 0, 0]  # x[-1] is in front of the first segment
+    dx = [*(s.boundary_gradient_bytes for s in segments[:-1]), 0, 0]
+    stage, moments = range(first, last + 1), []
+    for now in stage:
+        if kind is F:
+            there = x[now - 1] if now > first else 0
+            moments.append(there + segments[now].forward_peak_bytes + x[now] - x[last])
+            continue
+        saved = sum(segments[i].saved_bytes for i in stage if i <= now)
+        saved += sum(segments[i].saved_input_bytes for i in stage if first < i <= now)
+        made = dx[now - 1] - dx[first - 1]
+        moments.append(saved + segments[now].peak_bytes + made + (dx[now] if now < last else 0))
+    total = max(moments) + max(segments[i].rematerialised_bytes for i in stage)
+    return max(0, total + (sum(segments[i].state_bytes for i in stage) if kind is B else 0))
 
 
 def price_all(chain: SegmentChain, gpus: int, microbatches: int, mode: str) -> list[tuple[float, int]]:

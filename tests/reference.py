@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from rpcompile.random_streams import stream_seed
+from tests import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Reseed(TorchFunctionMode):
-    """Gives each dropout the random stream that rpcompile documents for it.
+    """Gives each dropout (and `rand_like`) the random stream that rpcompile documents for it.
 
     The only thing that is not plain PyTorch: without it the eager model would draw the same masks in
     another order.
@@ -35,6 +36,8 @@ class Reseed(TorchFunctionMode):
             random = kwargs.get("training", True) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
         elif func is functional.scaled_dot_product_attention:
             random = kwargs.get("dropout_p", 0.0) > 0
+        elif func is torch.rand_like:
+            random = True
         if random:
             torch.default_generator.manual_seed(stream_seed(self._seed, self._number))
             self._number += 1
@@ -72,7 +75,7 @@ def forward_backward(
     total = torch.zeros(())
     with kept_generator():
         for index in range(microbatches):
-            part = {name: value.chunk(microbatches)[index] for name, value in batch.items()}
+            part = {name: models.part(name, value, microbatches, index) for name, value in batch.items()}
             with Reseed(stream_seed(seed, index)), context():
                 loss = loss_of(model(**part)) / microbatches
             loss.backward()

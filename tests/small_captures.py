@@ -59,7 +59,7 @@ def capture_of(
         buffers=buffers,
         constants={},
         inputs=tuple(InputSpec(key, key, tuple(v.shape), str(v.dtype), 0) for key, v in inputs.items()),
-        outputs=(),
+        outputs=tuple(node.name for node in nodes[-1].args[0]),
         symbols=dict.fromkeys(dims, (1, HIGHEST)),
         example_sizes={},
         tied=tuple(spec.aliases for spec in parameters if len(spec.aliases) > 1),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Hardware, TiedWeight
 from rpcompile.passes.bind_chain import BindChain
@@ -34,7 +35,7 @@ class TwoLayers(nn.Module):
 
 
 def bound(capture: Capture, **sizes: int) -> SegmentChain:
-    return BindChain(sizes, TOY).run(EstimateCosts().run(capture))
+    return BindChain(sizes, TOY, Kernels("cpu")).run(EstimateCosts().run(capture))
 
 
 def two_layers(model: nn.Module | None = None) -> Capture:
@@ -74,11 +75,14 @@ def test_every_field_of_two_segments():
     assert last.backward_s == pytest.approx(10.24 + 0.068)
 
     assert first.saved_bytes == 256  # relu keeps its result; x is the caller's
-    assert last.saved_bytes == 256  # the second layer keeps what comes in
-    # backward of the first layer: the gradient of its output (256) and of its weight (512)
-    assert first.peak_bytes == 768
-    # backward of the second: the gradient of its output (64), of its weight and of its input (256 each)
-    assert last.peak_bytes == 64 + 256 + 256
+    assert last.saved_bytes == 0
+    assert first.saved_input_bytes == last.saved_input_bytes == 0  # relu's result is held by relu already
+    # backward of the first layer: the gradient of its output (256) and of its weight (512); relu's result,
+    # which is counted as saved, is gone by then
+    assert first.peak_bytes == 768 - 256
+    # backward of the second: the gradient of its weight. That of its output is a view of one number, that
+    # of its input has a buffer.
+    assert last.peak_bytes == 256
 
 
 def test_the_shares_that_kernels_reach_lengthen_times():
@@ -158,7 +162,7 @@ def test_tensor_kept_by_several_nodes_is_counted_once_a_segment():
     (whole,) = bound(capture_of(Gated(), inputs, BATCH), batch=4).segments
     assert whole.saved_bytes == 4 * 8 * 4  # h, also where a view of it is kept
     first, last = bound(capture_of(Gated(), inputs, BATCH, ["linear_1"]), batch=4).segments
-    assert (first.saved_bytes, last.saved_bytes) == (4 * 8 * 4, 4 * 8 * 4)
+    assert (first.saved_bytes, last.saved_bytes, last.saved_input_bytes) == (4 * 8 * 4, 0, 0)
 
 
 def test_tied_weight_is_uploaded_by_each_reader():
@@ -228,8 +232,10 @@ def test_rematerialised_nodes_are_charged_to_their_first_user():
     assert (first.inputs, last.inputs) == (("x",), ("ids",))
     assert last.input_bytes == 4 * 8 * 8
     assert first.boundary == ("mul",)
-    # what autograd keeps of them is there in both: the angle, and the mask
-    assert (first.saved_bytes, last.saved_bytes) == (32, 128 + 32 + 32)
+    # what autograd keeps of them is there in both: the angle, and the mask; the second layer keeps what
+    # comes in
+    assert (first.rematerialised_bytes, last.rematerialised_bytes) == (32, 32 + 32)
+    assert (first.saved_bytes, last.saved_bytes, last.saved_input_bytes) == (0, 0, 128)
 
 
 def test_size_of_an_input_does_not_read_the_input():
@@ -324,15 +330,19 @@ def test_transformer_costs_what_the_flop_counter_counts(batch: int, sequence: in
     assert segment.backward_flops == counter.get_total_flops()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_cutting_changes_no_total(data: st.DataObject):
     _, costed = tiny_qwen3()
     order = costed.capture.order
     positions = data.draw(st.sets(st.integers(1, len(order) - 1), max_size=6).map(sorted))
-    capture = replace(
-        costed.capture, cuts=tuple(cut_behind(costed.capture, order[position - 1]) for position in positions)
-    )
+    cuts = [cut_behind(costed.capture, order[position - 1]) for position in positions]
+    values = {node.name: node.meta.get("val") for node in costed.capture.graph_module.graph.nodes}
+    # Never between an operator with several results and those results.
+    whole_cuts = [
+        cut for cut in cuts if not any(isinstance(values[name], tuple | list) for name in cut.values)
+    ]
+    capture = replace(costed.capture, cuts=tuple(whole_cuts))
     chain = BindChain({"batch": 2, "sequence": 8}, TOY).run(replace(costed, capture=capture))
     (whole,) = BindChain({"batch": 2, "sequence": 8}, TOY).run(costed).segments
     assert sum((segment.nodes for segment in chain.segments), ()) == order
@@ -346,4 +356,5 @@ def test_cutting_changes_no_total(data: st.DataObject):
     uploaded = sum(segment.weight_bytes for segment in chain.segments)
     assert 0 <= uploaded - whole.weight_bytes - again <= len(chain.segments) * sum(buffers.values())
     assert all(segment.saved_bytes <= whole.saved_bytes for segment in chain.segments)
-    assert sum(segment.saved_bytes for segment in chain.segments) >= whole.saved_bytes
+    held = sum(segment.saved_bytes + segment.saved_input_bytes for segment in chain.segments)
+    assert held >= whole.saved_bytes

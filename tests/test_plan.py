@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import rpcompile.plan
 from rpcompile.errors import PlanFileError, ScheduleError
+from rpcompile.host_memory import HostMemory
 from rpcompile.ir import ClassCost
 from rpcompile.plan import Plan, Prediction, seconds, size
 from rpcompile.simulate import simulate
@@ -23,7 +24,12 @@ def plan_of(problem: tuple) -> Plan:
     schedule = compiled(chain, stages, gpus, microbatches, mode)
     timeline = simulate(schedule)
     prediction = Prediction(
-        timeline.makespan_s, None, timeline.bubble, timeline.gpu_peak_bytes, timeline.host_peak_bytes
+        timeline.makespan_s,
+        None,
+        timeline.bubble,
+        timeline.gpu_peak_bytes,
+        timeline.host_peak_bytes,
+        HostMemory(12, 12, 0, 24, 6, 0),
     )
     return Plan(
         "Toy",
@@ -193,9 +199,10 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan 6d2d5382  Toy · float32 · 2 microbatches of the given size · sync
+Plan 9f775f86  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  45.00 s/step · bubble 57.8 % · GPU peak 37 B · host peak 32 B
+Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B
 Solver     by hand FEASIBLE · gap 0.0 % · 0.0 s
 stage   kind   gpu   segments          weights   boundary   compute   upload   bound by
 ───────────────────────────────────────────────────────────────────────────────────────

@@ -100,14 +100,15 @@ def test_evaluation_ends_with_the_outputs():
 
 
 def test_seconds_and_workspace():
-    batch_norm = {1: {"state_bytes": 3, "peak_bytes": 9}}
+    batch_norm = {1: {"state_bytes": 3, "peak_bytes": 9, "forward_peak_bytes": 9}}
     schedule = computes(chain(3, batch_norm), partition("F0-1", "FB2-2", "B0-1"), 2, 1)
     assert [action(schedule, id).seconds for id in ("0F0", "1FB0", "2B0")] == [4.0, 5.0, 10.0]
-    # F: the largest transient. FB: saved + transient. B: both segments' saved, and scratch buffers.
+    # F: the largest transient, with the boundary in front. FB: saved + transient. B: both segments'
+    # saved, the second one's transient with the gradient in front of it, and scratch buffers.
     assert [action(schedule, id).workspace_bytes for id in ("0F0", "1FB0", "2B0")] == [
-        9,
+        9 + 1,
         5 + 7,
-        5 + 5 + 9 + 3,
+        5 + 5 + 9 + 1 + 3,
     ]
 
 

@@ -224,7 +224,7 @@ def test_memory_has_a_bound_that_microbatches_do_not_raise(problem, slots):
     gradients = sorted(
         sum(stage_bytes.gradient_bytes(chain, stage.segments).values()) for stage in stages.stages
     )
-    workspace = max(stage_bytes.workspace_bytes(chain, stage) for stage in stages.stages)
+    workspace = max(stage_bytes.Workspaces(chain).of(stage) for stage in stages.stages)
     bound = sum(weights[-2:]) + sum(gradients[-2:]) + workspace + slots * (inputs + 2 * boundaries + 4)
     assert max(simulate(schedule).gpu_peak_bytes) <= bound
 

@@ -126,7 +126,7 @@ def swapped(schedule: Schedule, left: str, right: str) -> Schedule:
         ),
         (edit(VALID, "0F0", nbytes=1), "0F0: only copies move bytes, only compute actions have a workspace"),
         (edit(VALID, "0H0", workspace_bytes=1), "0H0: only copies move bytes, only compute actions have a"),
-        (edit(VALID, "0F0", workspace_bytes=1), "0F0 has a workspace of 1 bytes; its stage needs 7"),
+        (edit(VALID, "0F0", workspace_bytes=1), "0F0 has a workspace of 1 bytes; its stage needs 8"),
         (
             replace(
                 edit(VALID, "0O@0.1", writes=("host:state.j1.s1",)),

@@ -102,7 +102,7 @@ def _cards(plan: Plan) -> str:
         ("tokens a second", rate, "all GPUs together"),
         ("bubble", f"{100 * predicted.bubble:.1f} %", "idle share of the GPUs"),
         ("GPU peak", size(peak), f"of {size(limit)} usable"),
-        ("host peak", size(predicted.host_peak_bytes), "without optimizer state"),
+        ("host peak", size(predicted.host_peak_bytes), "with the optimizer's state"),
         ("traffic", size(up), f"up, and {size(down)} down"),
     )
     return "".join(

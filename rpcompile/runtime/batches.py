@@ -47,7 +47,10 @@ def _check(spec: InputSpec, value: Any) -> None:
         for index, (want, size) in enumerate(zip(spec.shape, value.shape, strict=True))
     )
     if not fits:
-        raise BatchError(f"input {spec.name!r} has shape {tuple(value.shape)}, compiled for {spec.shape}")
+        raise BatchError(
+            f"input {spec.name!r} has shape {tuple(value.shape)}, compiled for {spec.shape}; sizes that are "
+            f"numbers are fixed: pad to them, or compile with example_inputs of the size you pass"
+        )
 
 
 def split_batch(capture: Capture, batch: Tensors, microbatches: int) -> list[Tensors]:

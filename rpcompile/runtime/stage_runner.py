@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
@@ -105,7 +107,8 @@ class StageRunner:
             outputs = self._call(arguments, microbatch)
             wanted = [name for name in self.graph.gradients_in if name in gradients]
             seeds = {name: gradients[name] for name in wanted if outputs[name].requires_grad}
-            roots = {name: outputs[name] for name in seeds}
+            # Edges, not tensors: what the graph returns need not outlive the forward.
+            roots = {name: get_gradient_edge(outputs[name]) for name in seeds}
             del outputs
             return self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
@@ -117,9 +120,9 @@ class StageRunner:
         arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=True)
         with torch.enable_grad(), self._compiling("fused", microbatch):
             outputs = self._call(arguments, microbatch, self._detect_nan)
-            roots = {self._loss: outputs.pop(self._loss)}
+            loss = outputs.pop(self._loss)
             del outputs
-            loss = roots[self._loss].detach()
+            roots, loss = {self._loss: get_gradient_edge(loss)}, loss.detach()
             seeds = {self._loss: torch.full_like(loss, microbatch.loss_scale)}
             return loss, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
@@ -147,13 +150,18 @@ class StageRunner:
 
     def _propagate(
         self,
-        roots: Tensors,
+        roots: dict[str, GradientEdge],
         seeds: Tensors,
         leaves: list[torch.Tensor],
         incoming: Tensors,
         arguments: tuple[Any, ...],
         microbatch: Microbatch,
     ) -> Tensors:
+        passed: Tensors = {}
+        for name in self.graph.gradients_out:
+            # In the layout that it has here, which `.grad` would change to that of the value: kernels
+            # that read it would round differently.
+            incoming[name].register_hook(functools.partial(passed.__setitem__, name))
         if roots and leaves:
             torch.autograd.backward(list(roots.values()), list(seeds.values()), inputs=leaves)
         if self._detect_nan:
@@ -166,7 +174,7 @@ class StageRunner:
                     run.run(*arguments)
                 where = blame.first_nonfinite_gradient(run, seeds)
                 raise NonFinite(f"the first gradient that is not finite comes from {where}")
-        return {name: grad for name in self.graph.gradients_out if (grad := incoming[name].grad) is not None}
+        return {name: passed[name] for name in self.graph.gradients_out if name in passed}
 
     def _arguments(
         self, weights: Tensors, inputs: Tensors, values: Tensors, microbatch: Microbatch, keep_state: bool

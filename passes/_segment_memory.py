@@ -1,0 +1,81 @@
+"""What each segment of a capture needs in memory, from running each distinct one once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rpcompile.peak_memory import PeakMemory, Piece, PieceMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch.fx import Node
+
+    from rpcompile.device_kernels import Kernels
+    from rpcompile.ir import Capture
+
+
+class SegmentMemory(NamedTuple):
+    """The fields of `ir.Segment` that say what its activations need, in bytes."""
+
+    saved_bytes: int
+    peak_bytes: int
+    forward_peak_bytes: int
+    saved_input_bytes: int
+    rematerialised_bytes: int
+
+
+class SegmentMemories:
+    """Finds the memory of the segments between a capture's cuts, in order."""
+
+    def __init__(self, capture: Capture, bindings: Mapping[str, int], kernels: Kernels) -> None:
+        self._capture = capture
+        self._peak = PeakMemory(capture, bindings, kernels)
+        self._position = {name: index for index, name in enumerate(self._peak.nodes)}
+        self._known: dict[object, PieceMemory] = {}
+        self._held: set[str] = set()  # values that a segment so far holds for its backward
+
+    def segment(self, index: int) -> SegmentMemory:
+        """Segment `index`; to be called in order: what several segments hold is charged to the first."""
+        piece = self.piece(index, index)
+        key = self._peak.key(piece)
+        if key not in self._known:
+            self._known[key] = self._peak.of(piece)
+        found, nbytes = self._known[key], self._peak.nbytes
+        own = {name for name, kept in zip(piece.values, found.keeps_value, strict=True) if kept} - self._held
+        made = zip(piece.boundary, found.keeps_boundary, strict=True)
+        self._held |= own | {name for name, kept in made if kept}
+        gradients_out = sum(map(nbytes, piece.gradients_out))
+        return SegmentMemory(
+            saved_bytes=found.saved_bytes,
+            # Autograd may let go of what it saved before it makes the gradients that go out.
+            peak_bytes=max(0, found.training_bytes - found.saved_bytes - gradients_out),
+            forward_peak_bytes=found.forward_bytes - sum(map(nbytes, piece.boundary)),
+            saved_input_bytes=sum(map(nbytes, own)),
+            rematerialised_bytes=found.rematerialised_bytes,
+        )
+
+    def piece(self, first: int, last: int) -> Piece:
+        """The nodes of the segments `first..last`, both included."""
+        order, cuts = self._capture.order, self._capture.cuts
+        begin, end = cuts[first - 1] if first else None, cuts[last] if last < len(cuts) else None
+        names = order[begin.position if begin else 0 : end.position if end else len(order)]
+        return Piece(
+            nodes=tuple(self._peak.nodes[name] for name in names),
+            rematerialised=self._rematerialised(names),
+            values=begin.values if begin else (),
+            gradients_out=begin.gradients if begin else (),
+            boundary=end.values if end else (),
+            gradients_in=end.gradients if end else (),
+        )
+
+    def _rematerialised(self, names: Iterable[str]) -> tuple[Node, ...]:
+        nodes = self._peak.nodes
+        wanted: dict[Node, None] = {}
+        pending = [nodes[name] for name in names]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if source.name in self._capture.rematerialised and source not in wanted:
+                    wanted[source] = None
+                    pending.append(source)
+        return tuple(sorted(wanted, key=lambda node: self._position[node.name]))

@@ -1,0 +1,193 @@
+"""What kernels of a device do that tensors without data do not show.
+
+Two things make the memory of an operator depend on the device. Some composite operators choose another
+kernel, which keeps other tensors for the backward; data-free tensors get the slowest, so the device's is
+called by name. And kernels allocate workspaces inside themselves.
+
+Left out: cuBLAS's fixed workspace (a few MiB a process), cuDNN's (chosen by its benchmark, up to the free
+memory it is given), cuDNN's reserve space of a batch norm, and split-K products' partial sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ATEN = torch.ops.aten
+_SDPA = _ATEN.scaled_dot_product_attention.default
+_HALF = (torch.float16, torch.bfloat16)
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one kind of device.
+
+    Attributes:
+        kind: "cuda" or "cpu".
+    """
+
+    kind: str
+
+    @property
+    def device(self) -> str:
+        """Where data-free tensors are said to be. Those of a GPU abort a build of torch without CUDA."""
+        return "cpu" if self.kind == "cpu" else "meta"
+
+    def allocated(self, nbytes: int) -> int:
+        """What the allocator takes for one tensor: CUDA's deals in multiples of 512 bytes."""
+        return nbytes if self.kind == "cpu" else -(-nbytes // 512) * 512
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Runs an operator as the device would, as far as the tensors that autograd keeps go."""
+        if self.kind == "cuda" and target is _SDPA:
+            return _attention(*args, **kwargs)
+        if self.kind == "cuda" and target is _ATEN.dropout.default and args[2] and args[1] > 0:
+            return _ATEN.native_dropout.default(*args)[0]
+        return target(*args, **kwargs)
+
+    def workspace_bytes(self, operator: Any, args: tuple[Any, ...]) -> int:
+        """Bytes that the operator's kernel allocates and gives back before it is over."""
+        rule = (_CUDA if self.kind == "cuda" else _CPU).get(operator)
+        return rule(args) if rule else 0
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The kernel that torch's dispatcher picks on a GPU from Ampere on.
+
+    Flash for 16-bit numbers without a mask and heads of up to 256; memory-efficient attention for others
+    whose heads are not grouped; else the products written out.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    size = query.shape[-1]
+    if attn_mask is None and query.dtype in _HALF and size <= 256 and size % 8 == 0:
+        return _ATEN._scaled_dot_product_flash_attention.default(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+    if query.shape[1] == key.shape[1] and size % 4 == 0:
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        keep = any(tensor.requires_grad for tensor in (query, key, value))
+        return _ATEN._scaled_dot_product_efficient_attention.default(
+            query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale
+        )[0]
+    return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _flash_backward(args: tuple[Any, ...]) -> int:
+    """The sum of dq in float32, a float32 number a row, and dk and dv for every query head under grouping.
+
+    Source: mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    query, key = args[1], args[2]
+    batch, heads, rows, size = query.shape
+    rows = _up(rows, 128)
+    sums = batch * heads * rows * _up(size, 32 if size <= 128 else 64)
+    expanded = 0 if key.shape[1] == heads else 2 * batch * heads * key.shape[2] * size * key.element_size()
+    return _FP32 * (sums + batch * heads * rows) + expanded
+
+
+def _efficient_backward(args: tuple[Any, ...]) -> int:
+    """A float32 number a row, and the sum of dq in float32 where q is shorter than that.
+
+    Source: _efficient_attention_backward in aten/src/ATen/native/transformers/cuda/attention_backward.cu
+    and its kernel's `workspace_gq`.
+    """
+    query = args[1]
+    batch, heads, rows, size = query.shape
+    sums = batch * heads * _up(rows, 64) * size if query.dtype in _HALF else 0
+    return _FP32 * (batch * heads * _up(rows, 32) + sums)
+
+
+def _cpu_blocks(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """Rows of q and of k that a thread of the CPU's flash attention has in hand at once."""
+    rows = query.shape[2]
+    return min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32), min(512, key.shape[2])
+
+
+def _cpu_flash_forward(args: tuple[Any, ...]) -> int:
+    """Each thread's block of scores, its results and two numbers a row, in float32.
+
+    Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, as are the blocks; checked by measurement.
+    """
+    query, key = args[0], args[1]
+    rows, columns = _cpu_blocks(query, key)
+    reduced = rows * columns * query.element_size() if query.dtype in _HALF else 0
+    return torch.get_num_threads() * (_FP32 * rows * (columns + 2 + query.shape[3]) + reduced)
+
+
+def _cpu_flash_backward(args: tuple[Any, ...]) -> int:
+    """Each thread's two blocks of scores; again in 16 bits if that is the dtype. Source: as forward."""
+    query, key = args[1], args[2]
+    rows, columns = _cpu_blocks(query, key)
+    reduced = query.element_size() if query.dtype in _HALF else 0
+    return 2 * torch.get_num_threads() * rows * columns * (_FP32 + reduced) + _FP32 * rows
+
+
+def _cpu_convolution(args: tuple[Any, ...]) -> int:
+    """oneDNN's copies of input and weight in its own layout, or of the result.
+
+    Measured; where oneDNN needs no copy it is too much. Without oneDNN: every window of the input.
+    """
+    x, weight = args[0], args[1]
+    if not torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
+        return _columns(x, weight, args[3], args[4], args[6])
+    return x.nbytes + weight.nbytes
+
+
+def _cpu_convolution_backward(args: tuple[Any, ...]) -> int:
+    """oneDNN's copies of gradient and input in its own layout; see `_cpu_convolution`."""
+    gradient, x, weight = args[:3]
+    if not torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
+        return _columns(x, weight, args[4], args[5], args[7])
+    return gradient.nbytes + x.nbytes
+
+
+def _columns(
+    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], transposed: bool
+) -> int:
+    """Every window that the kernel visits, side by side. Source: aten/src/ATen/native/ConvolutionMM2d.cpp."""
+    kernel = weight.shape[2:]
+    steps = list(zip(x.shape[2:], kernel, stride, padding, strict=True))
+    if all(size == 1 for size in kernel) and all(step == 1 for step in stride):
+        return 0
+    if transposed:
+        windows = x.shape[2:].numel() * x.shape[0] * weight.shape[1]
+    else:
+        places = [(size + 2 * pad - width) // step + 1 for size, width, step, pad in steps]
+        windows = torch.Size(places).numel() * x.shape[0] * x.shape[1]
+    return windows * kernel.numel() * x.element_size()
+
+
+_CUDA = {
+    _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _ATEN._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+}
+_CPU = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _cpu_flash_forward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _cpu_flash_backward,
+    _ATEN.convolution.default: _cpu_convolution,
+    _ATEN.convolution_backward.default: _cpu_convolution_backward,
+}

@@ -1,0 +1,80 @@
+"""What training takes of the host's memory, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rpcompile import buffers, stage_bytes
+
+if TYPE_CHECKING:
+    from rpcompile.ir import Schedule, SegmentChain
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes on the host by what they are for.
+
+    Attributes:
+        weight_bytes: Parameters and buffers; a tied tensor once.
+        gradient_bytes: Gradients of the trainable parameters.
+        master_bytes: float32 copies of trainable parameters of a lower precision.
+        optimizer_bytes: What the optimizer keeps, e.g. AdamW's two moments.
+        boundary_bytes: Activations kept for recompute or handed from GPU to GPU, all microbatches' at once.
+        input_bytes: The batch.
+    """
+
+    weight_bytes: int
+    gradient_bytes: int
+    master_bytes: int
+    optimizer_bytes: int
+    boundary_bytes: int
+    input_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it: the peak, at the optimizer's step."""
+        parts = self.weight_bytes, self.gradient_bytes, self.master_bytes
+        return sum(parts) + self.optimizer_bytes + self.boundary_bytes + self.input_bytes
+
+
+def host_memory(
+    chain: SegmentChain,
+    schedule: Schedule,
+    dtype: str,
+    *,
+    masters: bool = False,
+    optimizer_states: int = 2,
+) -> HostMemory:
+    """Adds up what one model and one schedule take.
+
+    Left out: partial gradients of replicated stages before they are summed, pinned staging copies, and
+    whatever the program holds besides training.
+
+    Args:
+        chain: The segments.
+        schedule: With its host buffers.
+        dtype: Of most parameters, e.g. "bfloat16"; all that train are taken to be of it.
+        masters: Whether the optimizer steps float32 copies of parameters whose dtype is smaller.
+        optimizer_states: Tensors that the optimizer keeps for each parameter, of the parameter's shape and
+            the dtype of what it steps: 2 for AdamW, 1 for SGD with momentum, 0 for SGD.
+    """
+    import torch  # takes seconds; plans are read without it
+
+    every = range(len(chain.segments))
+    training = schedule.mode != "forward"
+    gradients = sum(stage_bytes.gradient_bytes(chain, every).values()) if training else 0
+    itemsize = getattr(torch, dtype, torch.float32).itemsize
+    copies = gradients // itemsize * _FLOAT32 if masters and itemsize < _FLOAT32 else 0
+    host = [(buffers.parse(name), size) for name, size in schedule.buffers.items()]
+    host = [(name, size) for name, size in host if name.space == buffers.HOST]
+    return HostMemory(
+        weight_bytes=sum(stage_bytes.weight_bytes(chain, every).values()),
+        gradient_bytes=gradients,
+        master_bytes=copies,
+        optimizer_bytes=optimizer_states * (copies or gradients),
+        boundary_bytes=sum(size for name, size in host if name.kind in ("x", "dx")),
+        input_bytes=sum(size for name, size in host if name.kind == "inputs"),
+    )

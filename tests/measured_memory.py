@@ -1,0 +1,140 @@
+"""The memory that a stage really takes, from the allocator's reports, beside what is predicted for it."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rpcompile.ir import Hardware, Partition, Stage, StageKind
+from rpcompile.passes.bind_chain import BindChain
+from rpcompile.passes.estimate_costs import EstimateCosts
+from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.runtime import batches
+from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
+from rpcompile.stage_bytes import Workspaces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rpcompile.ir import Capture, SegmentChain, StageGraph
+    from tests.models import Case
+
+
+def hardware(device: str) -> Hardware:
+    """Whatever is fast does not matter here; the name decides whose kernels count."""
+    return Hardware(device, 2**34, 2**34, 1e12, 1e11, 1e10, 1e10, 0.0, {})
+
+
+class Measured:
+    """One model on one microbatch: runs any stage of it and compares.
+
+    Args:
+        case: Model and batch; the batch is one microbatch.
+        captured: Its graph.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, case: Case, captured: Capture, device: str = "cpu") -> None:
+        self.captured, self.device = captured, torch.device(device)
+        sizes = dict(captured.example_sizes)
+        self.chain: SegmentChain = BindChain(sizes, hardware(device)).run(EstimateCosts().run(captured))
+        self.workspaces = Workspaces(self.chain)
+        model = case.model.to(device)
+        self._host = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+            **captured.constants,
+        }
+        (part,) = batches.split_batch(captured, batches.named_batch(captured, (), case.batch), 1)
+        self._part = {name: tensor.to(device) for name, tensor in part.items()}
+        self._facts = Microbatch(1, batches.microbatch_sizes(captured, part), 1.0)
+        self._values = self._forward_values()
+
+    def predicted_bytes(self, stage: Stage) -> int:
+        """Everything but weights, gradients and what the caller gives, as the plan has it."""
+        nbytes, segments = self.workspaces.of(stage), self.chain.segments
+        if stage.kind is StageKind.F:
+            return nbytes + segments[stage.last].boundary_bytes
+        return nbytes + (segments[stage.first - 1].boundary_gradient_bytes if stage.first else 0)
+
+    def given_bytes(self, stage: Stage) -> int:
+        """Weights, gradients, inputs, and the values and gradients that come in."""
+        segments = [self.chain.segments[index] for index in stage.segments]
+        nbytes = sum(segment.weight_bytes + segment.input_bytes for segment in segments)
+        nbytes += self.chain.segments[stage.first - 1].boundary_bytes if stage.first else 0
+        if stage.kind is not StageKind.F:
+            nbytes += sum(segment.gradient_bytes for segment in segments)
+        return nbytes + (segments[-1].boundary_gradient_bytes if stage.kind is StageKind.B else 0)
+
+    def measured_bytes(self, stage: Stage) -> int:
+        """The same as `predicted_bytes`, measured on a microbatch that is not the first."""
+        (graph,) = self._extract(stage)
+        runner, weights = StageRunner(graph, self.captured.outputs[0]), self._weights(graph)
+        for name in graph.trainable:
+            weights[0][name].requires_grad_(True).grad = torch.zeros_like(weights[0][name])
+        values = {name: self._values[name].clone() for name in graph.values}
+        gradients = {name: torch.randn_like(self._values[name]) for name in graph.gradients_in}
+
+        def run() -> object:
+            if stage.kind is StageKind.F:
+                return runner.forward(weights, self._part, values, self._facts)
+            if stage.kind is StageKind.FB:
+                return runner.fused(weights, self._part, values, self._facts)
+            return runner.backward(weights, self._part, values, gradients, self._facts)
+
+        return (cuda_peak if self.device.type == "cuda" else cpu_peak)(run)
+
+    def _extract(self, *stages: Stage) -> tuple[StageGraph, ...]:
+        return ExtractStages(self.captured, self.chain).run(Partition(stages, 0, 0.0, 0.0, "GIVEN", 0.0, ""))
+
+    def _weights(self, graph: StageGraph) -> list[Tensors]:
+        return [{name: self._host[name].detach().clone() for name in (*graph.parameters, *graph.buffers)}]
+
+    def _forward_values(self) -> Tensors:
+        values: Tensors = {}
+        stages = [Stage(i, StageKind.F, i, i) for i in range(len(self.chain.segments))]
+        for graph in self._extract(*stages):
+            runner = StageRunner(graph, self.captured.outputs[0])
+            given = {name: values[name] for name in graph.values}
+            values |= runner.forward(self._weights(graph), self._part, given, self._facts)
+        return values
+
+
+def cpu_peak(run: Callable[[], object]) -> int:
+    """Most bytes that the CPU's allocator had given out at once, by what it reports to the profiler."""
+    run()  # what is allocated once for all does not count
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    live = peak = 0
+    for _, nbytes in changes:
+        live += nbytes
+        peak = max(peak, live)
+    return peak
+
+
+def cuda_peak(run: Callable[[], object]) -> int:
+    """The same for CUDA's caching allocator."""
+    run()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Convolutions by torch's own kernels, whose workspaces are known."""
+    before = torch.backends.mkldnn.enabled  # pyright: ignore[reportAttributeAccessIssue]
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)

@@ -1,0 +1,74 @@
+"""Small members of families, large enough that activations outweigh what kernels allocate besides."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from tests import family_tiny as tiny
+from tests.models import Case
+from tests.unet import DiffusionUNet
+
+TOKENS = {"batch": 2, "sequence": 256}
+_SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
+_TEXT = {**_SIZES, "max_position_embeddings": 256}
+
+
+def _tokens(case: Case, masked: bool = False) -> Case:
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, 256, (TOKENS["batch"], TOKENS["sequence"]), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, -9:] = 0
+    return Case(case.model, {"input_ids": ids, "labels": ids, **({"attention_mask": mask} if masked else {})})
+
+
+def llama() -> Case:
+    return _tokens(tiny.causal("Llama", **_TEXT))
+
+
+def moe() -> Case:
+    return _tokens(tiny.moe(**{**_TEXT, "num_hidden_layers": 1}))
+
+
+def lora() -> Case:
+    return _tokens(tiny.lora(tiny.causal("Qwen3", **_TEXT), ["q_proj", "v_proj", "down_proj"]))
+
+
+def gpt2() -> Case:
+    config = transformers.GPT2Config(
+        vocab_size=256, n_embd=128, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+    )
+    config.loss_type = "ForCausalLMLoss"
+    return _tokens(Case(transformers.GPT2LMHeadModel(config), {}))
+
+
+def bert() -> Case:
+    config = transformers.BertConfig(
+        vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
+    )
+    return _tokens(Case(transformers.BertForMaskedLM(config), {}), masked=True)
+
+
+def resnet() -> Case:
+    config = transformers.ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic", num_labels=5
+    )
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64), "labels": torch.tensor([1, 2])}
+    return Case(transformers.ResNetForImageClassification(config), batch)
+
+
+def unet() -> Case:
+    images, noise = torch.randn(2, 2, 3, 32, 32)
+    model = DiffusionUNet((32, 64), blocks=1, heads=2, dropout=0.1)
+    return Case(model, {"x": images, "timesteps": torch.tensor([5, 900]), "noise": noise})
+
+
+FAMILIES = {
+    "Llama": llama,
+    "Qwen3-MoE": moe,
+    "GPT-2": gpt2,
+    "BERT, padded": bert,
+    "LoRA on Qwen3": lora,
+    "ResNet, BatchNorm": resnet,
+    "Diffusion UNet": unet,
+}
