@@ -45,6 +45,7 @@ def summary(plan: Plan) -> dict[str, Any]:
             "bubble": predicted.bubble,
             "gpu_peak_bytes": list(predicted.gpu_peak_bytes),
             "host_peak_bytes": predicted.host_peak_bytes,
+            "host": msgspec.to_builtins(predicted.host),
         },
         "solver": {
             "name": partition.solver,
