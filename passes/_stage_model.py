@@ -8,6 +8,7 @@ stay exact. Memory is exact (`_stage_memory`).
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,10 +78,11 @@ class StageModel:
         also proves more, sooner, than two interleaved ones: those share the time among many searches.
 
         Args:
-            time_limit_s: Wall time.
+            time_limit_s: Wall time, the building of the model included.
             work_limit: Deterministic time, roughly a second's work each on a fast machine.
             seed: Of CP-SAT.
         """
+        began = time.monotonic()
         starts = self._fused_starts()
         if not starts:
             return Answer(None, math.inf, "INFEASIBLE", 0.0)
@@ -94,7 +96,7 @@ class StageModel:
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = seed
-        solver.parameters.max_time_in_seconds = time_limit_s
+        solver.parameters.max_time_in_seconds = max(0.0, time_limit_s - (time.monotonic() - began))
         solver.parameters.max_deterministic_time = work_limit
         # Thorough presolve takes longer than the whole limit on chains of 60 segments.
         solver.parameters.cp_model_probing_level = 0

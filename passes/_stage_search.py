@@ -7,7 +7,9 @@ directions, so several starts with different stage counts are worth more than on
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -54,11 +56,12 @@ class StageSearch:
         """n."""
         return len(self.costs.chain.segments)
 
-    def run(self, effort: float) -> Candidate:
+    def run(self, effort: float, until: float = math.inf) -> Candidate:
         """The best partition found; its `excess_bytes` is 0 unless none was found that fits.
 
         Args:
             effort: Work to do, in about a second each; counted, not timed, so the result is repeatable.
+            until: Where `time.monotonic()` ends annealing all the same.
         """
         best: dict[int, Candidate] = {}
         for candidate in map(self.rate, self._greedy()):
@@ -66,7 +69,7 @@ class StageSearch:
             best[band] = min(candidate, best.get(band, candidate))
         starts = sorted(best.values())[:_STARTS]
         return min(
-            self._anneal(start, effort, random.Random(self.seed + i)) for i, start in enumerate(starts)
+            self._anneal(start, effort, random.Random(self.seed + i), until) for i, start in enumerate(starts)
         )
 
     def finest(self) -> tuple[int, ...]:
@@ -134,12 +137,14 @@ class StageSearch:
 
     # ------------------------------------------------------------------ annealing
 
-    def _anneal(self, start: Candidate, effort: float, rng: random.Random) -> Candidate:
+    def _anneal(self, start: Candidate, effort: float, rng: random.Random, until: float) -> Candidate:
         """Move, add and remove cuts; worse partitions are accepted ever more rarely."""
         best = now = start
         moves = min(100 * self.line, int(effort * _STAGES_PER_S / _STARTS / len(start.cuts)))
         first_s = start.iteration_s * _HOT / len(start.cuts)
         for move in range(moves):
+            if time.monotonic() > until:
+                break
             cuts = self._neighbour(now.cuts, rng)
             if cuts == now.cuts:
                 continue

@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
 from rpcompile.export_guards import capture_error, plain_autograd
-from rpcompile.exporting import deferred_code, renumber_nodes, share_sizes
+from rpcompile.exporting import EXPORT_LOCK, deferred_code, renumber_nodes, share_sizes
 from rpcompile.huggingface import capture_context, idle_mask_notice
 from rpcompile.ir import Capture, InputSpec, TensorSpec
 from rpcompile.repeated_blocks import Interference, repeated_blocks
@@ -67,12 +67,14 @@ class CaptureGraph:
 
     Options:
         example: Tensors of one microbatch. Only shapes and dtypes matter.
+        compute_dtype: What trainable parameters are taken to be of, whatever they are; None for their own.
         repeat_blocks: Trace each distinct block (decoder layer) once and copy its nodes for the
             blocks that are proved to be the same. The graph is the same; it only takes less time.
     """
 
     example: ExampleInputs
     repeat_blocks: bool = True
+    compute_dtype: torch.dtype | None = None
     name = "capture-graph"
 
     def run(self, model: torch.nn.Module) -> Capture:
@@ -89,10 +91,13 @@ class CaptureGraph:
         named = self.example.named()
         symbols = symbol_dims(named)
         autocast = _callers_autocast()
+        for tensor in model.parameters():
+            tensor.detach()  # waits for an update in flight, which may need the lock
         with (
+            EXPORT_LOCK,
             capture_context(model, frozenset(named)),
             plain_autograd(model),
-            _on_cpu(model) as mode,
+            _on_cpu(model, self.compute_dtype) as mode,
             torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
         ):
             exported = self._export(model, named, symbols, mode)
@@ -144,24 +149,26 @@ class CaptureGraph:
 
 
 @contextmanager
-def _on_cpu(model: torch.nn.Module) -> Iterator[FakeTensorMode | None]:
-    """Stands fake CPU tensors in for meta ones.
+def _on_cpu(model: torch.nn.Module, compute_dtype: torch.dtype | None) -> Iterator[FakeTensorMode | None]:
+    """Stands fake CPU tensors in for meta ones, and for parameters that will be cast.
 
     Layouts, and with them the graph, depend on the device. A plan made without weights thus holds
-    with them, where weights are on the host. Yields the fake mode, None where nothing is on meta.
+    with them, where weights are on the host. Yields the fake mode, None where nothing stands in.
     """
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    if not any(tensor.device.type == "meta" for tensor in named.values()):
+    if compute_dtype is None and not any(tensor.device.type == "meta" for tensor in named.values()):
         yield None
         return
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     stand_ins: dict[int, torch.Tensor] = {}
     with mode:
         for tensor in named.values():
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            cast = tensor.requires_grad and tensor.dtype.is_floating_point
+            dtype = compute_dtype if compute_dtype is not None and cast else tensor.dtype
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
             if isinstance(tensor, torch.nn.Parameter):
                 fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
             stand_ins.setdefault(id(tensor), fake)

@@ -8,6 +8,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from rpcompile.graphs import is_random
 from rpcompile.ir import Capture, Partition, SegmentChain, Stage, StageGraph, StageKind
+from rpcompile.passes.tile_tokens import TileTokens
 from rpcompile.random_streams import seeded
 
 
@@ -17,16 +18,21 @@ class ExtractStages:
 
     Random operators become `seeded(operator, stream number, ...)`, so that a recompute draws
     what the forward drew.
+
+    Options:
+        outputs: The fused stage returns everything that the model returns and it makes, not the loss alone.
     """
 
     capture: Capture
     chain: SegmentChain
+    outputs: bool = False
     name = "extract-stages"
 
     def run(self, partition: Partition) -> tuple[StageGraph, ...]:
-        """One graph a stage, in stage order."""
+        """One graph a stage, in stage order, tiled as the chain's segments say."""
         saved = {stage.first - 1 for stage in partition.stages if stage.kind is StageKind.B}
-        return tuple(self._extract(stage, saved) for stage in partition.stages)
+        tile = TileTokens(self.chain, self.capture.graph_module.meta.get("symbols", {}))
+        return tuple(tile.run(self._extract(stage, saved)) for stage in partition.stages)
 
     def segment_tensors(self) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
         """Per segment: names of the parameters and buffers it reads, and of the buffers it changes."""
@@ -48,7 +54,7 @@ class ExtractStages:
         values = segments[stage.first - 1].boundary if stage.first else ()
         emits = self._emits(stage, saved)
         final = stage.last == len(segments) - 1
-        if stage.kind is StageKind.FB:
+        if stage.kind is StageKind.FB and not self.outputs:
             outputs: tuple[str, ...] = self.capture.outputs[:1]
         elif final:
             outputs = self._final_outputs()
@@ -112,8 +118,10 @@ class ExtractStages:
         streams = {name: number for number, name in enumerate(self.capture.random)}
         graph = Graph()
         copies: dict[str, Node] = {}
+        originals = {node.name: node for node in self.capture.graph_module.graph.nodes}
         for name in [*(n for n in self._placeholder_order() if n in used), *values]:
             copies[name] = graph.placeholder(name)
+            copies[name].meta = dict(originals[name].meta)
         for node in nodes:
             copies[node.name] = graph.node_copy(node, lambda arg: copies[arg.name])
             if is_random(node):

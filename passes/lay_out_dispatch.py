@@ -35,12 +35,15 @@ class LayOutDispatch:
         waiting_bytes: How much of what jobs hand to later jobs of the same GPU may wait on that GPU;
             what is over takes the way over the host. What the very next compute action reads is not
             counted. None: all stays, and the schedule's peak has it.
+        relative_speed: Compute speed of each GPU relative to the one that the chain's times are for;
+            None if they are alike.
     """
 
     chain: SegmentChain
     partition: Partition
     mode: str = "sync"
     waiting_bytes: int | None = None
+    relative_speed: tuple[float, ...] | None = None
 
     name = "lay-out-dispatch"
 
@@ -265,6 +268,8 @@ class _JobLayout:
         seconds = sum(segments[index].forward_s for index in stage.segments)
         if stage.kind is not StageKind.F:
             seconds += sum(segments[index].backward_s for index in stage.segments)
+        if self.options.relative_speed is not None:
+            seconds /= self.options.relative_speed[self.job.gpu]
         op = _OPS[stage.kind]
         return Action(
             id=str(ActionId(stage.index, op, microbatch)),

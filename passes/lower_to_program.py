@@ -40,16 +40,20 @@ class LowerToProgram:
         2F0 waits e7 records e9    ->  gpu.wait("compute", "e7")
                                        gpu.forward("2F0", stage=2, microbatch=0, reads=..., writes=...)
                                        gpu.record("compute", "e9")
+
+    Options:
+        outputs: Training gives all outputs that the fused stage makes, not the loss alone.
     """
 
     capture: Capture
     chain: SegmentChain
     partition: Partition
+    outputs: bool = False
     name = "lower-to-program"
 
     def run(self, schedule: Schedule) -> Program:
         """Returns the program; the schedule must have its events (`insert-event-waits`)."""
-        extract = ExtractStages(self.capture, self.chain)
+        extract = ExtractStages(self.capture, self.chain, self.outputs)
         weights, states = extract.segment_tensors()
         timeline = simulate(schedule)
         merged: list[list[Action]] = [[] for _ in range(schedule.gpus)]

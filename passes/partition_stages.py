@@ -6,7 +6,6 @@ could reach (`_stage_model`). Both minimise the iteration time of `rpcompile.rou
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import ortools
 
-from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
-from rpcompile.ir import Partition, Stage, StageKind
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.ir import Partition, StageKind
+from rpcompile.passes._check_chain import check_chain, check_segments, size_text
 from rpcompile.passes._stage_model import Answer, StageModel
 from rpcompile.passes._stage_search import StageSearch
 from rpcompile.round_robin_time import StageCosts, stages_between
@@ -45,9 +45,9 @@ class PartitionStages:
         microbatches: Number of microbatches, M; each job runs all of them.
         memory_limit_bytes: What may be used on each GPU, by the rules of
             `StageCosts.resident_bytes`; None for `chain.hardware.usable_bytes`.
-        time_limit_s: Limit of CP-SAT's wall time; the search before it works for about half as long.
+        time_limit_s: Limit of the wall time, of which the search before CP-SAT takes half at most.
         seed: Of the search and of CP-SAT. The same seed gives the same stages, unless the wall clock
-            ends CP-SAT (see `StageModel.solve`).
+            ends either (see `StageModel.solve`).
         mode: "sync" to train, "forward" to evaluate.
     """
 
@@ -70,14 +70,16 @@ class PartitionStages:
         """
         began = time.monotonic()
         self._check_options()
-        self._check_chain(chain)
+        self._check_gpus(chain)
         costs, n = StageCosts(chain, self.gpus, self.microbatches), len(chain.segments)
         limit = chain.hardware.usable_bytes if self.memory_limit_bytes is None else self.memory_limit_bytes
-        self._check_segments(costs, limit)
+        check_segments(costs, limit, self.mode == "forward")
 
         line = n if self.mode == "forward" else 2 * n - chain.first_backward
         search = StageSearch(costs, line, limit, self.seed)
-        best, answer = self._improve(search, search.run(effort=self.time_limit_s / 2))
+        best, answer = self._improve(
+            search, began, search.run(self.time_limit_s / 2, began + self.time_limit_s / 2)
+        )
         if best.excess_bytes:
             raise self._nothing_fits(search, answer.status)
         return Partition(
@@ -101,60 +103,21 @@ class PartitionStages:
         if not self.time_limit_s >= 0:
             raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
 
-    def _check_chain(self, chain: SegmentChain) -> None:
-        segments, hardware = chain.segments, chain.hardware
-        for segment in segments:
-            for field, seconds in (("forward_s", segment.forward_s), ("backward_s", segment.backward_s)):
-                if not 0 <= seconds < math.inf:
-                    raise InvalidArgument(
-                        f"{field} of segment {segment.name} is {seconds}; give a finite time >= 0"
-                    )
-        for field in ("h2d_bytes_per_s", "d2h_bytes_per_s"):
-            if not getattr(hardware, field) > 0:
-                raise InvalidArgument(
-                    f"{field} of {hardware.name} is {getattr(hardware, field)}; give a rate > 0"
-                )
-        if not 0 <= hardware.latency_s < math.inf:
-            raise InvalidArgument(
-                f"latency_s of {hardware.name} is {hardware.latency_s}; give a finite time >= 0"
-            )
-        if self.gpus > len(segments):
+    def _check_gpus(self, chain: SegmentChain) -> None:
+        check_chain(chain, self.mode != "forward")
+        if self.gpus > len(chain.segments):
             raise PartitionError(
-                f"gpus={self.gpus} is more than the {len(segments)} segments of the model; use"
-                f" gpus={len(segments)} or fewer"
+                f"gpus={self.gpus} is more than the {len(chain.segments)} segments of the model; use"
+                f" gpus={len(chain.segments)} or fewer"
             )
-        if self.mode != "forward" and chain.first_backward == len(segments):
-            raise PartitionError(
-                f"none of the {len(segments)} segments has a backward, so there is nothing to train; set"
-                ' requires_grad on some parameters, or use mode="forward"'
-            )
-
-    def _check_segments(self, costs: StageCosts, limit: int) -> None:
-        """Every segment fits on a GPU in some stage, other jobs left aside."""
-        chain, forward_only = costs.chain, self.mode == "forward"
-        if limit < 1:
-            raise InvalidArgument(
-                f"the memory limit of {limit} bytes must be at least 1; set memory_limit_bytes"
-            )
-        for index, segment in enumerate(chain.segments):
-            if _alone_bytes(costs, index, forward_only) <= limit:
-                continue
-            needed = _least_bytes(costs, index, forward_only)
-            if needed > limit:
-                size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
-                raise StageTooLarge(
-                    f"{segment.name} needs {_size(needed)} for one microbatch of {size} but"
-                    f" {chain.hardware.name} has {_size(limit)} usable. Use more microbatches (smaller ones),"
-                    " shorter sequences or GPUs with more memory."
-                )
 
     # ------------------------------------------------------------------ solver
 
-    def _improve(self, search: StageSearch, best: Candidate) -> tuple[Candidate, Answer]:
+    def _improve(self, search: StageSearch, began: float, best: Candidate) -> tuple[Candidate, Answer]:
         """Solve with few stages allowed first, then with more, as long as there is time."""
         n, training = search.segments, self.mode != "forward"
         most_forward, most_backward = (n - 1, max(0, search.line - n - 1)) if training else (n, 0)
-        ends, work = time.monotonic() + self.time_limit_s, self.time_limit_s / 2
+        ends, work = began + self.time_limit_s, self.time_limit_s / 2
         kinds = [stage.kind for stage in stages_between(best.cuts, n)]
         forward = max(_SLOTS, kinds.count(StageKind.F) + 2)
         backward = max(_SLOTS, kinds.count(StageKind.B) + 2)
@@ -190,7 +153,7 @@ class PartitionStages:
         )
 
     def _nothing_fits(self, search: StageSearch, status: str) -> PartitionError:
-        costs, limit = search.costs, _size(search.limit_bytes)
+        costs, limit = search.costs, size_text(search.limit_bytes)
         if status != "INFEASIBLE":
             return PartitionError(
                 f"no partition that fits in {limit} was found in time_limit_s={self.time_limit_s}, nor a"
@@ -201,45 +164,10 @@ class PartitionStages:
         resident = costs.resident_bytes(finest, each)
         worst = max(range(len(stages)), key=resident.__getitem__)
         stage, own = stages[worst], each[worst].memory_bytes
-        others = _size(resident[worst] - own)
+        others = size_text(resident[worst] - own)
         return PartitionError(
             f"no partition fits in {limit}, not even with one segment a stage: the {stage.kind} job of"
-            f" {costs.chain.segments[stage.first].name} needs {_size(own)}, and {others} on the same GPU"
+            f" {costs.chain.segments[stage.first].name} needs {size_text(own)}, and {others} on the same GPU"
             " belong to the jobs before and behind it (weights prefetched, gradients on their way down). Use"
             " more microbatches (smaller ones), another number of GPUs or GPUs with more memory."
         )
-
-
-def _alone_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
-    """Bytes in which the segment can run all its passes in stages of its own."""
-    kinds = [StageKind.F]
-    if not forward_only and segment == len(costs.chain.segments) - 1:
-        kinds = [StageKind.FB]
-    elif not forward_only and segment >= costs.chain.first_backward:
-        kinds.append(StageKind.B)
-    return max(costs.of(Stage(0, kind, segment, segment)).memory_bytes for kind in kinds)
-
-
-def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
-    """Least bytes in which the segment can run all its passes, over all stages around it."""
-    last = len(costs.chain.segments) - 1
-
-    def least(kind: StageKind, lowest: int, highest: int) -> int:
-        firsts, lasts = range(lowest, segment + 1), range(segment, highest + 1)
-        return min(costs.of(Stage(0, kind, i, k)).memory_bytes for i in firsts for k in lasts)
-
-    if forward_only:
-        return least(StageKind.F, 0, last)
-    fused = min(costs.of(Stage(0, StageKind.FB, i, last)).memory_bytes for i in range(segment + 1))
-    if segment == last:
-        return fused
-    apart = least(StageKind.F, 0, last - 1)
-    if segment >= costs.chain.first_backward:
-        apart = max(apart, least(StageKind.B, costs.chain.first_backward, last - 1))
-    return min(fused, apart)
-
-
-def _size(nbytes: int) -> str:
-    if nbytes >= 100_000_000:
-        return f"{nbytes / 1e9:.1f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"

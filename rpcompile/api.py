@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpcompile.compiled import Compiled, Executable
+from rpcompile.compiled import Compiled, Executable, Makers, TrainingOptions, cast_floats
 from rpcompile.errors import (
     BatchError,
     InvalidArgument,
@@ -18,6 +18,7 @@ from rpcompile.errors import (
     PlanMismatch,
 )
 from rpcompile.huggingface import infer_example_inputs
+from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
 from rpcompile.passes.lower_to_program import LowerToProgram
 from rpcompile.plan import Plan
@@ -35,13 +36,15 @@ from rpcompile.planner import (
 from rpcompile.profile import Profile
 from rpcompile.runtime.batches import largest_divisor
 from rpcompile.runtime.engine import Engine, RuntimeOptions
+from rpcompile.runtime.host_weights import set_dtypes
 from rpcompile.runtime.weight_arenas import WeightArenas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from os import PathLike
 
     from torch import nn
+    from torch.amp.grad_scaler import GradScaler
     from tqdm import tqdm
 
     from rpcompile.ir import Capture, Hardware, Program, SegmentChain
@@ -56,8 +59,12 @@ def compile(
     gpu: str | Hardware | None = None,
     devices: Sequence[str] | None = None,
     mode: str = "sync",
+    compute_dtype: torch.dtype | None = None,
+    grad_scaler: GradScaler | None = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
+    tiles: str | int = "auto",
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -70,8 +77,8 @@ def compile(
 
     Args:
         model: The module, in the state it will train in: training flag, `requires_grad` and dtypes are
-            captured. Its first output must be the loss. Weights may be on the meta device if only the
-            plan is wanted.
+            captured. Its first output must be the loss, unless `loss_fn` is given. Weights may be on the
+            meta device if only the plan is wanted.
         gpus: Number of GPUs; 8 unless a plan says otherwise.
         example_inputs: One whole batch as it will be passed to `forward_backward`: a dict of keyword
             tensors, a tuple of positional ones, or one tensor. Only shapes and dtypes matter. Inferred
@@ -84,11 +91,27 @@ def compile(
         devices: One device name per GPU: all "cpu" (virtual GPUs, on threads of their own), or CUDA devices,
             of which several GPUs may share one: `["cuda:0"] * 4`. Default: the first `gpus` CUDA devices
             where there are as many, else "cpu".
-        mode: "sync": the gradients of an iteration are complete when `forward_backward` returns.
+        mode: "sync": every iteration computes with all updates before it. "async": iteration i computes,
+            forward and backward, with the weights after max(i - 1, 0) updates, while the next update is
+            under way. That is meant for fine-tuning, where weights change little in a step; it keeps a
+            copy of the trainable weights on the host.
+        compute_dtype: torch.bfloat16 or torch.float16 to compute in it with float32 masters on the host.
+            The model's own parameters become the masters: trainable ones are made float32, frozen ones
+            `compute_dtype`, in place. Floating-point inputs are cast to it; buffers keep their dtype.
+            Gradients come back in `compute_dtype` and are summed over jobs and calls in float32.
+        grad_scaler: A `torch.amp.GradScaler`, for float16: `forward_backward` scales the gradients,
+            `compiled.step` unscales them and skips what is not finite; call its `update` as usual.
+        loss_fn: `loss_fn(outputs, labels)` for a model that returns no loss: a function or a module.
+            `labels` are the keyword `labels`, or else the last position, and are not passed to the model;
+            nor is `num_items_in_batch`, which `loss_fn` gets as a keyword where it is passed.
         plan: A plan, or the path of one saved by `plan.save`, to use without solving.
         seconds: Where the plan's seconds come from: "estimated" (a roofline over FLOPs and bytes), "measured"
             (each distinct segment is timed on the first device, once for all on one machine), or a profile of
             this model, or the path of one: "given".
+        tiles: In how many chunks of tokens a stage runs what treats every token by itself, in its forward and
+            backward (the LM head with its loss, norms, projections, MLPs and experts). "auto": as few
+            as let each segment fit, and the loss in an eighth of a GPU's memory; "loss": the loss only; 1:
+            none, so that every sum is taken in the order of plain PyTorch.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
@@ -111,51 +134,71 @@ def compile(
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
     gpus = _check_gpus(gpus, loaded)
     _check_mode(mode)
+    _check_dtype(compute_dtype)
     runtime = _runtime(_devices(devices, gpus), pin, timeout_s, detect_nan, compile_stages)
+    if compute_dtype is not None:
+        runtime = replace(runtime, gradient_dtype=torch.float32)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
-    options = PlanOptions(gpus, parts, mode, solver_time_s, seed)
+    module = model if loss_fn is None else ModelWithLoss(model, loss_fn)
+    if compute_dtype is not None:
+        set_dtypes(module, compute_dtype)
+        example = _cast(example, compute_dtype)
+    # The schedule of one iteration serves both modes.
+    options = PlanOptions(gpus, parts, "sync", solver_time_s, seed)
     hardware = find_hardware(gpu) if loaded is None else loaded.chain.hardware
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
-        captured = capture_model(model, example, bar)
+        captured = capture_model(module, example, bar, compute_dtype)
         if loaded is None:
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
-            chain = captured.bind(hardware, seconds=given, device=device, progress=progress)
+            chain = captured.bind(hardware, seconds=given, device=device, tiles=tiles, progress=progress)
             loaded = plan_chain(chain, options, captured.described(), bar)
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"
         arenas = WeightArenas(pin=pinned, adopt=pinned)
         training = _executable(captured.capture, loaded, runtime, arenas, bar)
+    chosen = loaded
     for_evaluation: list[CapturedModel] = []
 
     def evaluation(count: int) -> Executable:
         if not for_evaluation:
-            for_evaluation.append(_capture_eval(model, example))
+            for_evaluation.append(_capture_eval(module, example, compute_dtype))
         found = for_evaluation[0]
         forward = replace(options, microbatches=count, mode="forward")
         plan = plan_chain(found.bind(hardware), forward, found.described())
         return _executable(found.capture, plan, runtime, arenas, None)
 
-    return Compiled(model, training, evaluation)
+    def with_outputs() -> Executable:
+        return _executable(captured.capture, chosen, runtime, arenas, None, outputs=True)
+
+    makers = Makers(with_outputs, evaluation)
+    return Compiled(model, module, training, makers, TrainingOptions(mode, compute_dtype, grad_scaler))
 
 
 # ------------------------------------------------------------------- running
 
 
 def _executable(
-    capture: Capture, plan: Plan, runtime: RuntimeOptions, arenas: WeightArenas, bar: tqdm[Any] | None
+    capture: Capture,
+    plan: Plan,
+    runtime: RuntimeOptions,
+    arenas: WeightArenas,
+    bar: tqdm[Any] | None,
+    outputs: bool = False,
 ) -> Executable:
     announce(bar, LowerToProgram.name)
-    program: Program = LowerToProgram(capture, plan.chain, plan.partition).run(plan.schedule)
+    program: Program = LowerToProgram(capture, plan.chain, plan.partition, outputs).run(plan.schedule)
     return Executable(plan, program, Engine(program, plan.chain, runtime, arenas))
 
 
-def _capture_eval(model: nn.Module, example: ExampleInputs) -> CapturedModel:
+def _capture_eval(
+    model: nn.Module, example: ExampleInputs, compute_dtype: torch.dtype | None
+) -> CapturedModel:
     flags = {module: module.training for module in model.modules()}
     try:
-        return capture_model(model.eval(), example)
+        return capture_model(model.eval(), example, compute_dtype=compute_dtype)
     finally:
         for module, training in flags.items():
             module.training = training
@@ -178,10 +221,8 @@ def _check_gpus(gpus: int | None, plan: Plan | None) -> int:
 
 
 def _check_mode(mode: str) -> None:
-    if mode == "async":
-        raise NotBuiltYet("mode='async' is not built yet; use mode='sync'")
-    if mode != "sync":
-        raise InvalidArgument(f"mode={mode!r}; it must be 'sync'")
+    if mode not in ("sync", "async"):
+        raise InvalidArgument(f"mode={mode!r}; it must be 'sync' or 'async'")
 
 
 def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ...] | None:
@@ -221,6 +262,21 @@ def _runtime(
     if timeout_s <= 0:
         raise InvalidArgument(f"timeout_s={timeout_s}; it must be above 0")
     return RuntimeOptions(devices, pin, timeout_s, detect_nan, compile_stages)
+
+
+def _check_dtype(compute_dtype: torch.dtype | None) -> None:
+    if compute_dtype not in (None, torch.bfloat16, torch.float16):
+        raise InvalidArgument(
+            f"compute_dtype={compute_dtype}; it must be torch.bfloat16 or torch.float16, or None to compute "
+            f"in the parameters' own dtype"
+        )
+
+
+def _cast(example: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+    return ExampleInputs(
+        tuple(cast_floats(value, dtype) for value in example.args),
+        {name: cast_floats(value, dtype) for name, value in example.kwargs.items()},
+    )
 
 
 def _seconds_source(seconds: str | Profile | PathLike[str]) -> str | Profile:

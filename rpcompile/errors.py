@@ -50,6 +50,10 @@ class ProfileFileError(RpcompileError):
     """A profile file cannot be read, or something in it is wrong."""
 
 
+class CheckpointError(RpcompileError):
+    """A checkpoint cannot be written or read, or is of another model or optimizer."""
+
+
 class PlanMismatch(RpcompileError):
     """A plan was made for another model or another arrangement."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import sympy
+
+EXPORT_LOCK = threading.Lock()
+"""Held while a model is exported, and while an optimizer steps on another thread: torch.export sets a flag
+of the whole process, by which optimizers compute with tensors instead of floats and round differently."""
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from rpcompile.errors import MissingExampleInputs
+from rpcompile.model_loss import ModelWithLoss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ def base_model(model: nn.Module) -> nn.Module | None:
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return None
+    if isinstance(model, ModelWithLoss):
+        model = model.model
     candidate = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return candidate if isinstance(candidate, transformers.PreTrainedModel) else None
 

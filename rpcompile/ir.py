@@ -242,6 +242,7 @@ class Segment:
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
+        tiles: In how many chunks of tokens its token-wise regions run; 1: at once.
         forward_peak_bytes: As `peak_bytes`, of a forward without autograd; below 0 where some of what goes
             out is what came in.
         saved_input_bytes: Values that came in and that its backward is the first of all to hold.
@@ -270,6 +271,7 @@ class Segment:
     needs_backward: bool
     source: str
     chunks: int = 1
+    tiles: int = 1
     forward_peak_bytes: int = 0
     saved_input_bytes: int = 0
     rematerialised_bytes: int = 0
@@ -464,6 +466,8 @@ class Dispatch:
         order: By GPU, its compute actions in order, each as (job, microbatch).
         recompute_ahead: Whether a backward's recompute may run before the gradient is there, once its
             saved input is.
+        rotate: GPUs by which each of chained iterations is shifted against the one before: job j of
+            iteration i runs on GPU (jobs[j].gpu + i * rotate) mod `gpus`.
     """
 
     policy: str
@@ -472,6 +476,7 @@ class Dispatch:
     jobs: tuple[Job, ...]
     order: tuple[tuple[tuple[int, int], ...], ...]
     recompute_ahead: bool = False
+    rotate: int = 0
 
 
 @dataclass(frozen=True, slots=True)

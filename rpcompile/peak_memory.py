@@ -155,6 +155,8 @@ class PeakMemory:
         """Runs one node."""
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
         args, kwargs = _on_device((args, kwargs), self.kernels.device)
+        if node.op == "call_module":
+            return self.capture.graph_module.get_submodule(str(node.target))(*args, **kwargs)
         return self.kernels.call(node.target, args, kwargs)
 
     # ---------------------------------------------------------------------- tensors without data
@@ -211,7 +213,7 @@ class _Run:
             environment[memory.nodes[name]] = self._received(name)
         every = (*piece.rematerialised, *piece.nodes)
         for source in dict.fromkeys(source for node in every for source in node.all_input_nodes):
-            if source.op in ("placeholder", "get_attr"):
+            if source.op in ("placeholder", "get_attr") and source not in environment:
                 environment[source] = memory.external(source)
         self.tracker.ignore(environment.values())
         with self._context():

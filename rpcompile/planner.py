@@ -25,6 +25,7 @@ from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
+from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_cuts import FindCuts
@@ -92,6 +93,7 @@ class CapturedModel:
         *,
         seconds: str | Profile = "estimated",
         device: str = "cpu",
+        tiles: str | int = "auto",
         progress: bool | None = None,
     ) -> SegmentChain:
         """Prices the segments for one size of microbatch on one kind of GPU. Nothing is captured again.
@@ -104,6 +106,8 @@ class CapturedModel:
                 distinct segment is timed on `device`, once for all on one machine. A profile of this model
                 at these sizes: "given", as it says.
             device: What measures, e.g. "cpu" or "cuda:0".
+            tiles: In how many chunks of tokens token-wise regions run. "auto": as few as let each
+                segment, and a loss in an eighth of the memory, fit; "loss": the loss only; 1: none.
             progress: Show a progress bar while measuring; default: if standard error is a terminal.
 
         Raises:
@@ -113,6 +117,7 @@ class CapturedModel:
         """
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
+        chain = ChooseTiles(self.costed, tiles).run(chain)
         if seconds == "estimated":
             _report(unknown_shares(self.costed, bindings, hardware))
             return chain
@@ -174,19 +179,23 @@ class ModelDescription:
 
 
 def capture_model(
-    model: nn.Module, example_inputs: ExampleInputs, bar: tqdm[Any] | None = None
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    bar: tqdm[Any] | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> CapturedModel:
     """Captures a model's training graph and prices its nodes.
 
     Args:
         model: The module, in the state it will train in; its weights may be on the meta device.
+        compute_dtype: What its trainable parameters will be cast to; None for their own dtype.
         example_inputs: Of one microbatch.
         bar: Is advanced by one for each pass.
 
     Raises:
         UnsupportedModel: The model cannot be captured; says where and what to change.
     """
-    capture = CaptureGraph(example_inputs).run(model)
+    capture = CaptureGraph(example_inputs, compute_dtype=compute_dtype).run(model)
     for notice in capture.notices:
         _log.warning(notice)
     for step in (CanonicalizeGraph(), FindCuts()):

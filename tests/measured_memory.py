@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rpcompile.ir import Hardware, Partition, Stage, StageKind
 from rpcompile.passes.bind_chain import BindChain
+from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.runtime import batches
@@ -36,12 +37,15 @@ class Measured:
         case: Model and batch; the batch is one microbatch.
         captured: Its graph.
         device: "cpu" or "cuda".
+        tiles: Chunks of every token-wise region.
     """
 
-    def __init__(self, case: Case, captured: Capture, device: str = "cpu") -> None:
+    def __init__(self, case: Case, captured: Capture, device: str = "cpu", tiles: int = 1) -> None:
         self.captured, self.device = captured, torch.device(device)
         sizes = dict(captured.example_sizes)
-        self.chain: SegmentChain = BindChain(sizes, hardware(device)).run(EstimateCosts().run(captured))
+        costed = EstimateCosts().run(captured)
+        self.chain: SegmentChain = BindChain(sizes, hardware(device)).run(costed)
+        self.chain = ChooseTiles(costed, tiles).run(self.chain)
         self.workspaces = Workspaces(self.chain)
         model = case.model.to(device)
         self._host = {

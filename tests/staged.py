@@ -24,6 +24,7 @@ from tests import models, reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rpcompile.ir import StageGraph
     from tests.models import Case
 
 
@@ -121,8 +122,9 @@ def forward_backward(
     microbatches: int,
     seed: int,
     sent: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    look: Callable[[StageGraph], object] = lambda graph: None,
 ) -> torch.Tensor:
-    """Loss; gradients are left in `.grad`, changed buffers in the model."""
+    """Loss; gradients are left in `.grad`, changed buffers in the model. `look` is shown every stage."""
     sent = sent or Handoffs()
     extract = ExtractStages(captured, chain)
     weights, _ = extract.segment_tensors()
@@ -140,6 +142,7 @@ def forward_backward(
     incoming: list[dict[str, torch.Tensor]] = [{} for _ in parts]
     total = torch.zeros(())
     for graph in extract.run(stages):
+        look(graph)
         runner = StageRunner(graph, captured.outputs[0])
         stage = graph.stage
         names = list(dict.fromkeys(name for segment in stage.segments for name in weights[segment]))
@@ -151,9 +154,9 @@ def forward_backward(
                 for segment, names in graph.emits.items():
                     saved[index][segment] = sent({name: outputs[name] for name in names})
             elif stage.kind is StageKind.FB:
-                loss, gradients = runner.fused(copies, part, values, facts[index])
+                outputs, gradients = runner.fused(copies, part, values, facts[index])
                 incoming[index] = sent(gradients)
-                total += loss / microbatches
+                total += outputs[captured.outputs[0]] / microbatches
             else:
                 gradients = runner.backward(copies, part, values, incoming[index], facts[index])
                 incoming[index] = sent(gradients)

@@ -82,8 +82,12 @@ def test_more_gpus_than_segments_names_both() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mode": "async"}, NotBuiltYet, "mode='async' is not built yet"),
-        ({"mode": "fast"}, InvalidArgument, "mode='fast'; it must be 'sync'"),
+        ({"mode": "fast"}, InvalidArgument, "mode='fast'; it must be 'sync' or 'async'"),
+        (
+            {"compute_dtype": torch.float64},
+            InvalidArgument,
+            "compute_dtype=torch.float64; it must be torch.bf",
+        ),
         ({"devices": ["cpu"]}, InvalidArgument, "1 entries for 2 GPUs"),
         (
             {"devices": ["cuda:0"] * 2},
@@ -124,7 +128,7 @@ def test_nothing_to_train() -> None:
         (lambda b: {**b, "y": 3}, "input 'y' must be a tensor, not int"),
         (lambda b: {**b, "y": b["y"].int()}, "input 'y' is int32, compiled for int64"),
         (lambda b: {**b, "x": b["x"][:, :3]}, r"input 'x' has shape \(8, 3\), compiled for \('batch', 16\)"),
-        (lambda b: {k: v[:6] for k, v in b.items()}, r"batch of 6 .* into 4 microbatches.*microbatches=3"),
+        (lambda b: {k: v[:3] for k, v in b.items()}, r"batch of 3 .* into 4 microbatches.*microbatches=3"),
         (lambda b: {**b, "y": b["y"][:4]}, "has batch 1, other inputs have 2"),
         (lambda b: {k: v[:0] for k, v in b.items()}, "batch of 0"),
     ],

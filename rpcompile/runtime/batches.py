@@ -54,10 +54,12 @@ def _check(spec: InputSpec, value: Any) -> None:
 
 
 def split_batch(capture: Capture, batch: Tensors, microbatches: int) -> list[Tensors]:
-    """Equal parts along each input's batch dimension; inputs without one go whole to every part.
+    """Parts along each input's batch dimension; inputs without one go whole to every part.
+
+    Parts are equal, or else the first ones have one row more.
 
     Raises:
-        BatchError: The batch does not divide into `microbatches`.
+        BatchError: The batch has fewer rows than there are microbatches.
     """
     parts: list[Tensors] = [{} for _ in range(microbatches)]
     for spec in capture.inputs:
@@ -67,15 +69,24 @@ def split_batch(capture: Capture, batch: Tensors, microbatches: int) -> list[Ten
                 part[spec.name] = value
             continue
         size = value.shape[spec.batch_dim]
-        if size == 0 or size % microbatches:
+        if size < microbatches:
             raise BatchError(
-                f"a batch of {size} ({spec.name!r}) does not divide into {microbatches} microbatches; "
-                f"pass a multiple of {microbatches}, or compile with "
-                f"microbatches={largest_divisor(size, microbatches)}"
+                f"a batch of {size} ({spec.name!r}) does not divide into {microbatches} microbatches; pass "
+                f"at least {microbatches} rows, or compile with microbatches={max(size, 1)}"
             )
-        for part, chunk in zip(parts, value.chunk(microbatches, spec.batch_dim), strict=True):
+        for part, chunk in zip(parts, value.tensor_split(microbatches, spec.batch_dim), strict=True):
             part[spec.name] = chunk
     return parts
+
+
+def row_weights(capture: Capture, parts: Sequence[Tensors]) -> list[float] | None:
+    """Each part's share of the batch's rows; None where all are equal."""
+    batched = [(spec.name, spec.batch_dim) for spec in capture.inputs if spec.batch_dim is not None]
+    if not batched:
+        return None
+    name, dim = batched[0]
+    rows = [part[name].shape[dim] for part in parts]
+    return None if len(set(rows)) == 1 else [count / sum(rows) for count in rows]
 
 
 def microbatch_sizes(capture: Capture, part: Tensors) -> dict[str, int]:

@@ -97,7 +97,9 @@ class CudaStreams:
 
     def wait(self, iteration: Iteration, stream: str, event: str) -> None:
         with _instruction(iteration, f"wait {event}", (self._gpu, stream)):
-            mark: _Mark = iteration.wait(event)
+            mark: _Mark | None = iteration.wait(event)
+            if mark is None:
+                return  # of the host: over, now that this thread goes on
             self._streams[stream].wait_event(mark.event)
             clock = self._clocks[stream]
             for place, position in mark.clock.items():

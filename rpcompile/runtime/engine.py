@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import traceback
 import weakref
+from concurrent.futures import wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +26,13 @@ from rpcompile.runtime.worker import LANES, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
 
     from rpcompile.ir import Program, SegmentChain
     from rpcompile.runtime.stage_runner import Tensors
+
+_UPDATED = "updated.s"
+"""Begins the name of the event that the host's work on a segment's weights is over."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class RuntimeOptions:
         timeout_s: How long no instruction may come to its end.
         detect_nan: Whether results and gradients are checked.
         compile_stages: Whether stages go through `torch.compile`.
+        gradient_dtype: What gradients are cast to before jobs' are summed; None: as they come.
     """
 
     devices: tuple[torch.device, ...] | None = None
@@ -46,6 +53,7 @@ class RuntimeOptions:
     timeout_s: float = 600.0
     detect_nan: bool = False
     compile_stages: bool = False
+    gradient_dtype: torch.dtype | None = None
 
     @property
     def cuda(self) -> bool:
@@ -57,7 +65,7 @@ class Result:
     """What one iteration leaves on the host.
 
     Attributes:
-        outputs: Per microbatch, outputs by node name ("loss" alone in training).
+        outputs: Per microbatch, outputs by node name.
         gradients: Parameter name -> gradient, summed over jobs in job order.
         states: Buffer name -> its value after the forward.
     """
@@ -94,6 +102,7 @@ class Engine:
         self._options = options = options or RuntimeOptions()
         pin = options.cuda and options.pin == "auto"
         self._arenas = arenas or WeightArenas(pin=pin, adopt=pin)
+        self._readers = _readers(program.weights)
         self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
         self._runners = self._make_runners()
         self._slots: HostSlots
@@ -109,6 +118,7 @@ class Engine:
         tensors: Mapping[str, torch.Tensor],
         inputs: Sequence[Tensors],
         microbatches: Sequence[Microbatch],
+        pending: Mapping[int, Future[None]] | None = None,
     ) -> Result:
         """Runs every GPU's graph to its end.
 
@@ -116,11 +126,15 @@ class Engine:
             tensors: The model's parameters and buffers by qualified name, on the host. They are read only.
             inputs: User inputs of each microbatch by name.
             microbatches: Seed, sizes and loss scale of each microbatch.
+            pending: Segment -> work on the host that must be over before tensors that this segment is the
+                first to read are uploaded.
 
         Raises:
             ExecutionError: An instruction failed. Nothing of the model has changed.
             WorkerTimeout: No instruction came to its end for `timeout_s`.
         """
+        if pending and not self._arenas.follow(self._program.weights, tensors):
+            wait(pending.values())  # what is about to be copied must be there
         self._arenas.refresh(self._program.weights, tensors)
         self._slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
         host: dict[str, Any] = {
@@ -130,6 +144,7 @@ class Engine:
         for index, microbatch in enumerate(inputs):
             host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
         iteration = Iteration(host, self.before_instruction, self.record_times)
+        self._await_host(pending or {}, iteration)
         try:
             for worker in self._workers:
                 worker.start(iteration, microbatches)
@@ -141,10 +156,27 @@ class Engine:
         for worker in self._workers:
             worker.clear()
         if iteration.failure is not None:
+            if iteration.failure.instruction.startswith(_UPDATED):
+                raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
         times = iteration.times or {}
         self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
         return self._result(host, len(inputs))
+
+    def _await_host(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
+        """Makes uploads wait for the host's work; its failure is the iteration's."""
+        for segment, owners in self._readers.items():
+            iteration.updates[segment] = tuple(f"{_UPDATED}{owner}" for owner in owners if owner in pending)
+
+        def over(segment: int, future: Future[None]) -> None:
+            event, error = f"{_UPDATED}{segment}", future.exception()
+            if error is not None:
+                iteration.fail(event, 0, error)
+            else:
+                iteration.record(event)
+
+        for segment, future in pending.items():
+            future.add_done_callback(partial(over, segment))
 
     def _await(self, iteration: Iteration) -> None:
         drains = [event for worker in self._workers for event in worker.drain()]
@@ -210,10 +242,12 @@ class Engine:
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
         gradients: Tensors = {}
         states: Tensors = {}
+        dtype = self._options.gradient_dtype
         for job in self._program.schedule.jobs:
             for segment in range(len(self._program.weights)):
                 for name, grad in host.get(buffers.gradients(buffers.HOST, segment, job.index), {}).items():
-                    gradients[name] = gradients[name] + grad if name in gradients else grad
+                    part = grad if dtype is None else grad.to(dtype)
+                    gradients[name] = gradients[name] + part if name in gradients else part
                 states.update(host.get(buffers.state(segment, job.index), {}))
         losses = [host[buffers.loss(buffers.HOST, index)] for index in range(microbatches)]
         return Result(tuple(losses), gradients, states)
@@ -243,6 +277,15 @@ class Engine:
             f"GPU {failure.gpu} in {where}: {reason}.{advice} Weights, gradients and buffers are as they "
             f"were before this call."
         )
+
+
+def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
+    """Segment -> the segments that were the first to read what it reads."""
+    first: dict[str, int] = {}
+    for segment, names in enumerate(weights):
+        for name in names:
+            first.setdefault(name, segment)
+    return {segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)}
 
 
 def _close(workers: list[Worker]) -> None:

@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 from rpcompile.errors import NonFinite
 from rpcompile.random_streams import microbatch_seed
 from rpcompile.runtime import blame
+from rpcompile.tiling import expected_loss_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -114,17 +115,18 @@ class StageRunner:
 
     def fused(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
-    ) -> tuple[torch.Tensor, Tensors]:
-        """Forward, loss and backward at once; returns the detached loss and as `backward` does."""
+    ) -> tuple[Tensors, Tensors]:
+        """Forward, loss and backward at once; returns the detached outputs and as `backward` does."""
         named, leaves, incoming = self._prepare(weights, values)
         arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=True)
         with torch.enable_grad(), self._compiling("fused", microbatch):
-            outputs = self._call(arguments, microbatch, self._detect_nan)
-            loss = outputs.pop(self._loss)
-            del outputs
-            roots, loss = {self._loss: get_gradient_edge(loss)}, loss.detach()
-            seeds = {self._loss: torch.full_like(loss, microbatch.loss_scale)}
-            return loss, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
+            with expected_loss_gradient(microbatch.loss_scale):
+                outputs = self._call(arguments, microbatch, self._detect_nan)
+            # Edges, not tensors, as above.
+            roots = {self._loss: get_gradient_edge(outputs[self._loss])}
+            outputs = {name: value.detach() for name, value in outputs.items()}
+            seeds = {self._loss: torch.full_like(outputs[self._loss], microbatch.loss_scale)}
+            return outputs, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
         """What has accumulated, one dict a segment."""
@@ -159,9 +161,9 @@ class StageRunner:
     ) -> Tensors:
         passed: Tensors = {}
         for name in self.graph.gradients_out:
-            # In the layout that it has here, which `.grad` would change to that of the value: kernels
-            # that read it would round differently.
-            incoming[name].register_hook(functools.partial(passed.__setitem__, name))
+            incoming[name].register_hook(
+                functools.partial(_keep_layout, passed, name, incoming[name].stride())
+            )
         if roots and leaves:
             torch.autograd.backward(list(roots.values()), list(seeds.values()), inputs=leaves)
         if self._detect_nan:
@@ -174,7 +176,8 @@ class StageRunner:
                     run.run(*arguments)
                 where = blame.first_nonfinite_gradient(run, seeds)
                 raise NonFinite(f"the first gradient that is not finite comes from {where}")
-        return {name: passed[name] for name in self.graph.gradients_out if name in passed}
+        found = ((name, passed.get(name, incoming[name].grad)) for name in self.graph.gradients_out)
+        return {name: gradient for name, gradient in found if gradient is not None}
 
     def _arguments(
         self, weights: Tensors, inputs: Tensors, values: Tensors, microbatch: Microbatch, keep_state: bool
@@ -233,6 +236,12 @@ def on_device(module: GraphModule, device: torch.device) -> GraphModule:
                 node.kwargs = map_aggregate(node.kwargs, moved)  # type: ignore[assignment]
             part.recompile()
     return module
+
+
+def _keep_layout(passed: Tensors, name: str, stride: tuple[int, ...], gradient: torch.Tensor) -> None:
+    """Keeps a gradient whose layout `.grad` would change to the value's: kernels would round it otherwise."""
+    if gradient.stride() != stride:
+        passed[name] = gradient
 
 
 def _merged(weights: Sequence[Tensors]) -> Tensors:

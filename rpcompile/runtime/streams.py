@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from rpcompile.runtime.read_guard import unguarded
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -38,6 +40,7 @@ class Iteration:
     Attributes:
         host: Host buffers by name.
         before_instruction: Called by a stream with the instruction's text before it runs.
+        updates: Segment -> events of the host's work on its weights, which uploads wait for.
         failure: The first exception, None so far.
         cancelled: Whether streams skip the tasks they still have.
         running: What each stream is doing, and since when (`time.perf_counter`).
@@ -53,6 +56,7 @@ class Iteration:
     ) -> None:
         self.host = host
         self.before_instruction = before_instruction
+        self.updates: dict[int, tuple[str, ...]] = {}
         self.failure: Failure | None = None
         self.cancelled = False
         self.running: dict[Place, tuple[str, float]] = {}
@@ -238,6 +242,10 @@ class StreamThread:
         self._thread.join()
 
     def _run(self, operator_threads: int | None) -> None:
+        with unguarded():  # what it reads has been waited for
+            self._serve(operator_threads)
+
+    def _serve(self, operator_threads: int | None) -> None:
         if operator_threads is not None:
             _set_operator_threads(operator_threads)
         while (entry := self._tasks.get()) is not None:

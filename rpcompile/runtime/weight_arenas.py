@@ -88,6 +88,14 @@ class WeightArenas:
                 if not place.follows:
                     place.view.copy_(place.source)
 
+    def follow(self, groups: Sequence[Sequence[str]], tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether `refresh` would have nothing to copy."""
+        return not self._adopt or all(
+            self._knows(name, tensors[name]) and self._places[name].follows
+            for names in groups
+            for name in names
+        )
+
     def upload(self, tensors: Tensors, device: torch.device) -> Tensors:
         """Copies of host tensors on a device; enqueued, where the device is asynchronous."""
         made: Tensors = {}

@@ -110,6 +110,9 @@ class Worker:
         turn = f"turn of {action}"
         self._streams.record(self._now, Stream.H2D, turn)
         self._streams.wait(self._now, WEIGHTS, turn)
+        for source in reads:
+            for event in self._now.updates.get(buffers.segment_of(source), ()):
+                self._streams.wait(self._now, WEIGHTS, event)
         self._enqueue(Stream.H2D, action, task, WEIGHTS)
         for target in writes:
             self._arriving[target] = f"end of {action}"
@@ -171,8 +174,8 @@ class Worker:
         def task() -> None:
             weights, inputs, values, _ = self._gather(reads)
             runner = self.runners[stage]
-            loss, result = runner.fused(weights, inputs, values, self._microbatches[microbatch])
-            self._store[buffers.loss(buffers.gpu(self.index), microbatch)] = {"loss": loss}
+            outputs, result = runner.fused(weights, inputs, values, self._microbatches[microbatch])
+            self._store[buffers.loss(buffers.gpu(self.index), microbatch)] = outputs
             self._keep_gradients(runner, reads, writes, weights, result)
 
         self._compute(action, reads, task)

@@ -1,0 +1,102 @@
+"""What a chain must be for any partition of it: times that are times, and segments that fit."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
+from rpcompile.ir import Stage, StageKind
+
+if TYPE_CHECKING:
+    from rpcompile.ir import SegmentChain
+    from rpcompile.round_robin_time import StageCosts
+
+
+def check_chain(chain: SegmentChain, training: bool) -> None:
+    """Times and rates are finite, and there is something to train.
+
+    Raises:
+        InvalidArgument: A time or rate is not one.
+        PartitionError: `training`, but no segment has a backward.
+    """
+    segments, hardware = chain.segments, chain.hardware
+    for segment in segments:
+        for field, seconds in (("forward_s", segment.forward_s), ("backward_s", segment.backward_s)):
+            if not 0 <= seconds < math.inf:
+                raise InvalidArgument(
+                    f"{field} of segment {segment.name} is {seconds}; give a finite time >= 0"
+                )
+    for field in ("h2d_bytes_per_s", "d2h_bytes_per_s"):
+        if not getattr(hardware, field) > 0:
+            raise InvalidArgument(
+                f"{field} of {hardware.name} is {getattr(hardware, field)}; give a rate > 0"
+            )
+    if not 0 <= hardware.latency_s < math.inf:
+        raise InvalidArgument(
+            f"latency_s of {hardware.name} is {hardware.latency_s}; give a finite time >= 0"
+        )
+    if training and chain.first_backward == len(segments):
+        raise PartitionError(
+            f"none of the {len(segments)} segments has a backward, so there is nothing to train; set"
+            ' requires_grad on some parameters, or use mode="forward"'
+        )
+
+
+def check_segments(costs: StageCosts, limit: int, forward_only: bool) -> None:
+    """Every segment fits on a GPU in some stage, other jobs left aside.
+
+    Raises:
+        InvalidArgument: The limit is below 1.
+        StageTooLarge: A segment does not fit.
+    """
+    chain = costs.chain
+    if limit < 1:
+        raise InvalidArgument(f"the memory limit of {limit} bytes must be at least 1; set memory_limit_bytes")
+    for index, segment in enumerate(chain.segments):
+        if _alone_bytes(costs, index, forward_only) <= limit:
+            continue
+        needed = _least_bytes(costs, index, forward_only)
+        if needed > limit:
+            size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
+            raise StageTooLarge(
+                f"{segment.name} needs {size_text(needed)} for one microbatch of {size} but"
+                f" {chain.hardware.name} has {size_text(limit)} usable. Use more microbatches (smaller ones),"
+                " shorter sequences or GPUs with more memory."
+            )
+
+
+def _alone_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
+    """Bytes in which the segment can run all its passes in stages of its own."""
+    kinds = [StageKind.F]
+    if not forward_only and segment == len(costs.chain.segments) - 1:
+        kinds = [StageKind.FB]
+    elif not forward_only and segment >= costs.chain.first_backward:
+        kinds.append(StageKind.B)
+    return max(costs.of(Stage(0, kind, segment, segment)).memory_bytes for kind in kinds)
+
+
+def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
+    """Least bytes in which the segment can run all its passes, over all stages around it."""
+    last = len(costs.chain.segments) - 1
+
+    def least(kind: StageKind, lowest: int, highest: int) -> int:
+        firsts, lasts = range(lowest, segment + 1), range(segment, highest + 1)
+        return min(costs.of(Stage(0, kind, i, k)).memory_bytes for i in firsts for k in lasts)
+
+    if forward_only:
+        return least(StageKind.F, 0, last)
+    fused = min(costs.of(Stage(0, StageKind.FB, i, last)).memory_bytes for i in range(segment + 1))
+    if segment == last:
+        return fused
+    apart = least(StageKind.F, 0, last - 1)
+    if segment >= costs.chain.first_backward:
+        apart = max(apart, least(StageKind.B, costs.chain.first_backward, last - 1))
+    return min(fused, apart)
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for a message."""
+    if nbytes >= 100_000_000:
+        return f"{nbytes / 1e9:.1f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"

@@ -1,0 +1,127 @@
+"""Where the search for a dispatch begins: regular dispatches of many shapes, and how good they are.
+
+Three ideas make them. Small stages dealt out to all GPUs at both ends of an iteration leave no GPU
+without work there, and cost uploads; one job a stage in the middle costs least; and what cannot be
+divided, like a head, is dealt out to several GPUs so that it does not hold up the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rpcompile.passes._dispatch_moves import State, energy, stages_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from rpcompile.dispatch_costs import Tables
+    from rpcompile.dispatch_time import Machine
+    from rpcompile.ir import Partition
+
+_FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
+_BACKWARD_LENGTHS = (1, 2, 4)
+_TAPER = (3, 6)  # stages at each end that are dealt out equally wide
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched: costs, machine and limits.
+
+    Attributes:
+        tables: Costs of stages.
+        machine: What they run on.
+        microbatches: Number of microbatches.
+        most_bytes: Most bytes to upload in an iteration.
+    """
+
+    tables: Tables
+    machine: Machine
+    microbatches: int
+    most_bytes: float
+
+    def state(self, cuts: Sequence[int], wanted: Sequence[int] | np.ndarray) -> State:
+        """A state with room for the finest partition; every stage is to be dealt out."""
+        most, size = self.tables.line, len(cuts) - 1
+        state = State(
+            np.array([size]),
+            np.zeros(most + 1, np.int64),
+            np.zeros(most, np.int64),
+            np.zeros((most, self.microbatches), np.int64),
+        )
+        state.cuts[: size + 1] = cuts
+        state.wanted[:size] = wanted
+        return state
+
+    def energy(self, state: State) -> float:
+        """What the search minimises; deals out the stages that are not yet."""
+        shape = state.gpu_of.shape
+        return energy(
+            self.tables, self.machine, self.most_bytes, state, np.empty(shape, np.int64), np.empty(shape)
+        )
+
+
+def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[State]:
+    """The best start for each way to cut, the best first."""
+    best: dict[tuple[int, ...], tuple[float, int, State]] = {}
+    for number, (cuts, wanted) in enumerate(_shapes(problem, partitions)):
+        state = problem.state(cuts, wanted)
+        entry = (problem.energy(state), number, state)
+        best[tuple(cuts)] = min(entry, best.get(tuple(cuts), entry), key=lambda entry: entry[:2])
+    return [state for _, _, state in sorted(best.values(), key=lambda entry: entry[:2])]
+
+
+def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple[list[int], np.ndarray]]:
+    tables, gpus = problem.tables, len(problem.machine.speed)
+    lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS))
+    cuttings = [_regular_cuts(tables, forward, backward) for forward, backward in lengths]
+    if problem.machine.ring:
+        # The queues of chained iterations let the first stages take longer than those behind them.
+        cuttings += [_regular_cuts(tables, length, backward, 3 * length // 2) for length, backward in lengths]
+    cuttings += [_cuts_of(partition, tables) for partition in partitions]
+    for cuts in cuttings:
+        fused = sum(cut < tables.segments for cut in cuts) - 1
+        for middle, heads in product(
+            sorted({1, min(2, gpus), gpus}), sorted({min(count, gpus) for count in (1, 2, 4, gpus)})
+        ):
+            wanted = np.full(len(cuts) - 1, middle)
+            wanted[fused] = max(middle, heads)
+            yield cuts, wanted
+            if middle == 1:
+                for taper in _TAPER:
+                    yield cuts, _tapered(problem, cuts, wanted.copy(), fused, taper)
+
+
+def _regular_cuts(tables: Tables, forward: int, backward: int, first: int = 0) -> list[int]:
+    """Stages of equal numbers of segments around the smallest fused stage; the first two may differ."""
+    n, line = tables.segments, tables.line
+    forward, backward = min(forward, tables.longest), min(backward, tables.longest)
+    begin, first = n - 1, min(first or forward, tables.longest)
+    firsts = {cut for cut in (first, 2 * first) if cut < begin}
+    up = range(2 * first, begin, forward)
+    return sorted({0, *firsts, *up, begin, *range(min(n + 1, line), line, backward), line})
+
+
+def _cuts_of(partition: Partition, tables: Tables) -> list[int]:
+    n = tables.segments
+    cuts = [stage.first for stage in partition.stages if stage.kind != "B"]
+    return [*cuts, *(2 * n - 1 - stage.last for stage in partition.stages if stage.kind == "B"), tables.line]
+
+
+def _tapered(problem: Problem, cuts: list[int], wanted: np.ndarray, fused: int, taper: int) -> np.ndarray:
+    """Deals the stages at both ends out to all GPUs, then to half as many, ..., as traffic allows."""
+    weights = stages_of(problem.tables, len(wanted), np.array(cuts)).weight_bytes
+    left = problem.most_bytes - float((weights * wanted).sum())
+    ends = [stage for i in range(len(wanted) // 2) for stage in (i, len(wanted) - 1 - i)]
+    for number, stage in enumerate(ends):
+        width = len(problem.machine.speed) >> (number // (2 * taper))
+        more = (width - wanted[stage]) * weights[stage]
+        if stage == fused or more > left:
+            break
+        if width > wanted[stage]:
+            wanted[stage] = width
+            left -= more
+    return wanted

@@ -1,0 +1,390 @@
+"""Searches for stages and their dispatch together: which segments, how many jobs, which GPU, in which order.
+
+Regular dispatches of many shapes (`_dispatch_starts`), and the partitions that CP-SAT proposes, are
+annealed with a fast model of time in the loop (`rpcompile.dispatch_time`): first with GPUs dealt out
+stage by stage, then with every microbatch of every stage on a GPU of its own choice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rpcompile.dispatch_costs import price_stages
+from rpcompile.dispatch_time import SLICES, Machine, play
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.ir import Dispatch, Job, Partition
+from rpcompile.passes._check_chain import check_chain, check_segments, size_text
+from rpcompile.passes._dispatch_bound import least_seconds
+from rpcompile.passes._dispatch_moves import State, anneal, stages_of
+from rpcompile.passes._dispatch_starts import Problem, regular_states
+from rpcompile.round_robin_time import StageCosts, stages_between
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rpcompile.ir import SegmentChain
+
+_MODES = ("sync", "async")
+_WIDEST = 64  # GPUs
+_MOST_MICROBATCHES = 512
+_CHAINED = 6  # iterations that show the steady state
+_PIECES = 20  # of an annealing run, between which the clock is looked at
+_MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do not pay on short ones
+_KEPT = 8  # starts that are annealed
+_FIRST = 0.6  # share of the work that goes there
+_REFINED = 2  # how many of those are annealed again, GPU by GPU
+_AGAIN = 4  # how often each where there is nothing else to decide, on a ring
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to search: work is counted, so the result does not depend on the clock.
+
+    Attributes:
+        plays: (stage, microbatch) pairs to play, in all.
+        limit_s: Wall time after which the search stops with what it has.
+    """
+
+    plays: float
+    limit_s: float
+
+
+EFFORTS = {"fast": Effort(3e7, 2.0), "default": Effort(4e8, 20.0), "thorough": Effort(2e9, 90.0)}
+
+
+@dataclass(frozen=True)
+class SearchedSchedule:
+    """What the search found, and how good it is.
+
+    Attributes:
+        partition: The stages; its objective and bound are seconds of one iteration.
+        dispatch: Which GPU runs what, in which order.
+        upload_bytes: Weights uploaded in one iteration.
+        traffic: `upload_bytes` over one upload per segment and pass in each round of as many
+            microbatches as there are GPUs.
+        bubble: Share of the GPUs' time that they do not compute, by the fast model.
+        unused_gpus: GPUs that have nothing to do, because there is not enough work.
+        ended_by: "moves" (all that the effort allows), or "clock" (its limit; another run may differ).
+    """
+
+    partition: Partition
+    dispatch: Dispatch
+    upload_bytes: float
+    traffic: float
+    bubble: float
+    unused_gpus: tuple[int, ...]
+    ended_by: str
+
+
+@dataclass(frozen=True)
+class SearchSchedule:
+    """SegmentChain -> SearchedSchedule.
+
+    Attributes:
+        gpus: Number of GPUs, at most 64.
+        microbatches: Number of microbatches, at most 512.
+        mode: "sync": shortest single iteration, gradients on the host. "async": shortest steady state
+            of iterations chained back to back; of equal GPUs, each iteration continues the ring of
+            GPUs where the last one ended (`Dispatch.rotate`).
+        max_traffic: Most uploads, in units of `SearchedSchedule.traffic`; None for no limit.
+        effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s): wall time at most, on two cores.
+        seed: The same seed gives the same result, unless the clock ends the search.
+        time_limit_s: Wall time instead of the effort's.
+        memory_limit_bytes: What may be used of each GPU, or of each one by one; None for
+            `chain.hardware.usable_bytes`.
+        relative_speed: Compute speed of each GPU relative to the one that the chain's times are for;
+            None if they are alike.
+        fused_segments: Most segments in the fused stage, which keeps all that its backward needs; None
+            for as many as fit.
+        host_bytes_per_s: Host memory bandwidth for all transfers, sums and updates together.
+        update_s_per_byte: Optimizer seconds per byte of gradient, with clipping by the global norm;
+            0 leaves it out of the schedule.
+        partitions: More partitions to begin from.
+    """
+
+    gpus: int
+    microbatches: int
+    mode: str = "sync"
+    max_traffic: float | None = None
+    effort: str = "default"
+    seed: int = 0
+    time_limit_s: float | None = None
+    memory_limit_bytes: int | tuple[int, ...] | None = None
+    relative_speed: tuple[float, ...] | None = None
+    fused_segments: int | None = None
+    host_bytes_per_s: float = 200e9
+    update_s_per_byte: float = 0.0
+    partitions: tuple[Partition, ...] = ()
+
+    name = "search-schedule"
+
+    def run(self, chain: SegmentChain) -> SearchedSchedule:
+        """Search.
+
+        Raises:
+            InvalidArgument: An option is out of range, or a time or rate of the chain is not one.
+            PartitionError: Nothing to train, or nothing fits in the memory or the traffic allowed.
+            StageTooLarge: One segment alone does not fit.
+        """
+        began = time.monotonic()
+        self._check_options()
+        check_chain(chain, training=True)
+        limits = self._limits(chain)
+        check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False)
+        problem, bound_s = self._problem(chain, limits)
+        _compile(problem)
+        searching = time.monotonic()
+        states = regular_states(problem, self.partitions)[:_KEPT]
+        states, ended_by = self._improve(problem, bound_s, states, searching)
+        return self._answer(chain, problem, states[0], bound_s, ended_by, began)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_options(self) -> None:
+        for option, value, most in (
+            ("gpus", self.gpus, _WIDEST),
+            ("microbatches", self.microbatches, _MOST_MICROBATCHES),
+        ):
+            if not 1 <= value <= most:
+                raise InvalidArgument(f"{option}={value} must be from 1 to {most}")
+        for option, value, choices in (("mode", self.mode, _MODES), ("effort", self.effort, tuple(EFFORTS))):
+            if value not in choices:
+                raise InvalidArgument(f"{option}={value!r} is unknown; use one of {', '.join(choices)}")
+        if self.max_traffic is not None and not self.max_traffic > 0:
+            raise InvalidArgument(f"max_traffic={self.max_traffic} must be above 0; None lifts the limit")
+        if self.time_limit_s is not None and not self.time_limit_s >= 0:
+            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+        if self.fused_segments is not None and self.fused_segments < 1:
+            raise InvalidArgument(f"fused_segments={self.fused_segments} must be at least 1: the loss is")
+        if not self.host_bytes_per_s > 0:
+            raise InvalidArgument(f"host_bytes_per_s={self.host_bytes_per_s} must be above 0")
+        if not 0 <= self.update_s_per_byte < math.inf:
+            raise InvalidArgument(f"update_s_per_byte={self.update_s_per_byte} must be finite, at least 0")
+        speeds = self.relative_speed
+        if speeds is not None and (
+            len(speeds) != self.gpus or not all(0 < speed < math.inf for speed in speeds)
+        ):
+            raise InvalidArgument(
+                f"relative_speed={speeds} must have one finite figure above 0 for each of {self.gpus} GPUs"
+            )
+
+    def _limits(self, chain: SegmentChain) -> tuple[int, ...]:
+        given = self.memory_limit_bytes
+        given = chain.hardware.usable_bytes if given is None else given
+        limits = (given,) * self.gpus if isinstance(given, int) else given
+        if len(limits) != self.gpus or min(limits) < 1:
+            raise InvalidArgument(
+                f"memory_limit_bytes={given} must be at least 1, once or for each of {self.gpus} GPUs"
+            )
+        return limits
+
+    def _problem(self, chain: SegmentChain, limits: Sequence[int]) -> tuple[Problem, float]:
+        """What to search, and a lower bound on its time."""
+        tables = price_stages(chain, self.gpus, self.microbatches, self.fused_segments)
+        hardware, chained = chain.hardware, self.mode == "async"
+        speed = np.ones(self.gpus) if self.relative_speed is None else np.array(self.relative_speed, float)
+        alike = len(set(limits)) == 1 and len(set(speed.tolist())) == 1
+        machine = Machine(
+            speed=speed,
+            limit_bytes=np.array(limits, float),
+            up_bytes_per_s=hardware.h2d_bytes_per_s,
+            down_bytes_per_s=hardware.d2h_bytes_per_s,
+            latency_s=hardware.latency_s,
+            host_bytes_per_s=self.host_bytes_per_s,
+            update_s_per_byte=self.update_s_per_byte,
+            slice_s=1.0,
+            iterations=_CHAINED if chained else 1,
+            ring=chained and alike,
+        )
+        bound_s = least_seconds(chain, tables, machine, self.microbatches)
+        if bound_s <= 0:
+            raise InvalidArgument("all times of the chain are 0; give what the segments take")
+        # Twice the bound, for bandwidth is only scarce where the time is near it.
+        slice_s = 2 * bound_s * machine.iterations / SLICES
+        most = math.inf if self.max_traffic is None else self.max_traffic * self._one_traffic(chain)
+        return Problem(tables, machine._replace(slice_s=slice_s), self.microbatches, most), bound_s
+
+    def _one_traffic(self, chain: SegmentChain) -> float:
+        """Bytes of one upload per segment and pass and round; the last segment has one pass."""
+        weights = [segment.weight_bytes for segment in chain.segments]
+        backward = sum(weights[chain.first_backward : -1])
+        return max(1.0, self.microbatches / self.gpus) * (sum(weights) + backward)
+
+    # ------------------------------------------------------------------ search
+
+    def _improve(
+        self, problem: Problem, bound_s: float, states: list[State], began: float
+    ) -> tuple[list[State], str]:
+        """Anneals all states as they are dealt out, then the best of them GPU by GPU."""
+        effort, ring = EFFORTS[self.effort], problem.machine.ring
+        until = began + (effort.limit_s if self.time_limit_s is None else self.time_limit_s)
+        half = began + _FIRST * (until - began)
+        run = _Run(problem, bound_s, effort.plays / len(states), 1e-3 if ring else 3e-3, 1e-4, half)
+        states, ended = self._anneal(run.scaled(_FIRST), states)
+        if ring:
+            again = [State(*(array.copy() for array in state)) for state in states[:_REFINED] * _AGAIN]
+            run = _Run(problem, bound_s, effort.plays / len(again), 1e-3, 3e-5, until)
+            states = [states[0], *again]
+        else:
+            states = states[:_REFINED]
+            for state in states:
+                problem.energy(state)
+                state.wanted[:] = 0
+            run = _Run(problem, bound_s, effort.plays / len(states), 2e-4, 1e-5, until)
+        states, late = self._anneal(run.scaled(1 - _FIRST), states)
+        return states, "clock" if ended or late else "moves"
+
+    def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
+        """All states annealed, the best first, and whether the clock ended it."""
+        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+            seeds = range(self.seed, self.seed + len(states))
+            results = list(pool.map(run.anneal, states, seeds))
+        ranked = sorted((value, number) for number, (value, _) in enumerate(results))
+        return [states[number] for _, number in ranked], any(late for _, late in results)
+
+    # ------------------------------------------------------------------ answer
+
+    def _answer(
+        self,
+        chain: SegmentChain,
+        problem: Problem,
+        state: State,
+        bound_s: float,
+        ended_by: str,
+        began: float,
+    ) -> SearchedSchedule:
+        size = int(state.size[0])
+        cuts = state.cuts[: size + 1].tolist()
+        order, starts = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
+        stages = stages_of(problem.tables, size, state.cuts)
+        machine, wanted = problem.machine, state.wanted[:size]
+        if machine.iterations > 1:  # long enough for any pattern over several iterations to show
+            machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
+        played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
+        if played.excess_bytes > 0:
+            raise self._nothing_fits(problem, played.excess_bytes)
+        if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
+            raise PartitionError(
+                f"max_traffic={self.max_traffic} allows {size_text(int(problem.most_bytes))} of uploads, but "
+                f"the least found is {size_text(int(played.upload_bytes))}; set max_traffic to "
+                f"{played.upload_bytes / self._one_traffic(chain):.2f} or more"
+            )
+        jobs, by_gpu = _dispatched(state.gpu_of[:size], order, self.gpus)
+        rotate = len(jobs) % self.gpus if machine.ring else 0
+        work_s = float(stages.compute_s.sum()) * self.microbatches
+        unused = tuple(gpu for gpu in range(self.gpus) if not by_gpu[gpu])
+        bound_s = min(bound_s, played.time_s)
+        return SearchedSchedule(
+            partition=Partition(
+                stages=stages_between(cuts, problem.tables.segments),
+                memory_limit_bytes=int(machine.limit_bytes.max()),
+                objective_s=float(played.time_s),
+                bound_s=bound_s,
+                status="OPTIMAL" if bound_s >= played.time_s * (1 - 1e-9) else "FEASIBLE",
+                solve_s=time.monotonic() - began,
+                solver=f"search ({self.effort}, ended by {ended_by})",
+            ),
+            dispatch=Dispatch("searched", self.gpus, self.microbatches, jobs, by_gpu, rotate=rotate),
+            upload_bytes=float(played.upload_bytes),
+            traffic=float(played.upload_bytes) / max(1.0, self._one_traffic(chain)),
+            bubble=1 - work_s / float(machine.speed.sum()) / float(played.time_s),
+            unused_gpus=() if rotate else unused,
+            ended_by=ended_by,
+        )
+
+    def _nothing_fits(self, problem: Problem, excess: float) -> PartitionError:
+        tables = problem.tables
+        finest = [row[1] for row in tables.runs[:, :, 4]] + [float(tables.fused[-1, 4])]
+        worst = int(np.argmax(finest))
+        n = tables.segments
+        where = (
+            "the fused stage of the last segment"
+            if worst == tables.line
+            else f"the forward of segment {worst}"
+            if worst < n
+            else f"the backward of segment {2 * n - 1 - worst}"
+        )
+        return PartitionError(
+            f"no dispatch was found that fits: the best one is {size_text(int(excess))} over the "
+            f"{size_text(int(problem.machine.limit_bytes.min()))} that may be used. The tightest is {where}, "
+            f"which alone takes {size_text(int(max(finest)))}, beside the weights that are uploaded ahead. "
+            "Use more microbatches (smaller ones), shorter sequences or GPUs with more memory."
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Annealing of one state: how much, how hot, and until when."""
+
+    problem: Problem
+    bound_s: float
+    plays: float
+    hot: float
+    cold: float
+    ends: float
+
+    def scaled(self, share: float) -> _Run:
+        """The same with a share of the work."""
+        return replace(self, plays=self.plays * share)
+
+    def anneal(self, state: State, seed: int) -> tuple[float, bool]:
+        """Improves a state in place; its energy, and whether the clock ended it."""
+        problem = self.problem
+        now, then = (State(*(array.copy() for array in state)) for _ in range(2))
+        each = int(state.size[0]) * problem.microbatches * problem.machine.iterations
+        moves = max(_PIECES, min(int(self.plays / each), _MOVES_A_PLACE * problem.tables.line))
+        value = math.inf
+        for piece in range(_PIECES):
+            begin, end = piece * moves // _PIECES, (piece + 1) * moves // _PIECES
+            value = anneal(
+                problem.tables,
+                problem.machine,
+                problem.most_bytes,
+                state,
+                now,
+                then,
+                begin,
+                end,
+                moves,
+                self.hot,
+                self.cold,
+                seed * _PIECES + piece,
+            )
+            if value <= self.bound_s * (1 + 1e-9):
+                break
+            if time.monotonic() > self.ends and piece < _PIECES - 1:
+                return value, True
+        return value, False
+
+
+def _compile(problem: Problem) -> None:
+    """Compiles what the search calls, or loads it from the cache, before the clock runs."""
+    line, n = problem.tables.line, problem.tables.segments
+    cuts = [*range(n), *range(min(n + 1, line), line + 1)]
+    states = [problem.state(cuts, np.ones(len(cuts) - 1)) for _ in range(3)]
+    limit = problem.most_bytes
+    anneal(problem.tables, problem.machine, limit, states[0], states[1], states[2], 0, 0, 1, 1.0, 1.0, 0)
+    problem.energy(states[0])
+
+
+def _dispatched(
+    gpu_of: np.ndarray, order: np.ndarray, gpus: int
+) -> tuple[tuple[Job, ...], tuple[tuple[tuple[int, int], ...], ...]]:
+    """Jobs in the order of their stages, and what each GPU runs."""
+    jobs: list[Job] = []
+    by_gpu: list[list[tuple[int, int]]] = [[] for _ in range(gpus)]
+    for stage, arriving in enumerate(order.tolist()):
+        mine: dict[int, list[int]] = {}
+        for microbatch in arriving:
+            mine.setdefault(int(gpu_of[stage, microbatch]), []).append(microbatch)
+        for replica, (gpu, microbatches) in enumerate(mine.items()):
+            by_gpu[gpu] += [(len(jobs), microbatch) for microbatch in microbatches]
+            jobs.append(Job(len(jobs), stage, 0, replica, tuple(microbatches), gpu))
+    return tuple(jobs), tuple(map(tuple, by_gpu))

@@ -1,0 +1,295 @@
+"""How long a dispatch takes: a model fast enough to be asked a hundred thousand times by a search.
+
+Jobs run in the order of their stages, each GPU one job after the other, each job its microbatches in
+the order in which they arrive. With c the compute seconds of a microbatch and h the hop into a stage::
+
+    start(stage, m) = max(end(stage - 1, m) + (h if it ran on another GPU), end of what the GPU ran before)
+    a hop also waits until the gradients of the job before have left its GPU: they share a queue
+    upload starts   = max(end of the upload before, end of the job two before)       two resident jobs
+    a job's first microbatch also waits for its upload and, if it makes gradients, until the gradients
+    of the gradient-making job two before have left the GPU
+
+Gradients leave after a job's last microbatch. Where several jobs of a stage make gradients of the same
+weights, the host adds them up when the last has arrived. With an optimizer, weights are updated from
+the first segment on, once all gradients are final (clipping needs their norm), and every upload
+waits for its own segments. All of that draws on the host's memory bandwidth, which is kept as bytes
+left in short intervals of time: who asks first is served first.
+
+What it simplifies: a link that is busy with activations slows a weight upload down by the share it is
+busy on average, activations themselves never wait for a link, and host bandwidth is not shared out
+fairly but by order. `rpcompile.simulate` has all of that exactly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit  # pyright: ignore[reportMissingTypeStubs]
+
+SLICES = 4096  # intervals in which host bandwidth is kept account of
+_HANDED = 0.9  # a link is never so busy with activations that weights get less than the rest
+
+
+class Machine(NamedTuple):
+    """What the stages run on, as numbers that compiled code takes.
+
+    Attributes:
+        speed: Compute speed of each GPU, relative to the one that times were taken on.
+        limit_bytes: Memory that a plan may use of each GPU.
+        up_bytes_per_s: Host to device.
+        down_bytes_per_s: Device to host.
+        latency_s: Fixed time of one transfer.
+        host_bytes_per_s: Host memory bandwidth, for all transfers and host work together.
+        update_s_per_byte: Optimizer seconds per byte of gradient; 0 leaves the optimizer out.
+        slice_s: Length of the intervals of host bandwidth.
+        iterations: 1 for one iteration; more are chained back to back (asynchronous).
+        ring: Whether GPUs are taken in a ring, each iteration beginning where the one before ended.
+    """
+
+    speed: np.ndarray
+    limit_bytes: np.ndarray
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    latency_s: float
+    host_bytes_per_s: float
+    update_s_per_byte: float
+    slice_s: float
+    iterations: int
+    ring: bool
+
+
+class Stages(NamedTuple):
+    """What one microbatch (times, copies) or one job (weights, gradients) of each stage costs.
+
+    Attributes:
+        compute_s: On a GPU of speed 1.
+        hop_s: Into the stage, from another GPU.
+        handed_bytes: What comes with a hop.
+        loaded_bytes: All that is copied up.
+        weight_bytes: Uploaded by each job.
+        gradient_bytes: Downloaded by each job.
+        updated_bytes: Gradients of the segments that this stage is the first to need; 0 for B stages.
+        memory_bytes: All that one job of the stage can have on its GPU.
+        lingering_bytes: Not 0 if the stage changes buffers of the model, which only one job may do.
+    """
+
+    compute_s: np.ndarray
+    hop_s: np.ndarray
+    handed_bytes: np.ndarray
+    loaded_bytes: np.ndarray
+    weight_bytes: np.ndarray
+    gradient_bytes: np.ndarray
+    updated_bytes: np.ndarray
+    memory_bytes: np.ndarray
+    lingering_bytes: np.ndarray
+
+
+class Played(NamedTuple):
+    """What playing a dispatch says.
+
+    Attributes:
+        time_s: Makespan of one iteration; of chained ones, what each adds.
+        idle_s: Mean over GPUs from their last work to the end: how uneven the end is.
+        upload_bytes: Of one iteration.
+        excess_bytes: Largest excess of a job's residency over its GPU's limit.
+    """
+
+    time_s: float
+    idle_s: float
+    upload_bytes: float
+    excess_bytes: float
+
+
+@njit(cache=True, nogil=True)
+def _draw(left: np.ndarray, slice_s: float, start: float, nbytes: float, rate: float) -> float:
+    """Moves bytes at no more than `rate` through what is left of the host's bandwidth; when it ends."""
+    time = start
+    k = int(time / slice_s)
+    while nbytes > 0.0 and k < left.size:
+        span = (k + 1) * slice_s - time
+        most = rate * span
+        if most > left[k]:
+            most = left[k]
+        if nbytes <= most:
+            left[k] -= nbytes
+            return time + span * nbytes / most
+        left[k] -= most
+        nbytes -= most
+        k += 1
+        time = k * slice_s
+    return time + nbytes / rate
+
+
+@njit(cache=True, nogil=True)
+def play(
+    machine: Machine,
+    stages: Stages,
+    gpu_of: np.ndarray,
+    wanted: np.ndarray,
+    order: np.ndarray,
+    starts: np.ndarray,
+) -> Played:
+    """Plays a dispatch; where `wanted` is not 0, it deals that many jobs out first.
+
+    Args:
+        machine: What it runs on.
+        stages: Costs, in the order of execution.
+        gpu_of: (stages, microbatches) GPU of each; rewritten for stages that are dealt out.
+        wanted: (stages,) number of GPUs to deal a stage out to, 0 to keep `gpu_of`.
+        order: (stages, microbatches) filled with the microbatches in the order they arrive.
+        starts: (stages, microbatches) filled with the start of each, in the last iteration.
+    """
+    count, microbatches = gpu_of.shape
+    gpus = machine.speed.size
+    left = np.full(SLICES, machine.host_bytes_per_s * machine.slice_s)
+    free, before, uploaded = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
+    sent, sent_before, busy = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
+    lands, load = np.zeros(gpus), np.zeros(gpus)
+    memory, weights, gradients = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
+    ready, left_at = np.zeros(microbatches), np.zeros(microbatches)
+    came = np.empty(microbatches, np.int64)
+    line = np.arange(microbatches)
+    chosen = np.zeros(gpus, np.int64)
+    jobs, here = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
+    last_free = np.zeros(gpus)
+    final = final_before = updated = summed = upload_bytes = excess = 0.0
+    chained, dealt_jobs, settled = machine.iterations > 1, 0, 0.0
+    for iteration in range(machine.iterations):
+        ready[:] = 0.0
+        came[:] = -1
+        last_free[:] = free
+        shift = iteration * dealt_jobs % gpus if machine.ring else 0
+        if iteration == machine.iterations // 2:
+            settled = free.mean()
+        # An upload waits for the update of the iteration two before, or of the one before (time 0).
+        if iteration >= 2:
+            updated = max(updated, final_before)
+        waits = iteration >= 2 if chained else machine.update_s_per_byte > 0.0
+        final_before = final
+        for s in range(count):
+            nbytes, compute = stages.weight_bytes[s], stages.compute_s[s]
+            released = 0.0
+            if waits:
+                work = stages.updated_bytes[s] * machine.update_s_per_byte * machine.host_bytes_per_s
+                updated = _draw(left, machine.slice_s, updated, work, machine.host_bytes_per_s)
+                released = updated
+            dealt = wanted[s] > 0 and iteration == 0
+            width = min(wanted[s], gpus) if stages.lingering_bytes[s] == 0.0 else min(wanted[s], 1)
+            if dealt and machine.ring:
+                for i in range(microbatches):
+                    gpu_of[s, i] = (dealt_jobs + i % width) % gpus
+            elif dealt:
+                # The GPUs that are free first, or have least to do where iterations are chained.
+                for g in range(gpus):
+                    lands[g] = max(max(uploaded[g], before[g]) + nbytes / machine.up_bytes_per_s, free[g])
+                    if chained:
+                        lands[g] = load[g]
+                    chosen[g] = g
+                for i in range(width):
+                    for k in range(i + 1, gpus):
+                        if lands[chosen[k]] < lands[chosen[i]]:
+                            chosen[i], chosen[k] = chosen[k], chosen[i]
+            # Microbatches in the order they arrive; nearly sorted already.
+            for i in range(1, microbatches):
+                m, k = line[i], i - 1
+                while k >= 0 and ready[line[k]] > ready[m]:
+                    line[k + 1] = line[k]
+                    k -= 1
+                line[k + 1] = m
+            jobs[:] = 0
+            here[:] = 0
+            if dealt and not machine.ring:
+                for i in range(width):
+                    g = chosen[i]
+                    if not chained:
+                        lands[g] = max(lands[g], free[g])
+                for i in range(microbatches):
+                    m = line[i]
+                    best, ends = chosen[0], np.inf
+                    for k in range(width):
+                        g = chosen[k]
+                        end = lands[g] + compute / machine.speed[g]
+                        if not chained:
+                            hop = 0.0 if came[m] == g or came[m] < 0 else stages.hop_s[s]
+                            since = ready[m] if hop == 0.0 else left_at[m] + hop
+                            end = max(lands[g], since) + compute / machine.speed[g]
+                        if end < ends:
+                            best, ends = g, end
+                    lands[best] = ends
+                    if chained:
+                        load[best] = ends
+                    gpu_of[s, m] = best
+            for m in range(microbatches):
+                g = (gpu_of[s, m] + shift) % gpus
+                jobs[g] += 1
+                if came[m] == g:
+                    here[g] += 1
+            parts, arrived = 0, 0.0
+            for g in range(gpus):
+                if jobs[g] == 0:
+                    continue
+                parts += 1
+                dealt_jobs += 1 if iteration == 0 else 0
+                # Residency of the job before this one: it, these weights, the gradients before it.
+                own = stages.memory_bytes[s] + here[g] * stages.handed_bytes[s]
+                excess = max(excess, memory[g] + nbytes - machine.limit_bytes[g])
+                excess = max(excess, own + gradients[g] - machine.limit_bytes[g])
+                memory[g], gradients[g], weights[g] = own + gradients[g], stages.gradient_bytes[s], nbytes
+                gate = free[g]
+                if nbytes > 0.0:
+                    begin = max(max(uploaded[g], before[g]), released) + machine.latency_s
+                    rate = machine.up_bytes_per_s * (1.0 - busy[g])
+                    uploaded[g] = _draw(left, machine.slice_s, begin, nbytes, rate)
+                    gate = max(gate, uploaded[g])
+                    upload_bytes += nbytes
+                if stages.gradient_bytes[s] > 0.0:
+                    gate = max(gate, sent_before[g])
+                before[g] = free[g]
+                free[g] = gate
+            for i in range(microbatches):
+                m = line[i]
+                g = (gpu_of[s, m] + shift) % gpus
+                start = max(free[g], ready[m])
+                if came[m] != g and came[m] >= 0:
+                    start = max(free[g], left_at[m] + stages.hop_s[s])
+                    k = int(start / machine.slice_s)
+                    if k < left.size:
+                        left[k] = max(0.0, left[k] - 2.0 * stages.handed_bytes[s])
+                free[g] = start + compute / machine.speed[g]
+                ready[m] = free[g]
+                left_at[m] = max(free[g], sent[g])  # behind the gradients of the job before
+                came[m] = g
+                order[s, i] = m
+                starts[s, m] = start
+            for g in range(gpus):
+                if jobs[g] == 0:
+                    continue
+                loaded = stages.loaded_bytes[s] - stages.handed_bytes[s] * here[g] / jobs[g]
+                spent = compute / machine.speed[g] * machine.up_bytes_per_s
+                busy[g] = min(_HANDED, loaded / spent) if spent > 0.0 else 0.0
+                if stages.gradient_bytes[s] > 0.0:
+                    begin = max(sent[g], free[g]) + machine.latency_s
+                    sent_before[g] = sent[g]
+                    sent[g] = _draw(
+                        left, machine.slice_s, begin, stages.gradient_bytes[s], machine.down_bytes_per_s
+                    )
+                    arrived = max(arrived, sent[g])
+                final = max(final, free[g])
+            if parts > 1 and stages.lingering_bytes[s] > 0.0:
+                excess = max(excess, machine.limit_bytes.max())
+            if parts > 1 and stages.gradient_bytes[s] > 0.0:
+                work = (parts + 1) * stages.gradient_bytes[s]
+                summed = _draw(left, machine.slice_s, max(arrived, summed), work, machine.host_bytes_per_s)
+                arrived = summed
+            final = max(final, arrived)
+    time_s, idle_s = final, final - free.mean()
+    if chained:
+        time_s = 0.0
+        for g in range(gpus):
+            time_s = max(time_s, free[g] - last_free[g])
+        idle_s = float(np.std(free - last_free))
+        if machine.ring:
+            time_s = (free.mean() - settled) / (machine.iterations - machine.iterations // 2)
+            idle_s = 0.0
+    return Played(time_s, idle_s, upload_bytes / machine.iterations, max(0.0, excess))

@@ -1,0 +1,328 @@
+"""search-schedule: the fast model against its definition, the search against CP-SAT, and mistakes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpcompile.dispatch_costs import price_stages
+from rpcompile.dispatch_time import SLICES, Machine, play
+from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
+from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
+from rpcompile.passes._dispatch_moves import stages_of
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched
+from rpcompile.round_robin_time import stages_between
+from rpcompile.simulate import simulate
+from rpcompile.verify import verify_schedule
+from tests.dispatch_oracle import least_makespan, play_by_definition
+from tests.partition_oracle import SLOW_LINK, make_chain, segment
+
+BOUNDLESS = 1e18
+
+
+def decoder(layers: int, head: float = 3.0, **changes: object) -> SegmentChain:
+    """Layers of 1 s forward and 2 s backward with 0.1 GB, and a head of `head` times that."""
+    sizes = {
+        "weight_bytes": 100_000_000,
+        "gradient_bytes": 100_000_000,
+        "saved_bytes": 300_000_000,
+        "boundary_bytes": 10_000_000,
+        "boundary_gradient_bytes": 10_000_000,
+    } | changes
+    hardware = replace(
+        SLOW_LINK,
+        h2d_bytes_per_s=1e9,
+        d2h_bytes_per_s=1e9,
+        memory_bytes=10_000_000_000,
+        usable_bytes=10_000_000_000,
+    )
+    last = sizes | {"boundary_bytes": 0, "boundary_gradient_bytes": 0}
+    body = [segment(f"layer{index}", 1.0, 2.0, **sizes) for index in range(layers)]
+    return make_chain(*body, segment("head", head, 2 * head, **last), hardware=hardware)
+
+
+def search(chain: SegmentChain, gpus: int, microbatches: int, **options: object) -> SearchedSchedule:
+    return SearchSchedule(gpus, microbatches, **{"effort": "fast", **options}).run(chain)  # type: ignore[arg-type]
+
+
+def compiled(chain: SegmentChain, found: SearchedSchedule, **options: object) -> Schedule:
+    """What was found with all copies and events."""
+    layout = LayOutDispatch(chain, found.partition, **options)  # type: ignore[arg-type]
+    return InsertEventWaits().run(InsertTransfers(chain).run(layout.run(found.dispatch)))
+
+
+# ---------------------------------------------------------------- the fast model
+
+
+@st.composite
+def dispatches(draw: st.DrawFn):
+    """A chain, cuts of its line, a GPU for each microbatch of each stage, and speeds."""
+    n = draw(st.integers(1, 4))
+    small = st.integers(0, 5)
+    segments = [
+        segment(
+            f"s{index}",
+            float(draw(st.integers(1, 5))),
+            float(draw(small)),
+            weight_bytes=draw(small),
+            gradient_bytes=draw(small),
+            boundary_bytes=0 if index == n - 1 else draw(small),
+            boundary_gradient_bytes=0 if index == n - 1 else draw(small),
+        )
+        for index in range(n)
+    ]
+    chain = make_chain(*segments, hardware=replace(SLOW_LINK, latency_s=float(draw(st.integers(0, 1)))))
+    begin = draw(st.integers(0, n - 1))
+    inner = {u for u in range(1, 2 * n) if (u < begin or u > 2 * n - begin) and draw(st.booleans())}
+    cuts = sorted(inner | {0, begin, 2 * n - begin, 2 * n})
+    gpus, microbatches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    gpu = st.integers(0, gpus - 1)
+    gpu_of = np.array([[draw(gpu) for _ in range(microbatches)] for _ in cuts[1:]], np.int64)
+    return chain, cuts, gpu_of, [draw(st.sampled_from([1.0, 2.0])) for _ in range(gpus)]
+
+
+def machine(chain: SegmentChain, speed: list[float], **changes: object) -> Machine:
+    hardware = chain.hardware
+    plain = Machine(
+        speed=np.array(speed),
+        limit_bytes=np.full(len(speed), BOUNDLESS),
+        up_bytes_per_s=hardware.h2d_bytes_per_s,
+        down_bytes_per_s=hardware.d2h_bytes_per_s,
+        latency_s=hardware.latency_s,
+        host_bytes_per_s=BOUNDLESS,
+        update_s_per_byte=0.0,
+        slice_s=1000.0 / SLICES,
+        iterations=1,
+        ring=False,
+    )
+    return plain._replace(**changes)
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=dispatches())
+def test_fast_model_plays_by_its_definition(case) -> None:
+    chain, cuts, gpu_of, speed = case
+    size = len(cuts) - 1
+    tables = price_stages(chain, len(speed), gpu_of.shape[1])
+    stages = stages_of(tables, size, np.array(cuts))
+    # The definition has links without activations.
+    stages = stages._replace(loaded_bytes=np.zeros(size), handed_bytes=np.zeros(size))
+    order, starts = np.empty_like(gpu_of), np.empty(gpu_of.shape)
+    wanted = np.zeros(size, np.int64)
+    played = play(machine(chain, speed), stages, gpu_of, wanted, order, starts)
+    jobs, by_gpu = _dispatched(gpu_of, order, len(speed))
+    dispatch = Dispatch("random", len(speed), gpu_of.shape[1], jobs, by_gpu)
+    partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "random")
+    assert played.time_s == pytest.approx(play_by_definition(chain, partition, dispatch, speed))
+
+
+def two_jobs(chain: SegmentChain, **changes: object) -> float:
+    """One segment, fused, with a microbatch on each of two GPUs."""
+    tables = price_stages(chain, 2, 2)
+    stages = stages_of(tables, 1, np.array([0, 2]))
+    room = np.empty((1, 2), np.int64), np.empty((1, 2))
+    options = {"slice_s": 0.01, **changes}
+    return play(
+        machine(chain, [1.0, 1.0], **options), stages, np.array([[0, 1]]), np.zeros(1, np.int64), *room
+    ).time_s
+
+
+def test_replicas_are_added_up_and_share_the_host() -> None:
+    chain = make_chain(segment("head", 3.0, 4.0, weight_bytes=2, gradient_bytes=2))
+    # Up 2 s, 7 s of work, down 2 s; then 3 x 2 bytes pass through the host's memory.
+    assert two_jobs(chain, host_bytes_per_s=6.0) == pytest.approx(2 + 7 + 2 + 1)
+    # With 1 byte a second in all, two uploads take 4 s and so do two downloads.
+    assert two_jobs(chain, host_bytes_per_s=1.0) == pytest.approx(4 + 7 + 2 + 6, abs=2.1)
+
+
+def test_an_upload_waits_for_the_update_of_its_weights() -> None:
+    chain = make_chain(segment("head", 3.0, 4.0, weight_bytes=2, gradient_bytes=2))
+    later = two_jobs(chain, update_s_per_byte=5.0) - two_jobs(chain)
+    assert later == pytest.approx(10.0, rel=1e-3)
+
+
+# ---------------------------------------------------------------- the search
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_search_is_near_the_optimum_of_small_problems(data) -> None:
+    draw = data.draw
+    n, gpus, microbatches = draw(st.integers(2, 3)), draw(st.integers(2, 3)), draw(st.integers(2, 3))
+    seconds, nbytes = st.integers(1, 6), st.integers(0, 1)
+    segments = [
+        segment(
+            f"s{index}",
+            float(draw(seconds)),
+            float(draw(seconds)),
+            boundary_bytes=0 if index == n - 1 else draw(nbytes),
+            boundary_gradient_bytes=0 if index == n - 1 else draw(nbytes),
+        )
+        for index in range(n)
+    ]
+    chain = make_chain(*segments)
+    found = search(chain, gpus, microbatches).partition
+    least = least_makespan(chain, gpus, microbatches)
+    assert found.bound_s <= least * (1 + 1e-9)
+    assert least * (1 - 1e-9) <= found.objective_s <= 1.1 * least
+
+
+@pytest.mark.parametrize(
+    ("gpus", "microbatches", "mode"),
+    [(1, 1, "sync"), (2, 5, "sync"), (4, 2, "sync"), (7, 3, "async"), (3, 8, "async"), (64, 4, "sync")],
+)
+def test_any_shape_is_planned_and_proved(gpus: int, microbatches: int, mode: str) -> None:
+    chain = decoder(5)
+    found = search(chain, gpus, microbatches, mode=mode)
+    assert 0 < found.partition.bound_s <= found.partition.objective_s
+    verify_schedule(compiled(chain, found), chain, found.partition)
+
+
+def test_more_gpus_than_work_says_which_are_unused() -> None:
+    found = search(decoder(1), 64, 2)
+    assert len(found.unused_gpus) == 64 - len({job.gpu for job in found.dispatch.jobs}) > 0
+
+
+def test_traffic_is_held_to_its_limit_and_what_it_buys() -> None:
+    chain = decoder(8)
+    tight, free = search(chain, 4, 8, max_traffic=0.7), search(chain, 4, 8)
+    assert tight.traffic <= 0.7 < free.traffic
+    assert free.partition.objective_s < tight.partition.objective_s
+    each = {job.index: tight.partition.stages[job.stage].segments for job in tight.dispatch.jobs}
+    uploads = sum(chain.segments[index].weight_bytes for own in each.values() for index in own)
+    assert tight.upload_bytes == uploads
+    assert tight.traffic == pytest.approx(uploads / (2 * (2 * 8 + 1) * 100_000_000))
+
+
+def test_asynchronous_iterations_leave_no_bubble() -> None:
+    found = search(decoder(12), 4, 8, mode="async", fused_segments=1)
+    assert found.bubble < 1e-3
+    assert found.dispatch.rotate == len(found.dispatch.jobs) % 4
+
+
+def test_the_same_seed_gives_the_same_schedule() -> None:
+    chain = decoder(6)
+    first, second = (search(chain, 3, 6, seed=5, time_limit_s=1e9) for _ in range(2))
+    assert first.dispatch == second.dispatch
+    assert first.partition.stages == second.partition.stages
+    assert first.ended_by == "moves"
+
+
+def test_a_clock_that_ends_the_search_is_reported_with_the_gap() -> None:
+    found = search(decoder(6), 3, 6, time_limit_s=0.0)
+    assert found.ended_by == "clock"
+    assert found.partition.status == "FEASIBLE"
+    assert found.partition.solver == "search (fast, ended by clock)"
+    assert 0 < found.partition.gap < 1
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_faster_gpus_get_more_work(mode: str) -> None:
+    chain = decoder(8)
+    found = search(chain, 2, 8, mode=mode, relative_speed=(3.0, 1.0))
+    stages = found.partition.stages
+    work = [0.0, 0.0]
+    for job in found.dispatch.jobs:
+        own = [chain.segments[index] for index in stages[job.stage].segments]
+        seconds = sum(s.forward_s + (s.backward_s if stages[job.stage].kind != "F" else 0.0) for s in own)
+        work[job.gpu] += seconds * len(job.microbatches)
+    assert work[0] / work[1] == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_small_gpu_gets_what_fits() -> None:
+    chain = decoder(8, saved_bytes=1_000_000_000)
+    found = search(chain, 2, 4, memory_limit_bytes=(10_000_000_000, 2_000_000_000))
+    for job in found.dispatch.jobs:
+        stage = found.partition.stages[job.stage]
+        if job.gpu == 1 and stage.kind != "F":
+            assert len(stage.segments) == 1
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_stage_that_changes_buffers_has_one_job(mode: str) -> None:
+    chain = decoder(4, state_bytes=8)
+    found = search(chain, 3, 6, mode=mode)
+    jobs = [job.stage for job in found.dispatch.jobs]
+    kinds = [stage.kind for stage in found.partition.stages]
+    assert all(jobs.count(index) == 1 for index, kind in enumerate(kinds) if kind != "B")
+    verify_schedule(compiled(chain, found), chain, found.partition)
+
+
+def test_a_predicted_time_is_that_of_all_copies_and_events() -> None:
+    chain = decoder(8)
+    found = search(chain, 4, 8)
+    assert simulate(compiled(chain, found)).makespan_s == pytest.approx(found.partition.objective_s, rel=0.03)
+
+
+def test_faster_gpus_compute_faster_in_the_schedule() -> None:
+    chain = decoder(2)
+    found = search(chain, 2, 4, relative_speed=(2.0, 1.0))
+    schedule = compiled(chain, found, relative_speed=(2.0, 1.0))
+    assert simulate(schedule).makespan_s == pytest.approx(found.partition.objective_s, rel=0.05)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 0}, "gpus=0 must be from 1 to 64"),
+        ({"gpus": 65}, "gpus=65 must be from 1 to 64"),
+        ({"microbatches": 513}, "microbatches=513 must be from 1 to 512"),
+        ({"mode": "fast"}, "mode='fast' is unknown; use one of sync, async"),
+        ({"effort": "most"}, "effort='most' is unknown; use one of fast, default, thorough"),
+        ({"max_traffic": 0.0}, "max_traffic=0.0 must be above 0; None lifts the limit"),
+        ({"time_limit_s": math.nan}, "time_limit_s=nan must be at least 0"),
+        ({"fused_segments": 0}, "fused_segments=0 must be at least 1"),
+        ({"host_bytes_per_s": 0.0}, "host_bytes_per_s=0.0 must be above 0"),
+        ({"update_s_per_byte": -1.0}, "update_s_per_byte=-1.0 must be finite, at least 0"),
+        (
+            {"relative_speed": (1.0,)},
+            "relative_speed=(1.0,) must have one finite figure above 0 for each of 2",
+        ),
+        (
+            {"memory_limit_bytes": (1, 2, 3)},
+            "memory_limit_bytes=(1, 2, 3) must be at least 1, once",
+        ),
+    ],
+)
+def test_options_out_of_range(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=re.escape(message)):
+        SearchSchedule(**{"gpus": 2, "microbatches": 2} | options).run(decoder(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_times_that_are_none(seconds: float) -> None:
+    chain = make_chain(segment("a", seconds, 1.0), segment("b", 1.0, 1.0))
+    with pytest.raises(InvalidArgument, match=f"forward_s of segment a is {seconds}; give a finite time"):
+        search(chain, 2, 2)
+
+
+def test_no_times_at_all() -> None:
+    with pytest.raises(InvalidArgument, match="all times of the chain are 0; give what the segments take"):
+        search(make_chain(segment("a", 0.0, 0.0)), 1, 1)
+
+
+def test_a_segment_that_does_not_fit() -> None:
+    with pytest.raises(StageTooLarge, match=r"layer0 needs .* has 0.3 GB usable. Use more microbatches"):
+        search(decoder(2), 2, 2, memory_limit_bytes=300_000_000)
+
+
+def test_nothing_that_fits_names_the_tightest() -> None:
+    with pytest.raises(PartitionError, match=r"over the 0.6 GB .* The tightest is the backward of segment"):
+        search(decoder(3), 2, 2, memory_limit_bytes=560_000_000)
+
+
+def test_traffic_below_what_is_possible() -> None:
+    with pytest.raises(PartitionError, match=r"max_traffic=0.1 allows .* set max_traffic to 0.5"):
+        search(decoder(4), 2, 4, max_traffic=0.1, fused_segments=1)
