@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -116,7 +116,7 @@ def train(options: TrainOptions, progress: bool | None = None) -> TrainResult:
         hidden = None if progress is None else not progress
         with tqdm(training, total=options.steps, desc="train", unit="step", disable=hidden) as bar:
             for batch in bar:
-                loss = compiled.forward_backward(**batch)
+                loss: Any = compiled.forward_backward(**cast("dict[str, Any]", batch))
                 compiled.step(optimizer)
                 optimizer.zero_grad()
                 losses.append(loss.item())
