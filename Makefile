@@ -10,6 +10,8 @@ STAMP := $(VENV)/.rpcompile-installed
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "The tests of reports need Chromium (Debian: apt-get install chromium) and are skipped without;"
+	@echo "RPCOMPILE_NEEDS_CHROMIUM=1 makes that a failure."
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), ARGS (handed to demo and gpu-bench)"
 
 setup: $(STAMP) ## create the virtual environment with everything below needs
@@ -36,6 +38,9 @@ lint: $(STAMP) ## ruff and pyright
 gpu-bench: $(STAMP) ## measure on the CUDA devices here, in under 8 minutes (never run yet); ARGS are handed on
 	$(BIN)/python benchmarks/gpu_bench.py $(ARGS)
 
+docs: $(STAMP) ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
 clean: ## delete .venv, build output and caches; out/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

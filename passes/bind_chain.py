@@ -11,9 +11,9 @@ import sympy
 
 from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
-from rpcompile.ir import Segment, SegmentChain, TiedWeight
+from rpcompile.ir import ClassCost, Segment, SegmentChain, TiedWeight
 from rpcompile.passes._segment_memory import SegmentMemories
-from rpcompile.roofline import Work, seconds
+from rpcompile.roofline import Work, node_seconds, seconds
 from rpcompile.sizes import Sizes, symbol, tensors
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class BindChain:
         kernels = self.kernels or Kernels("cpu" if self.hardware.name == "cpu" else "cuda")
         binder = _Binder(costed, self.bindings, self.hardware, kernels)
         segments = tuple(binder.segment(index) for index in range(len(costed.capture.cuts) + 1))
-        return SegmentChain(segments, dict(self.bindings), self.hardware, binder.tied(segments))
+        tied, classes = binder.tied(segments), binder.op_classes()
+        return SegmentChain(segments, dict(self.bindings), self.hardware, tied, classes)
 
 
 def _check(bindings: Mapping[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
@@ -158,6 +159,22 @@ class _Binder:
                 gradient_bytes = spec.nbytes if spec.trainable else 0
                 tied[spec.name] = TiedWeight(spec.name, readers, spec.nbytes, gradient_bytes)
         return tuple(tied.values())
+
+    def op_classes(self) -> tuple[ClassCost, ...]:
+        """Costs by class of operator, each node once, the classes in alphabetical order."""
+        works: dict[str, list[tuple[Work, Work]]] = {}
+        for name in (*sorted(self._capture.rematerialised), *self._capture.order):
+            cost = self._costs[name]
+            works.setdefault(cost.op_class, []).append((self._forward(cost), self._backward(cost)))
+        return tuple(
+            ClassCost(
+                op_class,
+                *(sum(pair[side].flops for pair in pairs) for side in (0, 1)),
+                *(sum(pair[side].nbytes for pair in pairs) for side in (0, 1)),
+                *(sum(node_seconds(pair[side], self._hardware) for pair in pairs) for side in (0, 1)),
+            )
+            for op_class, pairs in sorted(works.items())
+        )
 
     # ---------------------------------------------------------------------- what a segment reads
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from rpcompile import buffers, stage_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +61,8 @@ def host_memory(
         optimizer_states: Tensors that the optimizer keeps for each parameter, of the parameter's shape and
             the dtype of what it steps: 2 for AdamW, 1 for SGD with momentum, 0 for SGD.
     """
+    import torch  # takes seconds; plans are read without it
+
     every = range(len(chain.segments))
     training = schedule.mode != "forward"
     gradients = sum(stage_bytes.gradient_bytes(chain, every).values()) if training else 0

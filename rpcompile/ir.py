@@ -288,13 +288,30 @@ class TiedWeight:
 
 
 @dataclass(frozen=True)
+class ClassCost:
+    """What the operators of one class cost together, for one microbatch; see `NodeCost.op_class`."""
+
+    name: str
+    forward_flops: float
+    backward_flops: float
+    forward_bytes: float
+    backward_bytes: float
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
 class SegmentChain:
-    """The segments of a model, priced for one microbatch size and one kind of GPU."""
+    """The segments of a model, priced for one microbatch size and one kind of GPU.
+
+    `op_classes` are estimates, also where the segments' seconds are measured; a profile has none.
+    """
 
     segments: tuple[Segment, ...]
     bindings: dict[str, int]
     hardware: Hardware
     tied: tuple[TiedWeight, ...] = ()
+    op_classes: tuple[ClassCost, ...] = ()
 
     @property
     def first_backward(self) -> int:

@@ -6,14 +6,17 @@ schema is `rpcompile/data/plan.schema.json`, written by `python -m rpcompile.pla
 
 from __future__ import annotations
 
+import base64
+import gc
 import hashlib
+import html
 import io
-import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from rich import box
@@ -26,13 +29,20 @@ from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
+from rpcompile.plan_checks import plan_problem
+from rpcompile.plan_versions import VERSION, known, upgrade
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
-VERSION = 1
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from matplotlib.figure import Figure
+
+    from rpcompile.explain import Explanation
+
 _WIDTH = 120
-_LONGEST_S = 1e9  # thirty years
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,13 @@ class Plan:
             raise PlanFileError(f"{target}: cannot write the plan: {error.strerror}") from error
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan that `save` wrote.
+    def load(path: str | os.PathLike[str], *, verify: bool = True) -> Plan:
+        """Reads a plan that `save` wrote, also one of an older version.
+
+        Args:
+            path: The file.
+            verify: Prove the schedule, too, which takes far longer than reading; numbers and references
+                are always checked. Only look at a plan that was read without, never run it.
 
         Raises:
             PlanFileError: The file is missing, is no plan, is newer than this version reads, or is damaged;
@@ -135,7 +150,27 @@ class Plan:
             data = source.read_bytes()
         except OSError as error:
             raise PlanFileError(f"{source}: cannot read the plan: {error.strerror}") from error
-        return _decode(source, data)
+        return _decode(source, data, verify)
+
+    def explain(self) -> Explanation:
+        """Why these stages, what bounds each, and what would help next; print it. Takes some seconds."""
+        # The explanation plans again, and the planner makes plans.
+        from rpcompile.explain import explain
+
+        return explain(self)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draws the simulated timeline with matplotlib; notebooks show what it returns.
+
+        Args:
+            path: A .png, .svg or .pdf file to write, too.
+
+        Raises:
+            InvalidArgument: The file has another ending.
+        """
+        from rpcompile.plot import plot  # matplotlib takes a second to import
+
+        return plot(self, path)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing."""
@@ -143,6 +178,14 @@ class Plan:
 
     def __str__(self) -> str:
         return _format(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the printed form, and the timeline as a picture."""
+        picture = io.BytesIO()
+        figure: Any = self.plot()
+        figure.savefig(picture, format="png", dpi=110)
+        data = base64.b64encode(picture.getvalue()).decode()
+        return f'<pre>{html.escape(str(self))}</pre><img alt="timeline" src="data:image/png;base64,{data}">'
 
 
 class _PlanFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -162,7 +205,7 @@ class _Header(msgspec.Struct):
 # ------------------------------------------------------------------- the file
 
 
-def _decode(source: Path, data: bytes) -> Plan:
+def _decode(source: Path, data: bytes, verify: bool) -> Plan:
     try:
         header = msgspec.json.decode(data, type=_Header)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -171,18 +214,21 @@ def _decode(source: Path, data: bytes) -> Plan:
         raise PlanFileError(
             f"{source} is no plan file: its format is {header.format!r}, not 'rpcompile.plan'"
         )
-    if header.version != VERSION:
+    if not known(header.version):
         what = "a newer rpcompile" if header.version > VERSION else "an unknown rpcompile"
         raise PlanFileError(
             f"{source} was made by {what}: its version is {header.version}, this one reads {VERSION}"
         )
     try:
-        plan = msgspec.json.decode(data, type=_PlanFile).plan
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        with _no_garbage_collection():
+            plan = _read(data, header.version)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PlanFileError) as error:
         raise PlanFileError(f"{source} is damaged: {error}") from error
-    problem = _problem(plan)
+    problem = plan_problem(plan)
     if problem is not None:
         raise PlanFileError(f"{source} is damaged: {problem}")
+    if not verify:
+        return plan
     try:
         plan.verify()
     except ScheduleError as error:
@@ -190,63 +236,25 @@ def _decode(source: Path, data: bytes) -> Plan:
     return plan
 
 
-def _problem(plan: Plan) -> str | None:
-    """The first reference or number in a plan that cannot be, so that later code need not ask."""
-    segments, stages, jobs = plan.chain.segments, plan.partition.stages, plan.schedule.jobs
-    if not _finite(msgspec.to_builtins(plan)):
-        return "it holds a number that is not finite"
-    problem = _impossible_number(plan)
-    if problem is not None:
-        return problem
-    if plan.gpus < 1 or plan.microbatches < 1 or not segments or not stages:
-        return "it has no GPUs, microbatches, segments or stages"
-    if (plan.schedule.gpus, plan.schedule.microbatches) != (plan.gpus, plan.microbatches):
-        return "its schedule is for another number of GPUs or microbatches"
-    for index, stage in enumerate(stages):
-        if stage.index != index or not 0 <= stage.first <= stage.last < len(segments):
-            return f"stage {stage.index} at place {index} has segments {stage.first}..{stage.last}"
-    for index, job in enumerate(jobs):
-        if job.index != index or not 0 <= job.stage < len(stages) or not 0 <= job.gpu < plan.gpus:
-            return f"job {job.index} at place {index} names stage {job.stage} and GPU {job.gpu}"
-    for tied in plan.chain.tied:
-        if any(not 0 <= segment < len(segments) for segment in tied.segments):
-            return f"tied weight {tied.name!r} names a segment that does not exist"
-    for action in plan.schedule.actions():
-        unknown = {*action.reads, *action.writes, *action.frees} - plan.schedule.buffers.keys()
-        if unknown:
-            return f"action {action.id} names the unknown buffer {min(unknown)!r}"
-        if not 0 <= action.job < len(jobs) or action.stage != jobs[action.job].stage:
-            return f"action {action.id} names job {action.job} and stage {action.stage}"
-    return None
+def _read(data: bytes, version: int) -> Plan:
+    if version == VERSION:
+        return msgspec.json.decode(data, type=_PlanFile).plan
+    file = msgspec.json.decode(data, type=dict[str, Any])
+    return msgspec.convert(
+        {**file, "version": VERSION, "plan": upgrade(file.get("plan"), version)}, _PlanFile
+    ).plan
 
 
-def _impossible_number(plan: Plan) -> str | None:
-    """A rate that is not positive, or a time or size that is negative or longer than a schedule can be."""
-    hardware = plan.chain.hardware
-    for name in ("flops_per_s", "memory_bytes_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s"):
-        if getattr(hardware, name) <= 0:
-            return f"hardware.{name} is {getattr(hardware, name)}; it must be above 0"
-    for action in plan.schedule.actions():
-        if not 0 <= action.seconds <= _LONGEST_S or action.nbytes < 0 or action.workspace_bytes < 0:
-            return (
-                f"action {action.id} takes {action.seconds} s, {action.nbytes} bytes and "
-                f"{action.workspace_bytes} bytes of workspace; none may be negative, and no time over "
-                f"{_LONGEST_S:.0e} s"
-            )
-    for buffer, nbytes in plan.schedule.buffers.items():
-        if nbytes < 0:
-            return f"buffer {buffer} has {nbytes} bytes"
-    return None
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(_finite(item) for item in cast("dict[str, Any]", value).values())
-    return (
-        all(_finite(item) for item in cast("list[Any]", value)) if isinstance(value, list | tuple) else True
-    )
+@contextmanager
+def _no_garbage_collection() -> Generator[None]:
+    """Reading makes many objects and no garbage; looking for some in between takes most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # ------------------------------------------------------------------- the printed form

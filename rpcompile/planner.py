@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.cost_file import CostFile
+from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.host_memory import host_memory
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.bind_chain import BindChain
@@ -29,19 +30,19 @@ from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_cuts import FindCuts
-from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
-from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
+from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
 
     from torch import nn
 
@@ -143,6 +144,33 @@ class CapturedModel:
         with progress_bar(progress) as bar:
             return plan_chain(chain, options, self.described(), bar)
 
+    def rebind(self, plan: Plan, sizes: Mapping[str, int]) -> Plan:
+        """The plan for another batch or sequence: same stages and GPUs, new times, bytes and proof.
+
+        Args:
+            plan: A plan of this model.
+            sizes: Sizes of one microbatch; those left out stay.
+
+        Raises:
+            PlanMismatch: The plan is of another model.
+            InvalidArgument: A size is out of range.
+            ScheduleError: The stages do not fit in memory at these sizes; make a new plan.
+        """
+        if plan.fingerprint != self.capture.fingerprint:
+            raise PlanMismatch(
+                f"the plan is of {plan.model_name} {plan.fingerprint[:12]}, this model is "
+                f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
+            )
+        chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
+        schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+        verify_schedule(schedule, chain, plan.partition)
+        prediction = _prediction(chain, schedule, simulate(schedule), plan.dtype)
+        return replace(plan, chain=chain, schedule=schedule, prediction=prediction)
+
+    def save_costs(self, path: str | PathLike[str]) -> None:
+        """Writes the FLOP and byte expressions of every operator; `rpcompile/cost_file.py` has the format."""
+        CostFile.of(self.costed).save(path)
+
     def described(self) -> ModelDescription:
         """What a plan says about the model."""
         capture = self.capture
@@ -230,16 +258,7 @@ def plan_chain(
     partition, schedule, timeline = _schedule(chain, options, bar)
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
-    tokens = options.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
-    host = host_memory(chain, schedule, model.dtype)
-    prediction = Prediction(
-        iteration_s=timeline.makespan_s,
-        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
-        bubble=timeline.bubble,
-        gpu_peak_bytes=timeline.gpu_peak_bytes,
-        host_peak_bytes=host.total_bytes,
-        host=host,
-    )
+    prediction = _prediction(chain, schedule, timeline, model.dtype)
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -253,6 +272,19 @@ def plan_chain(
         schedule=schedule,
         prediction=prediction,
         provenance=_provenance(options),
+    )
+
+
+def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:
+    tokens = schedule.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
+    host = host_memory(chain, schedule, dtype)
+    return Prediction(
+        iteration_s=timeline.makespan_s,
+        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
+        bubble=timeline.bubble,
+        gpu_peak_bytes=timeline.gpu_peak_bytes,
+        host_peak_bytes=host.total_bytes,
+        host=host,
     )
 
 
@@ -284,10 +316,8 @@ def _fitting(
             if excess:
                 break
             raise
-        schedule = LayOutDispatch(chain, partition, mode).run(dispatch)
-        for step in (InsertTransfers(chain), InsertEventWaits()):
-            announce(bar, step.name)
-            schedule = step.run(schedule)
+        announce(bar, InsertTransfers.name)
+        schedule = lay_out(chain, partition, dispatch, mode)
         excess = max(gpu_memory_bounds(schedule)) - usable
         if excess <= 0:
             return replace(partition, memory_limit_bytes=usable), schedule, simulate(schedule)
@@ -334,8 +364,9 @@ def _searched(
 
 
 def progress_bar(progress: bool | None) -> tqdm[Any]:
-    """A bar over the passes; None: if standard error is a terminal."""
-    return tqdm(total=12, desc="capture", leave=False, disable=None if progress is None else not progress)
+    """A bar over the passes; None: after two seconds, if standard error is a terminal."""
+    disable, delay = (None, 2.0) if progress is None else (not progress, 0.0)
+    return tqdm(total=11, desc="capture", leave=False, disable=disable, delay=delay)
 
 
 def announce(bar: tqdm[Any] | None, step: str) -> None:

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rpcompile.plan
-from rpcompile.errors import PlanFileError
+from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.host_memory import HostMemory
+from rpcompile.ir import ClassCost
 from rpcompile.plan import Plan, Prediction, seconds, size
 from rpcompile.simulate import simulate
 from tests.chains import chain, compiled, partition, problems
@@ -67,7 +68,7 @@ def test_what_is_loaded_equals_what_was_saved(problem: tuple, tmp_path: Path) ->
 
 def test_file_is_json_with_sorted_keys_and_nothing_else_beside_it(saved: Path) -> None:
     content = json.loads(saved.read_text())
-    assert (content["format"], content["version"]) == ("rpcompile.plan", 1)
+    assert (content["format"], content["version"]) == ("rpcompile.plan", 2)
     assert list(content["plan"]) == sorted(content["plan"])
     assert [path.name for path in saved.parent.iterdir()] == ["plan.json"]
 
@@ -110,7 +111,7 @@ ACTION = ("plan", "schedule", "queues", 0, "actions", 0)
     ("path", "value", "message"),
     [
         (("format",), "other", "its format is 'other', not 'rpcompile.plan'"),
-        (("version",), 2, "made by a newer rpcompile: its version is 2, this one reads 1"),
+        (("version",), 3, "made by a newer rpcompile: its version is 3, this one reads 2"),
         (("version",), 0, "made by an unknown rpcompile: its version is 0"),
         (("plan", "gpus"), None, r"missing required field `gpus` - at `\$\.plan`"),
         (("plan", "gpus"), "two", r"Expected `int`, got `str` - at `\$\.plan\.gpus`"),
@@ -198,7 +199,7 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan 9f775f86  Toy · float32 · 2 microbatches of the given size · sync
+Plan 4c47cd81  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  45.00 s/step · bubble 57.8 % · GPU peak 37 B · host peak 32 B
 Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B
@@ -210,3 +211,51 @@ stage   kind   gpu   segments          weights   boundary   compute   upload   b
     2      B     0   layer1                4 B        1 B    5.00 s   4.00 s    compute
     3      B     1   layer0                4 B        0 B    5.00 s   4.00 s    compute
 """
+
+
+def version_1(saved: Path) -> Path:
+    """The file as version 1 had it."""
+    content = json.loads(saved.read_text())
+    content["version"] = 1
+    del content["plan"]["chain"]["op_classes"]
+    saved.write_text(json.dumps(content))
+    return saved
+
+
+def test_file_of_version_1_is_upgraded(saved: Path, plan: Plan) -> None:
+    assert Plan.load(version_1(saved)) == plan
+
+
+def test_file_of_version_1_without_a_chain_says_so(saved: Path) -> None:
+    content = json.loads(version_1(saved).read_text())
+    del content["plan"]["chain"]
+    saved.write_text(json.dumps(content))
+    with pytest.raises(PlanFileError, match="damaged: it is no plan of version 1: 'chain' is missing"):
+        Plan.load(saved)
+
+
+def test_a_version_2_field_is_not_part_of_version_1(saved: Path, plan: Plan) -> None:
+    with_classes = replace(
+        plan, chain=replace(plan.chain, op_classes=(ClassCost("matmul", 1, 2, 3, 4, 5, 6),))
+    )
+    with_classes.save(saved)
+    assert Plan.load(saved) == with_classes
+    assert Plan.load(version_1(saved)) == plan
+
+
+def test_load_without_verify_only_checks_numbers_and_references(saved: Path) -> None:
+    content = json.loads(saved.read_text())
+    queues = content["plan"]["schedule"]["queues"]
+    queues[0]["actions"] = queues[0]["actions"][1:]  # 0F0 is gone
+    saved.write_text(json.dumps(content))
+    with pytest.raises(PlanFileError, match="its schedule does not hold"):
+        Plan.load(saved)
+    loaded = Plan.load(saved, verify=False)
+    with pytest.raises(ScheduleError):
+        loaded.verify()
+
+
+def test_notebooks_show_the_text_and_a_picture(plan: Plan) -> None:
+    shown = plan._repr_html_()
+    assert "<pre>Plan" in shown
+    assert '<img alt="timeline" src="data:image/png;base64,iVBOR' in shown

@@ -1,0 +1,70 @@
+"""Options that several commands share, and how commands print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file that `rpcompile plan` wrote.")]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder or config.json, a built-in name (`plan --list`), or module:factory.",
+    ),
+]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", help="A profile file, in place of a model.", metavar="FILE")
+]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help="Kind of GPU: a catalogue name, or a hardware file of `rpcompile probe`."),
+]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Rows of a whole batch (default 64).")]
+Sequence = Annotated[int | None, typer.Option("--seq", min=1, help="Tokens of a row (default 2048).")]
+Microbatches = Annotated[
+    int | None,
+    typer.Option(
+        "--microbatches", min=1, help="Parts of a batch (default: most that divide it, up to 2 x GPUs)."
+    ),
+]
+Mode = Annotated[str, typer.Option("--mode", help="sync, or forward (evaluation).")]
+Lora = Annotated[
+    int | None, typer.Option("--lora", min=1, help="Train LoRA adapters of this rank on all linear layers.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="Of the weights (default: the configuration's, else bfloat16).")
+]
+SolverTime = Annotated[
+    float, typer.Option("--solver-time", min=0.01, help="Seconds of the partition solver.")
+]
+
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        help="Also search stages, replicas and order: fast (2 s), default (20 s) or thorough (90 s).",
+    ),
+]
+MaxTraffic = Annotated[
+    float | None,
+    typer.Option(
+        "--max-traffic",
+        min=0.01,
+        help="Most uploads of a search; 1 is every layer once a pass and round of GPUS microbatches.",
+    ),
+]
+Tiles = Annotated[
+    str,
+    typer.Option("--tiles", help="Chunks of tokens: auto, loss (the loss only), or a number; 1 for none."),
+]
+
+
+def show(text: str, data: Any, as_json: bool) -> None:
+    """Prints one of the two forms of a result."""
+    print(json.dumps(data, indent=1, allow_nan=False) if as_json else text.rstrip("\n"))

@@ -1,0 +1,215 @@
+"""`plan` and `fit`: from a model or a profile to a plan, or to the largest size that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rpcompile.cli import options
+from rpcompile.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from rpcompile.plan import Plan
+    from rpcompile.planner import CapturedModel, PlanOptions
+    from rpcompile.profile import Profile
+
+DEFAULT_BATCH = 64
+
+
+def plan(
+    model: options.ModelName = None,
+    profile: options.ProfileFile = None,
+    gpus: options.Gpus = 8,
+    gpu: options.Gpu = None,
+    batch: options.Batch = None,
+    seq: options.Sequence = None,
+    microbatches: options.Microbatches = None,
+    mode: options.Mode = "sync",
+    lora: options.Lora = None,
+    dtype: options.Dtype = None,
+    effort: options.Effort = None,
+    max_traffic: options.MaxTraffic = None,
+    tiles: options.Tiles = "auto",
+    solver_time: options.SolverTime = 3.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the solver and the search.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Save the plan here.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List built-in models and GPUs.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Partition and schedule a model for some GPUs, which need not be here."""
+    if list_:
+        _list(as_json)
+        return
+    from rpcompile.planner import PlanOptions, plan_profile
+
+    check_one_source(model, profile)
+    if profile is not None:
+        _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
+        given = PlanOptions(gpus, microbatches or 2 * gpus, mode, solver_time, seed, effort, max_traffic)
+        found = plan_profile(load_profile(profile, gpu), given, profile.stem)
+    else:
+        assert model is not None
+        rows, count = divide(batch, microbatches, gpus)
+        captured = capture(model, dtype, lora)
+        given = PlanOptions(gpus, count, mode, solver_time, seed, effort, max_traffic)
+        found = plan_model(captured, rows, seq, gpu, given, int(tiles) if tiles.isdigit() else tiles)
+    if out is not None:
+        found.save(out)
+    from rpcompile.plan_summary import summary
+
+    text = str(found) + (f"Saved to {out}\n" if out is not None else "")
+    options.show(text, summary(found), as_json)
+
+
+def fit(
+    model: options.ModelName,
+    gpu: options.Gpu = None,
+    gpus: options.Gpus = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Rows of a microbatch; asks for the longest sequence."),
+    ] = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", min=1, help="Tokens of a row; asks for the largest microbatch.")
+    ] = None,
+    microbatches: Annotated[int, typer.Option("--microbatches", min=1, help="Of a batch.")] = 16,
+    host_gb: Annotated[
+        float | None, typer.Option("--host-gb", min=0, help="Host memory in GB (default: this machine's).")
+    ] = None,
+    lora: options.Lora = None,
+    dtype: options.Dtype = None,
+    as_json: options.Json = False,
+) -> int:
+    """Find the largest microbatch, or the longest sequence, whose plan fits GPU and host."""
+    from rpcompile.fit import largest_that_fits
+    from rpcompile.planner import find_hardware
+
+    assert model is not None
+    if (batch is None) == (seq is None):
+        raise InvalidArgument(
+            "give --seq to find the largest microbatch, or --batch to find the longest sequence"
+        )
+    captured = capture(model, dtype, lora)
+    asked, fixed = ("batch", {"sequence": seq}) if batch is None else ("sequence", {"batch": batch})
+    found = largest_that_fits(
+        captured,
+        find_hardware(gpu),
+        asked,
+        {name: size for name, size in fixed.items() if size is not None},
+        gpus=gpus,
+        microbatches=microbatches,
+        host_bytes=host_memory_bytes() if host_gb is None else int(host_gb * 1e9),
+    )
+    options.show(str(found), found.as_dict(), as_json)
+    return 0 if found.size else 1
+
+
+COMMANDS = (plan, fit)
+
+
+# ------------------------------------------------------------------- what other commands use too
+
+
+def check_one_source(model: str | None, profile: Path | None) -> None:
+    """A model or a profile, not both."""
+    if (model is None) == (profile is None):
+        raise InvalidArgument("give a MODEL or --profile FILE, one of them")
+
+
+def divide(batch: int | None, microbatches: int | None, gpus: int) -> tuple[int, int]:
+    """Rows of a microbatch, and microbatches."""
+    from rpcompile.runtime.batches import largest_divisor
+
+    batch = DEFAULT_BATCH if batch is None else batch
+    count = microbatches or largest_divisor(batch, 2 * gpus)
+    if batch % count:
+        raise InvalidArgument(
+            f"--batch {batch} does not divide into --microbatches {count}; use a multiple of {count}, or "
+            f"--microbatches {largest_divisor(batch, count)}"
+        )
+    return batch // count, count
+
+
+def capture(name: str, dtype: str | None = None, lora: int | None = None) -> CapturedModel:
+    """Captures a model by name, with example inputs of two rows."""
+    from rpcompile import named_models
+
+    named_models.check(name)
+    from rpcompile.huggingface import infer_example_inputs
+    from rpcompile.planner import ExampleInputs, capture_model, progress_bar
+
+    found = named_models.build(name, dtype, lora)
+    example = found.example_inputs
+    if example is None:
+        example = infer_example_inputs(found.module, 2)
+    if example is None:
+        raise InvalidArgument(
+            f"the inputs of {type(found.module).__name__} cannot be inferred; give module:factory that "
+            "returns the module and its example inputs"
+        )
+    with progress_bar(None) as bar:
+        return capture_model(found.module, ExampleInputs.of(example), bar)
+
+
+def plan_model(
+    captured: CapturedModel,
+    rows: int,
+    sequence: int | None,
+    gpu: str | None,
+    given: PlanOptions,
+    tiles: str | int = "auto",
+) -> Plan:
+    """Binds a captured model to its sizes and plans it."""
+    from rpcompile.planner import find_hardware
+
+    sizes = sizes_of(captured, rows, sequence)
+    return captured.plan(captured.bind(find_hardware(gpu), sizes, tiles=tiles), given)
+
+
+def sizes_of(captured: CapturedModel, rows: int, sequence: int | None) -> dict[str, int]:
+    """Sizes of one microbatch, by the names that the model was captured with."""
+    sizes = {"batch": rows}
+    if sequence is not None:
+        sizes["sequence"] = sequence
+    elif "sequence" in captured.capture.symbols:
+        sizes["sequence"] = captured.capture.example_sizes["sequence"]
+    return sizes
+
+
+def load_profile(path: Path, gpu: str | None) -> Profile:
+    """A profile, for another GPU's memory and link if one is named."""
+    from msgspec.structs import replace
+
+    from rpcompile.profile import Profile
+
+    found = Profile.load(path)
+    if gpu is None:
+        return found
+    found = replace(found, hardware=gpu, gpu_memory_bytes=None)
+    found.to_chain()
+    return found
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine."""
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _refuse_sizes(**given: Any) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise InvalidArgument(
+                f"--{option} {value}: a profile is for one size of microbatch; leave it out"
+            )
+
+
+def _list(as_json: bool) -> None:
+    from rpcompile import hardware, named_models
+
+    found = {"models": list(named_models.names()), "gpus": list(hardware.names())}
+    text = f"Models  {', '.join(found['models'])}\nGPUs    {', '.join(found['gpus'])}\n"
+    options.show(text, found, as_json)

@@ -1,0 +1,224 @@
+"""The largest microbatch, or the longest sequence, whose plan fits a GPU and the host.
+
+The GPU's side is first bounded by the finest partition (one segment a stage), which takes no solver;
+the size that is left is then planned for good, and made smaller until a plan is found and the host has room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.plan import size as in_units
+from rpcompile.planner import PlanOptions
+from rpcompile.round_robin_time import StageCosts, stages_between
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rpcompile.ir import Hardware, SegmentChain
+    from rpcompile.plan import Plan
+    from rpcompile.planner import CapturedModel
+
+SOLVER_S = 1.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `largest_that_fits` found.
+
+    Attributes:
+        asked: "batch" (rows of a microbatch) or "sequence".
+        size: The largest that fits; 0 if not even 1 does.
+        sizes: All sizes of a microbatch, `size` included.
+        gpu_peak_bytes: Peak of the plan at this size, simulated; 0 without a plan.
+        gpu_limit_bytes: What a plan may use of the GPU.
+        host_bytes: What the plan takes on the host, optimizer included.
+        host_limit_bytes: What the host has.
+        binds: Why a larger size does not fit.
+        plan: The plan at this size; None if nothing fits.
+    """
+
+    asked: str
+    size: int
+    sizes: dict[str, int]
+    gpu_peak_bytes: int
+    gpu_limit_bytes: int
+    host_bytes: int
+    host_limit_bytes: int
+    binds: str
+    plan: Plan | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the plan by its id."""
+        found = asdict(replace(self, plan=None))
+        return {**found, "plan": None if self.plan is None else self.plan.id, "source": "simulated"}
+
+    def __str__(self) -> str:
+        if self.plan is None:
+            return f"Not even {self.asked} 1 fits: {self.binds}\n"
+        others = " · ".join(f"{name} {value}" for name, value in self.sizes.items() if name != self.asked)
+        return (
+            f"Largest {self.asked} of a microbatch: {self.size:,}{f'  ({others})' if others else ''}\n"
+            f"GPU peak   {in_units(self.gpu_peak_bytes)} of {in_units(self.gpu_limit_bytes)} (simulated)\n"
+            f"Host       {in_units(self.host_bytes)} of {in_units(self.host_limit_bytes)}, AdamW's state "
+            f"included\n"
+            f"Binds      {self.binds}\n"
+        )
+
+
+def largest_that_fits(
+    captured: CapturedModel,
+    hardware: Hardware,
+    asked: str,
+    fixed: Mapping[str, int],
+    *,
+    gpus: int,
+    microbatches: int,
+    host_bytes: int,
+    progress: bool | None = None,
+) -> Fit:
+    """Finds how large one size of a microbatch may be.
+
+    Args:
+        captured: The model.
+        hardware: The GPU.
+        asked: The size to make as large as possible: "batch" or "sequence".
+        fixed: The other sizes of a microbatch.
+        gpus: Number of GPUs.
+        microbatches: Microbatches of a whole batch; their boundaries lie on the host.
+        host_bytes: What the host has.
+        progress: Show a progress bar; default: if standard error is a terminal.
+
+    Returns:
+        The size, exact up to 64 and to 1/64 of itself beyond, and what binds.
+
+    Raises:
+        InvalidArgument: The model has no such size, or another size is missing.
+    """
+    ranges = captured.capture.symbols
+    if asked not in ranges:
+        raise InvalidArgument(f"the model has no size {asked!r}; it has {', '.join(ranges) or 'none'}")
+    search = _Search(captured, hardware, asked, dict(fixed), gpus, microbatches, host_bytes)
+    with tqdm(desc="fit", delay=2.0, leave=False, disable=None if progress is None else not progress) as bar:
+        search.bar = bar
+        low, high = ranges[asked]
+        upper = _reach(low, high, lambda size: search.finest_problem(size) is None)
+        found = _between(low, upper, lambda size: search.problem(size) is None)
+        found = found if found >= low else 0
+        binds = _why(search, found, upper, high)
+    plan = search.plans.get(found)
+    return Fit(
+        asked=asked,
+        size=found,
+        sizes={**fixed, asked: found},
+        gpu_peak_bytes=0 if plan is None else max(plan.prediction.gpu_peak_bytes),
+        gpu_limit_bytes=hardware.usable_bytes,
+        host_bytes=0 if plan is None else plan.prediction.host_peak_bytes,
+        host_limit_bytes=host_bytes,
+        binds=binds,
+        plan=plan,
+    )
+
+
+@dataclass
+class _Search:
+    captured: CapturedModel
+    hardware: Hardware
+    asked: str
+    fixed: dict[str, int]
+    gpus: int
+    microbatches: int
+    host_bytes: int
+
+    def __post_init__(self) -> None:
+        self.bar: Any = None
+        self.plans: dict[int, Plan] = {}
+        self._problems: dict[int, str | None] = {}
+
+    def chain(self, size: int) -> SegmentChain:
+        self.bar.update()
+        return self.captured.bind(self.hardware, {**self.fixed, self.asked: size})
+
+    def finest_problem(self, size: int) -> str | None:
+        """Why the finest partition does not fit on a GPU; None if it does."""
+        chain = self.chain(size)
+        segments = len(chain.segments)
+        gpus = min(self.gpus, segments)
+        costs = StageCosts(chain, gpus, self.microbatches)
+        cuts = [*range(segments), *range(segments + 1, 2 * segments - chain.first_backward + 1)]
+        stages = stages_between(cuts, segments)
+        resident = costs.resident_bytes(cuts, [costs.of(stage) for stage in stages])
+        worst = max(range(len(stages)), key=resident.__getitem__)
+        if resident[worst] <= self.hardware.usable_bytes:
+            return None
+        name = chain.segments[stages[worst].first].name
+        return (
+            f"at {self.asked} {size:,} a stage of {name} ({stages[worst].kind.value}) alone needs "
+            f"{in_units(resident[worst])} of the GPU's {in_units(self.hardware.usable_bytes)}"
+        )
+
+    def problem(self, size: int) -> str | None:
+        """Why no plan fits; None if one does, which `plans` then holds."""
+        if size not in self._problems:
+            self._problems[size] = self._plan(size)
+        return self._problems[size]
+
+    def _plan(self, size: int) -> str | None:
+        chain = self.chain(size)
+        options = PlanOptions(min(self.gpus, len(chain.segments)), self.microbatches, solver_time_s=SOLVER_S)
+        try:
+            plan = self.captured.plan(chain, options, progress=False)
+        except PartitionError as error:
+            return f"at {self.asked} {size:,} the GPU: {error}"
+        needed = plan.prediction.host_peak_bytes
+        if needed > self.host_bytes:
+            return (
+                f"at {self.asked} {size:,} the host: weights, gradients, boundaries and AdamW's state "
+                f"need {in_units(needed)} of its {in_units(self.host_bytes)}"
+            )
+        self.plans[size] = plan
+        return None
+
+
+def _why(search: _Search, found: int, upper: int, high: int) -> str:
+    if found == high:
+        return f"nothing: {high:,} is the largest {search.asked} that the model was captured for"
+    following = next_size(max(found, 0))
+    reason = search.finest_problem(following) if following > upper else search.problem(following)
+    return reason or search.problem(following) or "the solver's time"
+
+
+def next_size(size: int) -> int:
+    """The next size that is tried: one more, or 1/64 more."""
+    return size + max(1, size // 64)
+
+
+def _reach(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """As `_between`, by doubling from `low`: sizes far beyond what fits are never tried."""
+    if not fits(low):
+        return low - 1
+    good = low
+    while good < high:
+        trial = min(high, 2 * good)
+        if not fits(trial):
+            return _between(good, trial - 1, fits)
+        good = trial
+    return good
+
+
+def _between(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest size from `low` to `high` that fits, to 1/64 of it; `low - 1` if none does."""
+    if high < low:
+        return low - 1
+    if fits(high):
+        return high
+    if not fits(low):
+        return low - 1
+    while next_size(low) < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

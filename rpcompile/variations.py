@@ -1,0 +1,77 @@
+"""A plan with one thing changed: laid out again and simulated, to find out what would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rpcompile.ir import COMPUTE_OPS, Dispatch, Stream
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+
+if TYPE_CHECKING:
+    from rpcompile.ir import Hardware, Partition, Schedule, SegmentChain
+    from rpcompile.plan import Plan
+
+
+def dispatch_of(schedule: Schedule) -> Dispatch:
+    """The dispatch that a schedule was laid out from."""
+    order: list[tuple[tuple[int, int], ...]] = [()] * schedule.gpus
+    for queue in schedule.queues:
+        if queue.stream is Stream.COMPUTE:
+            order[queue.gpu] = tuple(
+                (action.job, action.microbatch)
+                for action in queue.actions
+                if action.op in COMPUTE_OPS and action.microbatch is not None
+            )
+    return Dispatch(schedule.policy, schedule.gpus, schedule.microbatches, schedule.jobs, tuple(order))
+
+
+def lay_out(chain: SegmentChain, partition: Partition, dispatch: Dispatch, mode: str) -> Schedule:
+    """The schedule of a dispatch, with transfers and events.
+
+    Raises:
+        ScheduleError: The dispatch does not fit the partition.
+    """
+    schedule = LayOutDispatch(chain, partition, mode).run(dispatch)
+    return InsertEventWaits().run(InsertTransfers(chain).run(schedule))
+
+
+def with_microbatches(plan: Plan, more: int) -> Schedule:
+    """The same stages, GPUs and order with `more` microbatches of the same size.
+
+    New microbatch M + i is run wherever microbatch i mod M is, by the same jobs, right behind it.
+    """
+    dispatch = dispatch_of(plan.schedule)
+    old = dispatch.microbatches
+    twins: dict[int, list[int]] = {}
+    for new in range(old, old + more):
+        twins.setdefault((new - old) % old, []).append(new)
+
+    def with_twins(microbatch: int) -> list[int]:
+        return [microbatch, *twins.get(microbatch, [])]
+
+    jobs = tuple(
+        replace(job, microbatches=tuple(twin for m in job.microbatches for twin in with_twins(m)))
+        for job in dispatch.jobs
+    )
+    order = tuple(
+        tuple((job, twin) for job, microbatch in queue for twin in with_twins(microbatch))
+        for queue in dispatch.order
+    )
+    grown = replace(dispatch, microbatches=old + more, jobs=jobs, order=order)
+    return lay_out(plan.chain, plan.partition, grown, plan.mode)
+
+
+def with_hardware(plan: Plan, hardware: Hardware) -> Schedule:
+    """The same stages, GPUs and order over other links; compute times stay as they are."""
+    chain = replace(plan.chain, hardware=hardware)
+    return lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+
+
+def with_stages(plan: Plan, partition: Partition) -> Schedule:
+    """Other stages, dispatched round robin."""
+    dispatch = DispatchRoundRobin(plan.gpus, plan.microbatches).run(partition)
+    return lay_out(plan.chain, partition, dispatch, plan.mode)
