@@ -338,7 +338,7 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
     return (
         str(stage.index),
         stage.kind.value,
-        ",".join(map(str, sorted(set(gpus)))),
+        _ranges(set(gpus)),
         names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
         size(weights),
         size(_outgoing_bytes(plan.chain, stage)),
@@ -346,6 +346,17 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
         seconds(upload_s),
         "compute" if plan.microbatches * compute_s >= upload_s else "upload",
     )
+
+
+def _ranges(numbers: set[int]) -> str:
+    """0,1,2,5 as 0-2,5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _outgoing_bytes(chain: SegmentChain, stage: Stage) -> int:

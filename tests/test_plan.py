@@ -182,6 +182,13 @@ def test_id_is_of_the_content_not_of_the_solver_s_time(plan: Plan) -> None:
     assert replace(plan, microbatches=3).id != plan.id
 
 
+@pytest.mark.parametrize(
+    ("gpus", "text"), [({3}, "3"), ({0, 1}, "0-1"), ({0, 1, 2, 5, 7, 8}, "0-2,5,7-8"), (set(), "")]
+)
+def test_gpus_of_a_stage_are_printed_as_ranges(gpus: set[int], text: str) -> None:
+    assert rpcompile.plan._ranges(gpus) == text
+
+
 def test_printed_plan(plan: Plan) -> None:
     assert str(plan) == PRINTED
 
