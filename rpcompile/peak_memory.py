@@ -257,7 +257,7 @@ class _Run:
         self._roots = [(get_gradient_edge(root), torch.empty_like(root)) for root in roots]
         del roots
         environment.clear()
-        alive = self.tracker.alive
+        alive = self.tracker.numbers
         return self.tracker.live, tuple(k in alive for k in values), tuple(k in alive for k in boundary)
 
     def backward(self) -> None:
@@ -303,18 +303,24 @@ class StorageTracker(TorchDispatchMode):
     Attributes:
         live: Bytes of those that are there now.
         peak: The most there were at once, kernels' workspaces included.
-        alive: Keys of all storages that are there, `ignore`d ones too.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()
         self._kernels = kernels
         self.live = self.peak = 0
-        self.alive: dict[int, int] = {}
+        # Address of a storage -> its number, and the bytes that count. An address is used again.
+        self._alive: dict[int, tuple[int, int]] = {}
+        self._entered = 0
+
+    @property
+    def numbers(self) -> set[int]:
+        """Numbers of all storages that are there, `ignore`d ones too."""
+        return {number for number, _ in self._alive.values()}
 
     def key(self, value: object) -> int:
-        """Tells storages that are alive apart; -1 for what has none."""
-        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
+        """The number of a storage that is there, which no other ever has; -1 for what has none."""
+        return self._alive[value.untyped_storage()._cdata][0] if isinstance(value, torch.Tensor) else -1
 
     def ignore(self, values: Iterable[object]) -> int:
         """Counts these tensors as nothing; returns the bytes of those that it did not know."""
@@ -355,16 +361,17 @@ class StorageTracker(TorchDispatchMode):
     def _enter(self, tensor: torch.Tensor, counts: bool) -> int:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self.alive:
+        if key in self._alive:
             return 0
         nbytes = self._kernels.allocated(storage.nbytes())
-        self.alive[key] = nbytes if counts else 0
-        self.live += self.alive[key]
+        self._entered += 1
+        self._alive[key] = self._entered, nbytes if counts else 0
+        self.live += nbytes if counts else 0
         weakref.finalize(storage, self._leave, key).atexit = False
         return nbytes
 
     def _leave(self, key: int) -> None:
-        self.live -= self.alive.pop(key)
+        self.live -= self._alive.pop(key)[1]
 
 
 def _uses(tensor: torch.Tensor) -> tuple[int, int]:

@@ -159,7 +159,7 @@ FAMILIES: tuple[Family, ...] = (
         parity=TIED,
         note="the mask stays in the graph: image and prompt see each other",
     ),
-    Family("InternVL", tiny.internvl),
+    Family("InternVL", tiny.internvl, parity=TIED),
     Family(
         "Qwen-VL, embedded",
         lambda: tiny.embedded(tiny.qwen_vl()),

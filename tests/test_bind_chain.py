@@ -356,5 +356,7 @@ def test_cutting_changes_no_total(data: st.DataObject):
     uploaded = sum(segment.weight_bytes for segment in chain.segments)
     assert 0 <= uploaded - whole.weight_bytes - again <= len(chain.segments) * sum(buffers.values())
     assert all(segment.saved_bytes <= whole.saved_bytes for segment in chain.segments)
+    # A boundary is counted by its own size; what a kernel makes by the allocator's, in blocks of 512 bytes.
+    rounding = 512 * sum(len(segment.boundary) for segment in chain.segments)
     held = sum(segment.saved_bytes + segment.saved_input_bytes for segment in chain.segments)
-    assert held >= whole.saved_bytes
+    assert held + rounding >= whole.saved_bytes

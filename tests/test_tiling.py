@@ -101,7 +101,7 @@ def test_chunks_change_nothing_but_rounding(item: Family) -> None:
     assert any(region.is_loss for region in regions) == (item.name != "T5")
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Qwen3-MoE", "GPT-OSS", "Padded batch"])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Qwen3-MoE", "GPT-OSS", "Packed batch"])
 def test_products_and_norms_of_a_layer_are_token_wise(name: str) -> None:
     """Everything with a weight is inside of a region; attention alone is not."""
     item = families.family(name)
