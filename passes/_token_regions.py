@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from rpcompile.graphs import AliasSets, mutated_arguments
 from rpcompile.sizes import arguments, is_view, operator_name, tensors
-from rpcompile.token_axis import Axes, Barrier, Role, TokenAxis, TokenRules
+from rpcompile.token_axis import Axes, Barrier, Role, TokenAxis
+from rpcompile.token_rules import TokenRules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

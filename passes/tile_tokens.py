@@ -5,7 +5,7 @@ Before -> after, one layer at four chunks (q, k, v and the block's output are al
     norm linear linear linear rotate attention linear add norm linear silu mul linear add
     tiled_0(4 chunks)                attention tiled_1(4 chunks)
 
-`rpcompile/token_axis.py` proves which operators are token-wise; `rpcompile/runtime/tiling.py` runs regions.
+`rpcompile/token_rules.py` proves which operators are token-wise; `rpcompile/runtime/tiling.py` runs regions.
 """
 
 from __future__ import annotations
