@@ -274,7 +274,7 @@ class SearchSchedule:
             raise PartitionError(
                 f"max_traffic={self.max_traffic} allows {size_text(int(problem.most_bytes))} of uploads, but "
                 f"the least found is {size_text(int(played.upload_bytes))}; set max_traffic to "
-                f"{played.upload_bytes / self._one_traffic(chain):.2f} or more"
+                f"{math.ceil(100 * played.upload_bytes / self._one_traffic(chain)) / 100:.2f} or more"
             )
         jobs, by_gpu = _dispatched(state.gpu_of[:size], order, self.gpus)
         rotate = len(jobs) % self.gpus if machine.ring else 0
