@@ -107,7 +107,8 @@ class PeakMemory:
 
     def of(self, piece: Piece) -> PieceMemory:
         """Runs the piece's forward, and its forward and backward."""
-        with self._fake or nullcontext():
+        # Whatever mode the caller is in, e.g. evaluating: this is about training.
+        with torch.inference_mode(False), torch.enable_grad(), self._fake or nullcontext():
             forward = _Run(self, piece, train=False)
             forward.forward()
             training = _Run(self, piece, train=True)

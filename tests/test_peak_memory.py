@@ -11,6 +11,8 @@ from torch import nn
 from rpcompile.device_kernels import Kernels
 from rpcompile.ir import Stage, StageKind
 from rpcompile.passes._segment_memory import SegmentMemories
+from rpcompile.passes.bind_chain import BindChain
+from rpcompile.passes.estimate_costs import EstimateCosts
 from tests import memory_cases, staged
 from tests.measured_memory import Measured, without_onednn
 from tests.small_captures import BATCH, Function, capture_of
@@ -121,3 +123,12 @@ def test_equal_segments_run_once_and_a_value_is_held_once() -> None:
     first, second, third = (found.segment(index) for index in range(3))
     assert (first.saved_bytes, second.saved_input_bytes, third.saved_input_bytes) == (0, 128, 128)
     assert len(found._known) == 3  # x needs no gradient, and the last one has the sum
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_that_evaluate_get_the_same_figures(mode) -> None:
+    found = measured("Llama")
+    costed = EstimateCosts().run(found.captured)
+    with mode():
+        chain = BindChain(dict(found.captured.example_sizes), found.chain.hardware).run(costed)
+    assert chain.segments == found.chain.segments
