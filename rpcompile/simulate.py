@@ -247,7 +247,7 @@ def _idle(
     ends: list[float],
     makespan_s: float,
 ) -> IdleTime:
-    """A recompute counts as if it ended where its backward starts: the wait between the two lies before it."""
+    """A recompute counts as if it ended where its backward starts: their wait lies before both."""
     begin: list[list[float]] = [[] for _ in compute]
     end: list[list[float]] = [[] for _ in compute]
     backward: list[list[bool]] = [[] for _ in compute]

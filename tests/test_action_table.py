@@ -66,7 +66,9 @@ def test_the_table_of_a_dispatch_by_hand():
         "round": 1, "replica": 0, "gpu": 0, "microbatches": (1,),
     }  # fmt: skip
     # The recompute (4 s) and the backward (6 s) of stage 2 are entries of their own.
-    backward = [entry for gpu in table["gpus"] for entry in gpu if entry["job"] == 2 and not entry["microbatch"]]
+    backward = [
+        entry for gpu in table["gpus"] for entry in gpu if entry["job"] == 2 and not entry["microbatch"]
+    ]
     assert [(entry["kind"], entry["end_s"] - entry["start_s"]) for entry in backward] == [("R", 4), ("B", 6)]
     found = recomputed(table, [4, 4, 4])
     assert found == (

@@ -252,7 +252,9 @@ def test_schedule_of_version_2_that_contradicts_itself_is_refused(tmp_path: Path
     content["plan"]["schedule"]["queues"][0]["actions"] = []
     damaged = tmp_path / "plan.json"
     damaged.write_text(json.dumps(content))
-    message = r"its schedule cannot be laid out again: no job runs microbatch 0 of stage 0 \(F, segments 0..1\)"
+    message = (
+        r"its schedule cannot be laid out again: no job runs microbatch 0 of stage 0 \(F, segments 0..1\)"
+    )
     with pytest.raises(PlanFileError, match=message):
         Plan.load(damaged)
 
