@@ -27,9 +27,7 @@ def copy_in_chunks(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
         return
     elements = CHUNK_BYTES // source.element_size()
-    for piece, place in zip(
-        source.view(-1).split(elements), target.view(-1).split(elements), strict=True
-    ):
+    for piece, place in zip(source.view(-1).split(elements), target.view(-1).split(elements), strict=True):
         place.copy_(piece, non_blocking=True)
 
 
