@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 UPLOAD, OTHER_UPLOAD, COPY = "upload", "another upload", "copy"
 OTHER_STAGE, DOWNLOAD, DRAIN = "another stage", "download", "drain"
-"""What a wait is for. UPLOAD: the job's own weights, on their way up. OTHER_UPLOAD: those of a job that this one
-waits for. COPY: an activation or input on its way. OTHER_STAGE: the compute that makes it. DOWNLOAD: room
+"""What a wait is for. UPLOAD: the job's own weights, on their way up. OTHER_UPLOAD: those of a job that this
+one waits for. COPY: an activation or input on its way. OTHER_STAGE: the compute that makes it. DOWNLOAD: room
 that a download makes. DRAIN: nothing; no work is left."""
 PHRASES = {
     UPLOAD: "waiting for weights to arrive",

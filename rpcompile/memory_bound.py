@@ -32,8 +32,8 @@ def gpu_memory_bounds(
     have begun on the compute and on the h2d queue, as far as neither contradicts the other; made is
     what they and those before them on their queues write, and freed only what must have been before
     one of the two could begin. What is freed otherwise may still be there. Weights, which are all that the
-    weights queue makes, are looked at apart, with that queue in the place of h2d; a moment of the compute queue
-    has the most of both.
+    weights queue makes, are looked at apart, with that queue in the place of h2d; a moment of the compute
+    queue has the most of both.
 
     Args:
         schedule: With events; each buffer is made and freed at most once.
