@@ -93,9 +93,8 @@ def _finish(axes: Axes, plan: Plan, end: float, unit: str) -> None:
         [gpu + _TOPS[LANES[0]] + _HEIGHTS[LANES[0]] / 2 for gpu in range(plan.gpus)],
         [f"GPU {gpu}" for gpu in range(plan.gpus)],
     )
-    axes.set_xlabel(
-        f"{unit} (simulated); thin rows: activations, weights up; activations, gradients down; hatched: idle"
-    )
+    rows = "activations and weights up, activations and gradients down"
+    axes.set_xlabel(f"{unit} (simulated); thin rows: {rows}; hatched: idle")
     sizes = " x ".join(map(str, plan.chain.bindings.values()))
     axes.set_title(
         f"{plan.model_name} on {plan.gpus} x {plan.chain.hardware.name}, {plan.microbatches} microbatches"

@@ -121,6 +121,17 @@ def test_policies_verify(policy):
     assert simulate(schedule).makespan_s > 0
 
 
+@settings(max_examples=80, deadline=None)
+@given(dispatched(mode="sync"))
+def test_what_was_saved_is_freed_where_it_is_recomputed(problem):
+    """No queue waits, in order to free a boundary, for the recompute on another GPU, which is much later."""
+    schedule = compiled(*problem)
+    loads = {name: a.stage for a in schedule.actions() if a.op is Op.LOAD for name in a.reads}
+    for found in schedule.actions():
+        for name in found.frees:
+            assert not name.startswith("host:x.") or loads.get(name, found.stage) == found.stage
+
+
 def test_jobs_in_turns_keep_their_weights():
     schedule = compiled(chain(3), FOLDED, POLICIES["1f1b"])
     assert ids(schedule, 1, "compute").startswith("1F0 1X0.0 1F1 1X1.0 3R0 3B0 3X0.0 1F2 1X2.0 3R1 3B1")

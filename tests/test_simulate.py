@@ -25,8 +25,8 @@ def single() -> Timeline:
 
 
 def test_times_by_hand(single):
-    # A byte takes a second: weights 4 s, input 2 s, 2 + 3 s of compute, loss 4 s, gradient 4 s. Input and loss
-    # go first, weights and gradient stand still meanwhile.
+    # A byte takes a second: weights 4 s, input 2 s, 2 + 3 s of compute, loss 4 s, gradient 4 s. Input and
+    # loss go first, weights and gradient stand still meanwhile.
     times = {"0P@0.0": (0, 6), "0L0": (0, 2), "0FB0": (6, 11), "0O0": (11, 15), "0G@0.0": (11, 19)}
     assert {id: (single.start_s[id], single.end_s[id]) for id in times} == times
     assert single.makespan_s == 19

@@ -29,7 +29,7 @@ def test_without_updates_a_synchronous_iteration_waits_for_the_one_before():
 
 def test_asynchronous_iterations_wait_for_the_gradients_of_the_last_but_one():
     timeline = simulate(SINGLE, iterations=3, mode="async")
-    # All three inputs come first, while the weights stand still; the second loss interrupts the first gradient.
+    # All three inputs come first, while the weights stand still; the second loss interrupts a gradient.
     starts = {"0L0#2": 4, "0P@0.0#1": 10, "0FB0#1": 15, "0O0#1": 20, "0P@0.0#2": 27}
     assert {id: timeline.start_s[id] for id in starts} == starts
     assert timeline.critical_path[:4] == ("0P@0.0", "0FB0", "0G@0.0", "0P@0.0#2")

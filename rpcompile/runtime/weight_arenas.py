@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rpcompile.runtime.stage_runner import Tensors
 
 CHUNK_BYTES = 4 << 20
-"""Bytes of one copy of weights or gradients: 0.17 ms at 25 GB/s. A device's copy engine takes copies of several
-streams in turn and cannot stop one. Activations are copied whole, so each waits for no more than this."""
+"""Bytes of one copy of weights or gradients: 0.17 ms at 25 GB/s. A device's copy engine takes copies of
+several streams in turn and cannot stop one. Activations are copied whole: each waits for one such piece."""
 
 
 def copy_in_chunks(target: torch.Tensor, source: torch.Tensor) -> None:
