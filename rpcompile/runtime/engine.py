@@ -216,7 +216,7 @@ class Engine:
 
     def _make_workers(self) -> None:
         names = self._program.schedule.buffers
-        self._slots = HostSlots(names, pin=self._options.cuda and self._options.pin == "auto")
+        self._slots = HostSlots(names, pin=self._options.cuda)
         self._workers[:] = [
             Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
             for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
@@ -235,9 +235,7 @@ class Engine:
         """A caller's tensors where a CUDA device can copy them from without making the host wait."""
         if not self._options.cuda:
             return inputs
-        return {
-            name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in inputs.items()
-        }
+        return {name: _pinned(tensor) for name, tensor in inputs.items()}
 
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
         gradients: Tensors = {}
@@ -277,6 +275,12 @@ class Engine:
             f"GPU {failure.gpu} in {where}: {reason}.{advice} Weights, gradients and buffers are as they "
             f"were before this call."
         )
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in pinned memory without gaps or overlaps: anything else would be copied once more."""
+    dense = tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    return tensor if dense and tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
