@@ -66,6 +66,9 @@ class Memory:
         return flat.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+MEMORY = Memory()
+
+
 class Driver:
     """A device with any number of streams; one for all logical GPUs of a test.
 
@@ -73,43 +76,61 @@ class Driver:
         seed: Chooses which stream goes on; odd ones give each stream a fixed priority.
         gpus: Nothing runs before so many threads wait for the device, unless `eager`.
         eager: How often the device does something while threads are still enqueuing.
-        first: Name of a stream that goes on whenever it can; see `named`.
+        first: Name of a stream that goes on whenever it can.
         last: Name of a stream that goes on only when no other can.
+
+    Attributes:
+        stuck: Whether the device does nothing any more.
+        broken: What every call that asks for the device's progress raises.
+        operators_left: Out of memory when so many operators have been enqueued.
     """
 
     def __init__(
         self, seed: int = 0, gpus: int = 1, eager: float = 0.0, first: object = None, last: object = None
     ) -> None:
-        self.memory = Memory()
         self.stuck = False
         self.broken: Exception | None = None
+        self.operators_left: int | None = None
         self.lock = threading.RLock()
-        self.current = threading.local()
         self._streams: list[Stream] = []
         self._choices = random.Random(seed)
         self._by_priority = bool(seed % 2)
         self._gpus, self._eager = gpus, eager
         self._first, self._last = first, last
         self._waiting: set[int] = set()
+        self._devices = threading.local()
 
     # ------------------------------------------------------------- what CudaStreams uses of torch.cuda
 
     def Stream(self, device: Any) -> Stream:  # noqa: N802
         with self.lock:
-            self._streams.append(Stream(self, self._choices.random()))
+            self._streams.append(Stream(self, device, self._choices.random()))
             return self._streams[-1]
 
     def Event(self, enable_timing: bool = False) -> Event:  # noqa: N802
         return Event(self, enable_timing)
 
+    def set_device(self, device: Any) -> None:
+        self._devices.current = device
+
     @contextmanager
     def stream(self, chosen: Stream) -> Iterator[None]:
+        assert self._devices.__dict__.get("current", chosen.device) == chosen.device
         with _Enqueue(self, chosen):
             yield
         if self._choices.random() < self._eager:
             self.advance(self._choices.randrange(30))
 
     # ------------------------------------------------------------- the device
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was enqueued is over; what overwrites freed memory does not count."""
+        return not any(
+            isinstance(entry, _Kernel | Record | tuple)
+            for stream in self._streams
+            for entry in stream.entries
+        )
 
     def advance(self, most: int | None = None) -> None:
         """Runs up to `most` entries of the queues, or all there are."""
@@ -121,13 +142,22 @@ class Driver:
                 self._choose(ready).run()
                 most = None if most is None else most - 1
 
+    def count_operator(self) -> None:
+        with self.lock:
+            if self.operators_left is not None:
+                self.operators_left -= 1
+                if self.operators_left < 0:
+                    self.operators_left = None
+                    raise torch.OutOfMemoryError("simulated")
+
     def poll(self) -> None:
         """The calling thread has enqueued all it had, and waits."""
         with self.lock:
             self._waiting.add(threading.get_ident())
             if len(self._waiting) >= self._gpus and not self.stuck:
-                self._waiting.clear()
-                self.advance()
+                self.advance(self._choices.randrange(200))
+                if self.idle:
+                    self._waiting.clear()
             if self.broken is not None:
                 raise self.broken
 
@@ -149,17 +179,17 @@ class Record:
 class Stream:
     """A queue of what its operators do, of recordings and of waits."""
 
-    def __init__(self, driver: Driver, priority: float) -> None:
+    def __init__(self, driver: Driver, device: Any, priority: float) -> None:
         self.driver = driver
+        self.device = device
         self.priority = priority
         self.name: object = None
         self.deaf = False
-        self.waits: list[Record] = []
-        self._queue: deque[Record | tuple[Record] | Callable[[], object]] = deque()
+        self.entries: deque[Record | tuple[Record] | Callable[[], object]] = deque()
 
     def put(self, entry: Record | tuple[Record] | Callable[[], object]) -> None:
         with self.driver.lock:
-            self._queue.append(entry)
+            self.entries.append(entry)
 
     def wait_event(self, event: Event) -> None:
         assert event.latest is not None, "CUDA would not wait for an event that has not been recorded"
@@ -167,13 +197,13 @@ class Stream:
             self.put((event.latest,))
 
     def ready(self) -> bool:
-        if not self._queue:
+        if not self.entries:
             return False
-        head = self._queue[0]
+        head = self.entries[0]
         return not isinstance(head, tuple) or head[0].done
 
     def run(self) -> None:
-        entry = self._queue.popleft()
+        entry = self.entries.popleft()
         if isinstance(entry, Record):
             entry.done = True
         elif not isinstance(entry, tuple):
@@ -227,8 +257,9 @@ class _Enqueue(TorchDispatchMode):
         made = [
             given[index] if index in given else self._empty_like(value) for index, value in enumerate(results)
         ]
+        self._driver.count_operator()
         if not func._schema.name.startswith(_EMPTY):
-            shadow = self._driver.memory.shadow
+            shadow = MEMORY.shadow
             self._stream.put(
                 _Kernel(
                     func,
@@ -249,7 +280,7 @@ class _Enqueue(TorchDispatchMode):
             return value
         stream = self._stream
         elements = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True)) + 1
-        flat = self._driver.memory.allocate(
+        flat = MEMORY.allocate(
             elements * value.element_size(), lambda memory: stream.put(lambda: memory.fill(0xFF))
         )
         return torch.empty(0, dtype=value.dtype).set_(flat.untyped_storage(), 0, value.shape, value.stride())

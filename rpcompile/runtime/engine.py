@@ -259,7 +259,7 @@ class Engine:
             action = ActionId.parse(failure.instruction)
         except Exception:
             traceback.clear_frames(error.__traceback__)
-            return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}")
+            return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}.{_advice(error)}")
         graph = self._workers[failure.gpu].runners[action.stage].graph
         node = blame.failing_node(error, graph.graph_module)
         traceback.clear_frames(error.__traceback__)
@@ -267,14 +267,23 @@ class Engine:
         where = first if first == last else f"{first} … {last}"
         where += f", at {blame.describe(node)}" if node is not None else ""
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
-        advice = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
         return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}.{advice} Weights, gradients and buffers are as they "
+            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} Weights, gradients and buffers are as they "
             f"were before this call."
         )
+
+
+def _advice(error: BaseException) -> str:
+    """What to change, where that is known; begins with a space."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
+    if isinstance(error, torch.AcceleratorError):
+        return (
+            " This process cannot use its GPUs any more; call save_checkpoint, which needs none, and go on in "
+            "a new one. With CUDA_LAUNCH_BLOCKING=1 the instruction that failed is named."
+        )
+    return ""
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
