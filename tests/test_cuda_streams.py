@@ -376,7 +376,7 @@ def test_out_of_memory_in_any_operator_leaves_nothing_running(
     count = most - driver.operators_left
     for operators in range(0, count, count // 12):
         driver.operators_left = operators
-        with pytest.raises(ExecutionError, match="OutOfMemoryError: simulated. Use more microbatches"):
+        with pytest.raises(ExecutionError, match=r"OutOfMemoryError: simulated\. Use more microbatches"):
             run(case, compiled, engine)
         assert driver.idle
         assert equal(run(case, compiled, engine), expected)

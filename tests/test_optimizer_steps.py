@@ -14,7 +14,6 @@ import torch
 from torch import nn, optim
 
 from rpcompile.errors import ExecutionError, InvalidArgument
-from rpcompile.runtime import optimizer_subsets
 from rpcompile.runtime.optimizer_subsets import SubsetStepper, is_separable
 from tests import models, training
 

@@ -269,8 +269,8 @@ class Engine:
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
         return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} Weights, gradients and buffers are as they "
-            f"were before this call."
+            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} Weights, gradients and buffers are as "
+            f"they were before this call."
         )
 
 
@@ -280,8 +280,8 @@ def _advice(error: BaseException) -> str:
         return " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
     if isinstance(error, torch.AcceleratorError):
         return (
-            " This process cannot use its GPUs any more; call save_checkpoint, which needs none, and go on in "
-            "a new one. With CUDA_LAUNCH_BLOCKING=1 the instruction that failed is named."
+            " This process cannot use its GPUs any more; call save_checkpoint, which needs none, and go on "
+            "in a new one. With CUDA_LAUNCH_BLOCKING=1 the instruction that failed is named."
         )
     return ""
 
