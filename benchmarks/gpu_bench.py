@@ -5,7 +5,7 @@ THIS SCRIPT HAS NOT BEEN RUN ON A GPU YET. No figure of it exists.
 Qwen3-1.7B and Qwen3-8B (random weights from their published configurations, bfloat16, 2048 tokens a row),
 GPU memory capped to 24 GB. Forward and backward of one batch, gradients where the optimizer needs them, no
 optimizer. rpcompile and `roundpipe` take turns on the same GPU with the same microbatches; each turn is a
-warm-up run and a timed one. Plain PyTorch with the model on the GPU comes last, where it fits, without
+warm-up run and a timed one, and the first turn does not count. Plain PyTorch with the model on the GPU comes last, where it fits, without
 and with recompute. The table shows medians of tokens per second; for rpcompile also predicted against
 measured seconds and peak memory, and the share of transfer time that overlaps with compute. Recorded and
 simulated trace are written into one file beside the JSON result.
@@ -123,9 +123,9 @@ class Model:
             for name, loop in list(loops.items()):
                 with self._noted(name, loops):
                     self.facts[name] = loop.answer(self.deadline)
-            for _ in range(self.options.runs):
+            for number in range(self.options.runs + 1):
                 for name in list(loops):
-                    self._turn(name, loops, record)
+                    self._turn(name, loops, record, counts=number > 0)
             if "rpcompile" in loops:
                 with self._noted("prediction", loops):
                     self.prediction = loops["rpcompile"].do("predict", self.deadline)
@@ -137,8 +137,8 @@ class Model:
             alone = {name: Loop(self._settings(name))}
             with self._noted(name, alone):
                 self.facts[name] = alone[name].answer(self.deadline)
-            for _ in range(self.options.runs):
-                self._turn(name, alone, record)
+            for number in range(self.options.runs + 1):
+                self._turn(name, alone, record, counts=number > 0)
             for loop in alone.values():
                 loop.end()
 
@@ -160,12 +160,13 @@ class Model:
             "facts": self.facts,
         }
 
-    def _turn(self, name: str, loops: dict[str, Loop], record: Any) -> None:
+    def _turn(self, name: str, loops: dict[str, Loop], record: Any, counts: bool) -> None:
+        """One turn; the first does not count: RoundPipe plans by the times of the runs before."""
         if name in loops:
             with self._noted(name, loops):
-                self.turns.setdefault(name, []).append(loops[name].do("turn", self.deadline))
-            if not self.turns[name]:
-                del self.turns[name]
+                found = loops[name].do("turn", self.deadline)
+                if counts:
+                    self.turns.setdefault(name, []).append(found)
             record()
 
     @contextmanager

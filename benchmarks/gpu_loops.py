@@ -321,13 +321,15 @@ def turn(loop: Any, settings: Settings) -> dict[str, Any]:
     loss = loop.run()
     synchronize(settings)
     seconds = time.perf_counter() - started
-    return {
+    found = {
         "seconds": seconds,
         "loss": loss,
         "peak_bytes": memory(settings, "allocated", most=True),
         "peak_reserved_bytes": memory(settings, "reserved", most=True),
         "allocation_retries": memory_retries(settings) - retries,
     }
+    clean_up(settings)
+    return found
 
 
 def clean_up(settings: Settings) -> None:
