@@ -5,10 +5,10 @@ THIS SCRIPT HAS NOT BEEN RUN ON A GPU YET. No figure of it exists.
 Qwen3-1.7B and Qwen3-8B (random weights from their published configurations, bfloat16, 2048 tokens a row),
 GPU memory capped to 24 GB. Forward and backward of one batch, gradients where the optimizer needs them, no
 optimizer. rpcompile and `roundpipe` take turns on the same GPU with the same microbatches; each turn is a
-warm-up run and a timed one, and the first turn does not count. Plain PyTorch with the model on the GPU comes last, where it fits, without
-and with recompute. The table shows medians of tokens per second; for rpcompile also predicted against
-measured seconds and peak memory, and the share of transfer time that overlaps with compute. Recorded and
-simulated trace are written into one file beside the JSON result.
+warm-up run and a timed one, and the first turn does not count. Plain PyTorch with the model on the GPU
+comes last, where it fits, without and with recompute. The table shows medians of tokens per second; for
+rpcompile also predicted against measured seconds and peak memory, and the share of transfer time that
+overlaps with compute. Recorded and simulated trace are written into one file beside the JSON result.
 
 Every loop is a process of its own (`gpu_loops.py`). What fails, or takes too long, is noted in the result,
 and the rest goes on; the result is written after every step. `--dry-run` runs all of it on a tiny model on
