@@ -129,6 +129,8 @@ class Model:
             if "rpcompile" in loops:
                 with self._noted("prediction", loops):
                     self.prediction = loops["rpcompile"].do("predict", self.deadline)
+                with self._noted("waits", loops):
+                    self.facts["rpcompile"] |= loops["rpcompile"].do("waits", self.deadline)
         finally:
             for loop in loops.values():
                 loop.end()

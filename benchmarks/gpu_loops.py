@@ -3,7 +3,7 @@
 Processes keep the loops apart: RoundPipe ends its process when one of its threads fails, running out of host
 memory kills one, and a CUDA error spoils one. The loops' weights and batch are the same, so their losses
 can be compared. Settings come as JSON in the first argument, commands as lines of standard input ("turn",
-"predict"); each is answered with a line of JSON, {"found": ...} or {"error": ...}, as is the start.
+"predict", "waits"); each is answered with a line of JSON, {"found": ...} or {"error": ...}, as is the start.
 """
 
 from __future__ import annotations
@@ -162,6 +162,17 @@ class RpcompileLoop:
             "hidden_transfer_share": hidden_share(self._compiled.plan, recorded),
             "trace": path.name,
         }
+
+    def waits(self) -> dict[str, Any]:
+        """A run in which any wait of the host for the device is an error."""
+        if self._settings.device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.run()
+        finally:
+            if self._settings.device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        return {"host_waits": 0}
 
 
 class RoundPipeLoop:

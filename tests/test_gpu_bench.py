@@ -77,6 +77,7 @@ def test_every_loop_trains_the_same_model_and_everything_is_recorded(
     losses = {turn["loss"] for turns in found["turns"].values() for turn in turns}
     assert max(losses) - min(losses) < 0.02  # bfloat16
     assert all(len(turns) == 2 for turns in found["turns"].values())
+    assert found["facts"]["rpcompile"]["host_waits"] == 0
     prediction = found["prediction"]
     assert prediction["predicted_s"] > 0
     assert prediction["recorded_s"] > 0
@@ -106,6 +107,9 @@ def test_a_loop_that_fails_is_noted_and_the_others_go_on(
                 "hidden_transfer_share": 1.0,
                 "trace": "",
             }
+
+        def waits(self) -> dict[str, Any]:
+            return {}
 
     monkeypatch.setattr(Here, "broken", (loop, command))
     monkeypatch.setitem(gpu_loops.LOOPS, "rpcompile", Plain)
