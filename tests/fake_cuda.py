@@ -37,10 +37,15 @@ class Memory:
     def __init__(self) -> None:
         self._known: dict[int, np.ndarray[Any, Any]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that somebody holds."""
+        return sum(memory.nbytes for memory in list(self._known.values()))
+
     def allocate(self, nbytes: int, freed: Callable[[np.ndarray[Any, Any]], object]) -> torch.Tensor:
         """A flat tensor full of NaN; `freed` is called when its last holder lets go."""
         memory = np.full(max(nbytes, 1), 0xFF, np.uint8)
-        handle = memory[:]
+        handle = memory[:nbytes]
         address = memory.ctypes.data
         self._known[address] = memory
 
@@ -50,7 +55,7 @@ class Memory:
             freed(memory)
 
         weakref.finalize(handle, free).atexit = False
-        return torch.from_numpy(handle)[:nbytes]
+        return torch.from_numpy(handle)  # not a view of it, which would count as another holder
 
     def host(self, nbytes: int, pin: bool) -> torch.Tensor:
         """As `rpcompile.runtime.host_slots.allocate`; what is freed is overwritten at once."""

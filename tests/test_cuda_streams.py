@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import random
 import sys
 import weakref
 from collections import Counter
@@ -26,7 +28,7 @@ from rpcompile.runtime.streams import Cancelled, Iteration, Place
 from rpcompile.runtime.weight_arenas import WeightArenas
 from rpcompile.runtime.worker import LANES
 from tests import models
-from tests.fake_cuda import MEMORY, Driver
+from tests.fake_cuda import MEMORY, Driver, Event
 
 CPU = torch.device("cpu")
 OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
@@ -410,6 +412,46 @@ def test_a_lost_context_is_said_to_be_lost(
         r"GPUs any more.*save_checkpoint",
     ):
         run(case, compiled, engine)
+    engine.close()
+
+
+def test_40_runs_with_random_orders_and_faults_are_right_or_fail_cleanly_and_leave_nothing(
+    small: tuple[models.Case, rpcompile.Compiled, list[torch.Tensor]],
+) -> None:
+    case, compiled, expected = small
+    driver = Driver(1, gpus=2, eager=0.2)
+    engine = CudaEngine(compiled, driver)
+    count = 3 * sum(1 for _ in compiled.plan.schedule.actions())
+    outcomes, events, nbytes = Counter[bool](), [], []
+    for seed in range(40):
+        choices = random.Random(seed)
+        left = [choices.randrange(2 * count)]
+
+        def hook(_: str, choices: random.Random = choices, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise choices.choice([MemoryError, torch.OutOfMemoryError, ValueError])("injected")
+
+        engine.before_instruction = hook
+        failed: str | None = None
+        try:
+            assert equal(run(case, compiled, engine), expected)
+        except ExecutionError as error:
+            failed = str(error)
+        assert failed is None or "injected" in failed
+        outcomes[failed is None] += 1
+        assert driver.idle
+        assert all(p.grad is None for p in case.model.parameters())
+        for worker in engine._workers:
+            assert worker.stored_bytes() == 0
+        if seed in (20, 39):
+            gc.collect()
+            events.append(sum(type(found) is Event for found in gc.get_objects()))
+            driver.advance()
+            nbytes.append(MEMORY.nbytes)
+    assert min(outcomes.values()) > 8, outcomes
+    assert events[0] == events[1]
+    assert nbytes[0] == nbytes[1]
     engine.close()
 
 
