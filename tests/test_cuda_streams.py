@@ -450,7 +450,7 @@ def test_40_runs_with_random_orders_and_faults_are_right_or_fail_cleanly_and_lea
             driver.advance()
             nbytes.append(MEMORY.nbytes)
     assert min(outcomes.values()) > 8, outcomes
-    assert events[0] == events[1]
+    assert events[0] == events[1] > 0
     assert nbytes[0] == nbytes[1]
     engine.close()
 
