@@ -124,8 +124,8 @@ def compile(
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
         pin: On CUDA devices, "auto" moves the model's weights into memory that is registered with CUDA, a
-            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are: for
-            models that are memory-mapped because they are larger than the host's memory.
+            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are, which
+            is slower: for models that are memory-mapped because they are larger than the host's memory.
         timeout_s: Seconds in which at least one instruction must come to its end; otherwise
             `forward_backward` raises `WorkerTimeout`, which says who waits for whom.
         detect_nan: Check every stage's results and gradients, and raise `NonFinite` that names the stage,
