@@ -104,7 +104,7 @@ def test_sums_keep_the_order_of_jobs_and_come_before_updates():
         schedule = InsertEventWaits().run(InsertUpdates(chain(2), clip=clip, **PRICES).run(plain))
         assert ids(schedule, 0, "host") == expected
         verify_schedule(schedule, chain(2), stages)
-        assert simulate(schedule).start_s["2S@3.0"] == max(ends["2G@3.0"], 51 if not clip else 0)
+        assert simulate(schedule).start_s["2S@3.0"] == max(ends["2G@2.0"], ends["2G@3.0"])
 
 
 def test_a_tied_weight_is_updated_with_its_first_segment():
