@@ -10,7 +10,7 @@ stage but in rows marked *, where layers that fit are fused, too, and not comput
 Time and bubble are those of the search's own model (`rpcompile/dispatch_time.py`); the bubble is
 1 - work / (GPUs x time), all ends included: the first upload, the last gradient's way to the host.
 `full` is the bubble of the same dispatch with every copy and event, by `rpcompile.simulate`: chained
-iterations where they are, single ones in plain synchronous rows, where host sums are left out.
+iterations where they are, single ones in plain synchronous rows.
 The rows "optimizer" are at the published batch sizes in microbatches of 4 sequences, with per-segment
 updates at 0.15 ns a parameter behind the global norm; `over async` compares them with work / GPUs.
 """
@@ -98,16 +98,15 @@ def full_s(chain: SegmentChain, found: SearchedSchedule, search: SearchSchedule)
     """Seconds of an iteration with every copy, event and update, host memory bandwidth shared."""
     schedule = LayOutDispatch(chain, found.partition).run(found.dispatch)
     schedule = InsertTransfers(chain).run(schedule)
-    if search.update_s_per_byte:
-        seconds = search.update_s_per_byte * 2
-        schedule = InsertUpdates(chain, seconds_per_parameter=seconds, clip=True).run(schedule)
-    schedule = InsertEventWaits().run(schedule)
+    seconds = search.update_s_per_byte * 2  # 0 leaves the sums of partial gradients
+    updates = InsertUpdates(chain, seconds_per_parameter=seconds, clip=search.update_s_per_byte > 0)
+    schedule = InsertEventWaits().run(updates.run(schedule))
     links = SharedLinks(host_bytes_per_s=search.host_bytes_per_s)
     if search.mode == "async":
         rotate = found.dispatch.rotate
         return simulate(schedule, links=links, iterations=20, mode="async", rotate=rotate).period_s
     if search.update_s_per_byte:
-        return simulate(schedule, links=links, iterations=4).period_s
+        return simulate(schedule, links=links, iterations=6).period_s
     return simulate(schedule, links=links).makespan_s
 
 

@@ -8,9 +8,10 @@ Before -> after, one segment::
                                               0U@1.0      reads host:gradients.j0.s0, writes host:updated.s0
 
 There is one host queue, under GPU 0. Gradients of several jobs are summed as they land, in the order of
-the jobs, into the first one's buffer. An UPDATE belongs to the last job that makes a gradient of its
-segment. `host:updated.s0` takes the place of `host:weights.s0`, which every upload of this iteration
-has read by then: it adds no memory, and the next iteration's uploads of segment 0 wait for it.
+the jobs, into the first one's buffer; what landed while the host was busy is added in one pass. An UPDATE
+belongs to the last job that makes a gradient of its segment. `host:updated.s0` takes the place of
+`host:weights.s0`, which every upload of this iteration has read by then: it adds no memory, and the next
+iteration's uploads of segment 0 wait for it.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 
 _NORM_BYTES = 4
 
+_Work = tuple[Op, int, int]  # SUM or UPDATE, segment, job whose gradient is added
+
 
 @dataclass(frozen=True)
 class InsertUpdates:
     """Schedule -> Schedule, with one UPDATE for each segment that has a gradient, and the SUMs before it.
 
-    A SUM adds one job's gradient of a segment to those of the jobs before it; an UPDATE steps the
-    segment's parameters. A tied tensor is updated with its first segment, from the gradients of all its
-    segments.
+    A SUM adds gradients of a segment to those of the jobs before; an UPDATE steps the segment's
+    parameters. A tied tensor is updated with its first segment, from the gradients of all its segments.
 
     Attributes:
         chain: The segments.
@@ -154,27 +156,32 @@ class _Updates:
     def in_order(self, order: tuple[int, ...] | None) -> list[Action]:
         """The host's queue.
 
-        A sum comes when its gradient has landed, in simulated time. An update comes then, too, unless
+        Sums come as gradients land, in simulated time; so do updates, unless they wait for the norm or
         there is an `order`: the lowest of those that are ready, behind all sums that are.
         """
         landed = self._landed()
-        sums = [
-            (moment, segment, job)
+        coming = [
+            (moment, (Op.SUM, segment, job))
             for segment, jobs in self.made.items()
             for job, moment in list(zip(jobs, accumulate(landed[segment], max), strict=True))[1:]
         ]
         if not self.options.clip and order is None:
-            return self._as_they_come(sums, {segment: max(moments) for segment, moments in landed.items()})
-        actions = [self.sum(segment, job) for _, segment, job in sorted(sums)]
+            for segment in self.made:
+                moment = max(max(landed[member]) for member in self.members(segment))
+                coming.append((moment, (Op.UPDATE, segment, 0)))
+            return self._as_they_come(coming)
+        actions = self._as_they_come(coming)
         actions += [self.norm()] * self.options.clip
         return actions + [self.update(segment) for segment in order or self.made]
 
-    def sum(self, segment: int, job: int) -> Action:
-        """Adds a job's gradient; one addition reads two numbers and writes one."""
-        passes = 4 if self.options.clip and job == max(self.made[segment]) else 3
+    def sum(self, segment: int, jobs: list[int]) -> Action:
+        """Adds gradients of some jobs, each in turn, in one pass over memory."""
+        passes = len(jobs) + 2  # the others, and the total to and fro
+        passes += 1 if self.options.clip and jobs[-1] == max(self.made[segment]) else 0
         seconds = passes * self.own_bytes[segment] / self.options.host_bytes_per_s
-        target = self.total(segment)
-        return self._action(Op.SUM, job, segment, seconds, [target, self.made[segment][job]], target)
+        total = self.total(segment)
+        reads = [total, *(self.made[segment][job] for job in jobs)]
+        return self._action(Op.SUM, jobs[-1], segment, seconds, reads, total)
 
     def norm(self) -> Action:
         reads = [*map(self.total, self.made)]
@@ -230,14 +237,10 @@ class _Updates:
         }
         return {segment: [landed[name] for name in jobs.values()] for segment, jobs in self.made.items()}
 
-    def _as_they_come(self, sums: list[tuple[float, int, int]], final: dict[int, float]) -> list[Action]:
-        """Sums, and updates from the lowest, in the order in which they are ready when the host is free."""
-        coming = [(moment, (Op.SUM, segment, job)) for moment, segment, job in sums]
-        for segment in self.made:
-            moment = max(final[member] for member in self.members(segment))
-            coming.append((moment, (Op.UPDATE, segment, 0)))
-        coming.sort()  # "S" before "U"
-        ready: list[tuple[Op, int, int]] = []
+    def _as_they_come(self, coming: list[tuple[float, _Work]]) -> list[Action]:
+        """The work in the order in which it is ready when the host is free."""
+        coming = sorted(coming)
+        ready: list[_Work] = []
         updated: set[int] = set()
         actions: list[Action] = []
         now = 0.0
@@ -246,15 +249,21 @@ class _Updates:
                 moment, work = coming.pop(0)
                 now = max(now, moment)
                 heappush(ready, work)
-            op, segment, job = heappop(ready)
+            op, segment, job = work = heappop(ready)
+            if op is Op.SUM:
+                jobs = [job]
+                while ready and ready[0][:2] == work[:2]:
+                    jobs.append(heappop(ready)[2])
+                actions.append(self.sum(segment, jobs))
+                now += actions[-1].seconds
+                continue
             # Tied weights that are updated with a lower segment have to wait for it.
-            behind = [first for first in self.firsts(segment) if op is Op.UPDATE and first not in updated]
+            behind = [first for first in self.firsts(segment) if first not in updated]
             if behind:
                 moment = max(moment for moment, other in coming if other[0] is op and other[1] in behind)
-                coming = sorted([*coming, (moment, (op, segment, job))])
+                coming = sorted([*coming, (moment, work)])
                 continue
-            if op is Op.UPDATE:
-                updated.add(segment)
-            actions.append(self.update(segment) if op is Op.UPDATE else self.sum(segment, job))
+            updated.add(segment)
+            actions.append(self.update(segment))
             now += actions[-1].seconds
         return actions

@@ -288,12 +288,14 @@ def play(
                     sent[g] = _draw(
                         left, machine.slice_s, begin, stages.gradient_bytes[s], machine.down_bytes_per_s
                     )
-                    arrived = max(arrived, sent[g])
                     seen += 1
-                    if seen > 1:  # two are read and one is written; at last it is read for its norm
-                        work = 3.0 if seen < parts or machine.update_s_per_byte == 0.0 else 4.0
-                        work *= stages.gradient_bytes[s]
-                        arrived = _draw(left, machine.slice_s, arrived, work, machine.host_bytes_per_s)
+                    # A pass over memory reads the sum and what has landed, and writes the sum; the norm
+                    # of the whole is one more to read.
+                    passes = 0.0 if seen == 1 else 1.0 if sent[g] <= arrived and seen > 2 else 3.0
+                    passes += 1.0 if seen == parts > 1 and machine.update_s_per_byte > 0.0 else 0.0
+                    work = passes * stages.gradient_bytes[s]
+                    arrived = max(arrived, sent[g])
+                    arrived = _draw(left, machine.slice_s, arrived, work, machine.host_bytes_per_s)
                 final = max(final, free[g])
             if parts > 1 and stages.lingering_bytes[s] > 0.0:
                 excess = max(excess, machine.limit_bytes.max())

@@ -399,7 +399,7 @@ class Op(StrEnum):
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
     OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
     GRADIENT = "G"  # d2h: weight gradients of one segment, after a job's last microbatch
-    SUM = "S"  # host: one job's gradient of one segment is added to those of the jobs before it
+    SUM = "S"  # host: jobs' gradients of one segment are added to those of the jobs before
     UPDATE = "U"  # host: optimizer update
     FREE = "X"  # any stream: buffers whose life ends
 

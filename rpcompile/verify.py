@@ -228,13 +228,14 @@ def _check_sums(order: _Order) -> dict[int, list[str]]:
     for segment, names in made.items():
         total, *parts = sorted(names, key=lambda name: order.parsed[name].job or 0)
         adders = sums.pop(total, [])
-        for number, part in zip(adders, parts, strict=False):
-            if (order.actions[number].reads, order.actions[number].writes) != ((total, part), (total,)):
-                raise ScheduleError(f"{order.actions[number].id} is to add {part} to {total}, in job order")
-        for part in parts[len(adders) :]:
-            raise ScheduleError(f"{part} is never added to {total}; one sum must")
-        for number in adders[len(parts) :]:
-            raise ScheduleError(f"{order.actions[number].id} adds to {total}, to which all has been added")
+        for number in adders:
+            action = order.actions[number]
+            if action.writes != (total,) or action.reads != (total, *parts[: len(action.reads) - 1]):
+                wanted = parts[0] if parts else "nothing more"
+                raise ScheduleError(f"{action.id} reads {action.reads}; it is to add {wanted} to {total}")
+            parts = parts[len(action.reads) - 1 :]
+        if parts:
+            raise ScheduleError(f"{parts[0]} is never added to {total}; one sum must")
         for first, second in pairwise(adders):
             order.require(first, second, f"which adds to {total} before it")
         made[segment] = [total]

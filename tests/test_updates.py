@@ -88,23 +88,23 @@ def test_gradients_of_replicas_are_summed_as_they_land():
     assert [action(clipped, id).seconds for id in ("0S@1.0", "0U@1", "0U@1.0")] == [16, 0, 2]
 
 
-def test_sums_keep_the_order_of_jobs_and_come_before_updates():
+def test_sums_keep_the_order_of_jobs():
     stages = partition("F0-0", "FB1-1", "B0-0")
     # Stage 2 has three jobs; the middle one has two microbatches, and its gradient lands last.
     steps = [(0, 0, m, 0) for m in range(4)] + [(0, 1, m, 1) for m in range(4)]
-    steps += [(0, 2, 0, 2), (1, 2, 1, 3), (1, 2, 3, 3), (2, 2, 2, 4)]
+    steps += [(1, 2, 0, 2), (2, 2, 1, 3), (2, 2, 3, 3), (1, 2, 2, 4)]
     dispatch = of_steps("three", 3, 4, steps)
     plain = InsertTransfers(chain(2)).run(LayOutDispatch(chain(2), stages).run(dispatch))
     ends = simulate(InsertEventWaits().run(plain)).end_s
-    assert ends["2G@4.0"] < ends["2G@3.0"]
-    for clip, expected in (
-        (False, "1U@1.1 2S@3.0 2S@4.0 2U@4.0"),
-        (True, "2S@3.0 2S@4.0 1U@1 2U@4.0 1U@1.1"),
-    ):
+    assert ends["2G@2.0"] < ends["2G@4.0"] < ends["2G@3.0"]
+    for clip, expected in ((False, "1U@1.1 2S@4.0 2U@4.0"), (True, "2S@4.0 1U@1 2U@4.0 1U@1.1")):
         schedule = InsertEventWaits().run(InsertUpdates(chain(2), clip=clip, **PRICES).run(plain))
         assert ids(schedule, 0, "host") == expected
+        assert action(schedule, "2S@4.0").reads == tuple(f"host:gradients.j{job}.s0" for job in (2, 3, 4))
+        # One pass reads three times 4 bytes and writes 4.
+        assert action(schedule, "2S@4.0").seconds == 16 + 4 * clip
+        assert simulate(schedule).start_s["2S@4.0"] == ends["2G@3.0"]
         verify_schedule(schedule, chain(2), stages)
-        assert simulate(schedule).start_s["2S@3.0"] == max(ends["2G@2.0"], ends["2G@3.0"])
 
 
 def test_a_tied_weight_is_updated_with_its_first_segment():
@@ -207,9 +207,9 @@ def test_broken_updates_are_refused(mutant, message):
 
 
 def summed():
-    """Three jobs of one fused stage, with their sums."""
+    """Three jobs of one fused stage, the last of which has two microbatches, with their sums."""
     stages = partition("FB0-0")
-    dispatch = of_steps("thirds", 3, 3, [(m, 0, m, m) for m in range(3)])
+    dispatch = of_steps("thirds", 3, 4, [(min(m, 2), 0, m, min(m, 2)) for m in range(4)])
     plain = InsertTransfers(chain(1)).run(LayOutDispatch(chain(1), stages).run(dispatch))
     return InsertUpdates(chain(1)).run(plain), stages
 
@@ -223,13 +223,14 @@ def summed():
         ),
         (
             lambda found: edit(found, "0S@1.0", reads=("host:gradients.j0.s0", "host:gradients.j2.s0")),
-            "0S@1.0 is to add host:gradients.j1.s0 to host:gradients.j0.s0, in job order",
+            "0S@1.0 reads ('host:gradients.j0.s0', 'host:gradients.j2.s0'); it is to add "
+            "host:gradients.j1.s0 to host:gradients.j0.s0",
         ),
         (
             lambda found: rewrite(
                 found, lambda old: [old, replace(old, id="0S@2.9")] if old.id == "0S@2.0" else [old]
             ),
-            "0S@2.9 adds to host:gradients.j0.s0, to which all has been added",
+            "it is to add nothing more to host:gradients.j0.s0",
         ),
         (
             lambda found: edit(
@@ -248,6 +249,7 @@ def summed():
 )
 def test_broken_sums_are_refused(change, message):
     schedule, stages = summed()
+    assert ids(schedule, 0, "host") == "0S@1.0 0S@2.0 0U@2.0"
     verify_schedule(anew(schedule), chain(1), stages)
     with pytest.raises(ScheduleError) as caught:
         verify_schedule(anew(change(schedule)), chain(1), stages)
