@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 _BACKWARD_LENGTHS = (1, 2, 4)
+_JOB_WORK = 8  # of playing a job's uploads and downloads
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
 
@@ -62,6 +63,13 @@ class Problem:
         return energy(
             self.tables, self.machine, self.most_bytes, state, np.empty(shape, np.int64), np.empty(shape)
         )
+
+    def work(self, state: State) -> int:
+        """What playing a state takes, in units of one microbatch of one stage; about, for it changes."""
+        size, dealt = int(state.size[0]), bool(state.wanted[0])
+        pairs = size * self.microbatches * (2 if dealt else 1)
+        jobs = state.wanted[:size].sum() if dealt else sum(map(len, map(set, state.gpu_of[:size].tolist())))
+        return self.machine.iterations * (pairs + _JOB_WORK * int(jobs))
 
 
 def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[State]:
