@@ -40,7 +40,7 @@ _MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do
 _KEPT = 8  # starts that are annealed
 _REFINED = 2  # how many of those are annealed again, and then once more GPU by GPU
 _AGAIN = 4  # how often each where there is nothing else to decide, on a ring
-# Of each round of annealing: its share of the work, and the share of the time a move may cost, first and last.
+# Of each round of annealing: its share of the work, and the share of the time a move may cost (first, last).
 _ROUNDS = ((0.25, 3e-3, 3e-4), (0.4, 1e-3, 3e-5), (0.35, 1e-4, 1e-5))
 _RING_ROUNDS = ((0.5, 1e-3, 1e-4), (0.5, 1e-3, 3e-5))
 

@@ -5,7 +5,6 @@ the order in which they arrive. With c the compute seconds of a microbatch and h
 
     start(stage, m) = max(end(stage - 1, m) + (h if it ran on another GPU), end of what the GPU ran before)
     the first a seconds of a backward (recompute) do without the gradient, but not without the saved input
-    a hop also waits until the gradients of the job before have left its GPU: they share a queue
     upload starts   = max(end of the upload before, end of the job two before)       two resident jobs
     a job's first microbatch also waits for its upload and, if it makes gradients, until the gradients
     of the gradient-making job two before have left the GPU
@@ -155,7 +154,7 @@ def play(
     sent, sent_before, busy = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     lands, load = np.zeros(gpus), np.zeros(gpus)
     memory, weights, gradients = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
-    ready, left_at = np.zeros(microbatches), np.zeros(microbatches)
+    ready = np.zeros(microbatches)
     came = np.empty(microbatches, np.int64)
     line = np.arange(microbatches)
     chosen = np.zeros(gpus, np.int64)
@@ -221,7 +220,7 @@ def play(
                         end = lands[g] + compute / machine.speed[g]
                         if not chained:
                             hop = 0.0 if came[m] == g or came[m] < 0 else stages.hop_s[s]
-                            since = ready[m] if hop == 0.0 else left_at[m] + hop - ahead / machine.speed[g]
+                            since = ready[m] + hop - ahead / machine.speed[g]
                             end = max(lands[g], since) + compute / machine.speed[g]
                         if end < ends:
                             best, ends = g, end
@@ -264,15 +263,15 @@ def play(
                     maker = (gpu_of[saved_by, m] + shift) % gpus
                     made = starts[saved_by, m] + stages.compute_s[saved_by] / machine.speed[maker]
                     begin = max(begin, made + stages.saved_hop_s[s])
-                start = max(begin, ready[m] - ahead / machine.speed[g])
+                hop = 0.0
                 if came[m] != g and came[m] >= 0:
-                    start = max(begin, left_at[m] + stages.hop_s[s] - ahead / machine.speed[g])
-                    k = int(start / machine.slice_s)
+                    hop = stages.hop_s[s]
+                    k = int(begin / machine.slice_s)
                     if k < left.size:
                         left[k] = max(0.0, left[k] - 2.0 * stages.handed_bytes[s])
+                start = max(begin, ready[m] + hop - ahead / machine.speed[g])
                 free[g] = start + compute / machine.speed[g]
                 ready[m] = free[g]
-                left_at[m] = max(free[g], sent[g])  # behind the gradients of the job before
                 came[m] = g
                 order[s, i] = m
                 starts[s, m] = start

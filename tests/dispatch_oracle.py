@@ -97,8 +97,7 @@ def play_by_definition(
                 hop += 2 * hardware.latency_s
                 arrives = end(source.index, microbatch)
                 if source.gpu != job.gpu:
-                    queued = [sent(k) for k in before(source.index, True)[:1]]
-                    arrives = max([arrives, *queued]) + hop
+                    arrives += hop
                 if kind is StageKind.B:
                     # The recompute is over when it is, or when the gradient comes, if that is later.
                     arrives -= sum(s.forward_s for s in inside(job_index)[1]) / speed[job.gpu]
