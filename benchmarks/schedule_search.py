@@ -171,7 +171,8 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, help="wall time of one search; default: the effort's")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "schedule_search.json")
     options = parser.parse_args()
-    columns = "model|case|time s|bound s|gap|bubble|full|published|over async|traffic|stages|jobs|seconds|cpu|ended by"
+    columns = "model|case|time s|bound s|gap|bubble|full|published|over async|traffic|stages|jobs"
+    columns += "|seconds|cpu|ended by"
     table = Table(*columns.split("|"), title="Simulated bubbles of searched schedules")
     rows: list[Row] = []
     for model in MODELS:
