@@ -2,10 +2,10 @@
 
 Before -> after, one segment::
 
-    gpu0 d2h   0G@0.0              gpu0 d2h   0G@0.0
-    gpu1 d2h   0G@1.0              gpu1 d2h   0G@1.0
-                                   gpu0 host  0S@1.0      adds host:gradients.j1.s0 to host:gradients.j0.s0
-                                              0U@1.0      reads host:gradients.j0.s0, writes host:updated.s0
+    gpu0 gradients  0G@0.0         gpu0 gradients  0G@0.0
+    gpu1 gradients  0G@1.0         gpu1 gradients  0G@1.0
+                                   gpu0 host       0S@1.0   adds host:gradients.j1.s0 to host:gradients.j0.s0
+                                                   0U@1.0   reads host:gradients.j0.s0, writes host:updated.s0
 
 There is one host queue, under GPU 0. Gradients of several jobs are summed as they land, in the order of
 the jobs, into the first one's buffer; what landed while the host was busy is added in one pass. An UPDATE
