@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 _BACKWARD_LENGTHS = (1, 2, 4)
+_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest
 _JOB_WORK = 8  # of playing a job's uploads and downloads
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
@@ -104,12 +105,12 @@ def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple
 
 
 def _fused_begins(problem: Problem) -> list[int]:
-    """Where the fused stage may begin: it is the smallest, the longest that fits, or halfway."""
+    """Where the fused stage may begin: from the smallest stage to the longest that fits."""
     tables, limit = problem.tables, float(problem.machine.limit_bytes.max())
     n = tables.segments
     fitting = [begin for begin in range(tables.first_fused, n) if tables.fused[begin, 4] <= limit]
     longest = min(fitting, default=n - 1)
-    return sorted({longest, (longest + n - 1) // 2, n - 1})
+    return sorted({n - 1 - (n - 1 - longest) * part // _FUSED_LENGTHS for part in range(_FUSED_LENGTHS + 1)})
 
 
 def _regular_cuts(tables: Tables, forward: int, backward: int, begin: int, first: int = 0) -> list[int]:
