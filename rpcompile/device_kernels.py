@@ -161,20 +161,24 @@ def _cpu_convolution_backward(args: tuple[Any, ...]) -> int:
     """oneDNN's copies of gradient and input in its own layout; see `_cpu_convolution`."""
     gradient, x, weight = args[:3]
     if not torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
-        return _columns(x, weight, args[4], args[5], args[7])
+        copied = 0 if gradient.is_contiguous() else gradient.nbytes
+        return copied + _columns(x, weight, args[4], args[5], args[7])
     return gradient.nbytes + x.nbytes
 
 
 def _columns(
     x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], transposed: bool
 ) -> int:
-    """Every window that the kernel visits, side by side. Source: aten/src/ATen/native/ConvolutionMM2d.cpp."""
+    """Every window that the kernel visits, side by side; of one sample at a time where it is transposed.
+
+    Source: ConvolutionMM2d.cpp and NaiveConvolutionTranspose2d.cpp in aten/src/ATen/native.
+    """
     kernel = weight.shape[2:]
     steps = list(zip(x.shape[2:], kernel, stride, padding, strict=True))
     if all(size == 1 for size in kernel) and all(step == 1 for step in stride):
         return 0
     if transposed:
-        windows = x.shape[2:].numel() * x.shape[0] * weight.shape[1]
+        windows = x.shape[2:].numel() * weight.shape[1]
     else:
         places = [(size + 2 * pad - width) // step + 1 for size, width, step, pad in steps]
         windows = torch.Size(places).numel() * x.shape[0] * x.shape[1]

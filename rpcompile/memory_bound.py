@@ -51,7 +51,8 @@ def gpu_memory_bounds(
     for change, role in ((made, Role.MAKE), (freed, Role.FREE)):
         mine = uses.role == role
         np.add.at(change, uses.action[mine], sizes[uses.buffer[mine]])
-    workspace = np.array([action.workspace_bytes for action in actions], np.int64)
+    # One below 0 is over as soon as its action is, which may be before the next one begins.
+    workspace = np.array([max(0, action.workspace_bytes) for action in actions], np.int64)
     queues = {(queue.gpu, queue.stream): number for number, queue in enumerate(schedule.queues)}
     return tuple(
         _peak(order, [queues.get((gpu, stream)) for stream in _STREAMS], made, freed, workspace)

@@ -14,6 +14,7 @@ from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.runtime import batches
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 from rpcompile.stage_bytes import Workspaces
@@ -60,7 +61,15 @@ class Measured:
 
     def predicted_bytes(self, stage: Stage) -> int:
         """Everything but weights, gradients and what the caller gives, as the plan has it."""
-        nbytes, segments = self.workspaces.of(stage), self.chain.segments
+        found = FindStageMemory(self.captured, self.chain).run(_only(stage))
+        return self._with_results(stage, self.workspaces.planned(found.stages[0]))
+
+    def bound_bytes(self, stage: Stage) -> int:
+        """The same as the partition counts it."""
+        return self._with_results(stage, self.workspaces.of(stage))
+
+    def _with_results(self, stage: Stage, nbytes: int) -> int:
+        segments = self.chain.segments
         if stage.kind is StageKind.F:
             return nbytes + segments[stage.last].boundary_bytes
         return nbytes + (segments[stage.first - 1].boundary_gradient_bytes if stage.first else 0)
@@ -93,7 +102,7 @@ class Measured:
         return (cuda_peak if self.device.type == "cuda" else cpu_peak)(run)
 
     def _extract(self, *stages: Stage) -> tuple[StageGraph, ...]:
-        return ExtractStages(self.captured, self.chain).run(Partition(stages, 0, 0.0, 0.0, "GIVEN", 0.0, ""))
+        return ExtractStages(self.captured, self.chain).run(_only(*stages))
 
     def _weights(self, graph: StageGraph) -> list[Tensors]:
         return [{name: self._host[name].detach().clone() for name in (*graph.parameters, *graph.buffers)}]
@@ -106,6 +115,10 @@ class Measured:
             given = {name: values[name] for name in graph.values}
             values |= runner.forward(self._weights(graph), self._part, given, self._facts)
         return values
+
+
+def _only(*stages: Stage) -> Partition:
+    return Partition(stages, 0, 0.0, 0.0, "GIVEN", 0.0, "")
 
 
 def cpu_peak(run: Callable[[], object]) -> int:
