@@ -64,6 +64,12 @@ class SegmentMemories:
             rematerialised_bytes=found.rematerialised_bytes,
         )
 
+    def stage_piece(self, first: int, last: int) -> Piece:
+        """`piece` as a stage of these segments runs it: what is rematerialised is its own, and dies as such."""
+        piece = self.piece(first, last)
+        nodes = sorted((*piece.rematerialised, *piece.nodes), key=lambda node: self._position[node.name])
+        return replace(piece, nodes=tuple(nodes), rematerialised=())
+
     def piece(self, first: int, last: int) -> Piece:
         """The nodes of the segments `first..last`, both included."""
         order, cuts = self._capture.order, self._capture.cuts

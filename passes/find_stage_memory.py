@@ -52,7 +52,7 @@ class _Finder:
 
     def found(self, stage: Stage) -> Stage:
         segments = [self._chain.segments[index] for index in stage.segments]
-        piece, has_buffers = self._segments.piece(stage.first, stage.last), 0
+        piece, has_buffers = self._segments.stage_piece(stage.first, stage.last), 0
         if stage.kind is StageKind.F:
             piece = replace(piece, boundary=self._results(stage))
             has_buffers = sum(self._chain.segments[cut].boundary_bytes for cut in self._emits(stage))

@@ -123,9 +123,8 @@ class PeakMemory:
         )
 
     def peak_bytes(self, piece: Piece, train: bool) -> int:
-        """`training_bytes` or `forward_bytes`, with the results of rematerialised nodes: all that it makes."""
-        run = self._training(piece) if train else self._forward(piece)
-        return run.tracker.peak + run.rematerialised_bytes
+        """`PieceMemory.training_bytes` or `forward_bytes` alone."""
+        return (self._training(piece) if train else self._forward(piece)).tracker.peak
 
     def _forward(self, piece: Piece) -> _Run:
         with self._mode():
