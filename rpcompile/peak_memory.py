@@ -243,7 +243,10 @@ class _Run:
         every = (*piece.rematerialised, *piece.nodes)
         for source in dict.fromkeys(source for node in every for source in node.all_input_nodes):
             if source.op in ("placeholder", "get_attr") and source not in environment:
-                environment[source] = memory.external(source)
+                given = memory.external(source)
+                if not self._train and isinstance(given, torch.Tensor):
+                    given.requires_grad_(False)  # products of matrices ask for it, whatever the mode
+                environment[source] = given
         self.tracker.ignore(environment.values())
         with self._context():
             for node in piece.rematerialised:

@@ -61,8 +61,11 @@ class Measured:
 
     def predicted_bytes(self, stage: Stage) -> int:
         """Everything but weights, gradients and what the caller gives, as the plan has it."""
-        found = FindStageMemory(self.captured, self.chain).run(_only(stage))
-        return self._with_results(stage, self.workspaces.planned(found.stages[0]))
+        return self._with_results(stage, self.workspaces.planned(self.found(stage)[0]))
+
+    def found(self, *stages: Stage) -> tuple[Stage, ...]:
+        """The stages, with what they need."""
+        return FindStageMemory(self.captured, self.chain).run(_only(*stages)).stages
 
     def bound_bytes(self, stage: Stage) -> int:
         """The same as the partition counts it."""
@@ -124,8 +127,7 @@ def _only(*stages: Stage) -> Partition:
 def cpu_peak(run: Callable[[], object]) -> int:
     """Most bytes that the CPU's allocator had given out at once, by what it reports to the profiler."""
     run()  # what is allocated once for all does not count
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with no_collections(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -134,6 +136,16 @@ def cpu_peak(run: Callable[[], object]) -> int:
         live += nbytes
         peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """No garbage from before is freed meanwhile; looking for it takes longer than most stages."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def cuda_peak(run: Callable[[], object]) -> int:

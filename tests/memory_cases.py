@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import transformers
 
+from rpcompile.ir import Stage, StageKind
 from tests import family_tiny as tiny
 from tests.models import Case
 from tests.unet import DiffusionUNet
+
+if TYPE_CHECKING:
+    from rpcompile.ir import SegmentChain
+
+F, B, FB = StageKind.F, StageKind.B, StageKind.FB
 
 TOKENS = {"batch": 2, "sequence": 256}
 _SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
@@ -101,9 +109,9 @@ def _few_tokens(case: Case, tokens: int) -> Case:
 
 def mamba() -> Case:
     config = transformers.MambaConfig(
-        vocab_size=256, hidden_size=128, state_size=8, num_hidden_layers=2, time_step_rank=8
+        vocab_size=256, hidden_size=128, state_size=8, num_hidden_layers=1, time_step_rank=8
     )
-    return _few_tokens(Case(transformers.MambaForCausalLM(config), {}), 24)
+    return _few_tokens(Case(transformers.MambaForCausalLM(config), {}), 12)
 
 
 def mamba2() -> Case:
@@ -111,18 +119,30 @@ def mamba2() -> Case:
         vocab_size=256,
         hidden_size=64,
         state_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_heads=4,
         head_dim=32,
         n_groups=2,
         chunk_size=16,
     )
-    return _few_tokens(Case(transformers.Mamba2ForCausalLM(config), {}), 64)
+    return _few_tokens(Case(transformers.Mamba2ForCausalLM(config), {}), 32)
 
 
 def gpt_oss() -> Case:
     options = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}
     return _tokens(tiny.causal("GptOss", **_TEXT, **options, sliding_window=64))
+
+
+def stages(chain: SegmentChain) -> list[Stage]:
+    """Stages of each kind: of one segment, a few, and many."""
+    n, first = len(chain.segments), chain.first_backward
+    middle, last = max(first, n // 2), n - 2
+    ranges = [(F, middle, middle), (F, middle, middle + 2), (F, 0, last)]
+    ranges += [(B, middle, middle), (B, middle - 1, middle + 1), (B, first, last)]
+    ranges += [(FB, n - 1, n - 1), (FB, n - 3, n - 1), (FB, first, n - 1)]
+    return [
+        Stage(0, kind, max(low, 0), high if kind is FB else min(high, last)) for kind, low, high in ranges
+    ]
 
 
 FAMILIES = {
