@@ -90,7 +90,7 @@ def main() -> None:
                 first, last = row["segments"]
                 cells = f"{name} | {row['kind']} | {first}..{last} | {row['predicted_bytes']:,}"
                 print(
-                    f"| {cells} | {row['measured_bytes']:,} | {100 * row['error']:.2f} % | {100 * row['bound']:.2f} % |",
+                    f"| {cells} | {row['measured_bytes']:,} | {row['error']:.2%} | {row['bound']:.2%} |",
                     flush=True,
                 )
     times = [prediction_time(name) for name in capture_speed.MODELS]

@@ -65,7 +65,7 @@ class SegmentMemories:
         )
 
     def stage_piece(self, first: int, last: int) -> Piece:
-        """`piece` as a stage of these segments runs it: what is rematerialised is its own, and dies as such."""
+        """`piece` as a stage of these segments runs it: what is rematerialised lives as all else does."""
         piece = self.piece(first, last)
         nodes = sorted((*piece.rematerialised, *piece.nodes), key=lambda node: self._position[node.name])
         return replace(piece, nodes=tuple(nodes), rematerialised=())

@@ -91,8 +91,8 @@ def _actions(plan: Plan) -> str | None:
             ):
                 return (
                     f"action {action.id} takes {action.seconds} s, {action.nbytes} bytes and "
-                    f"{action.workspace_bytes} bytes of workspace; no time or bytes moved may be negative, and "
-                    f"no time over {LONGEST_S:.0e} s"
+                    f"{action.workspace_bytes} bytes of workspace; no time or move may be negative, and no "
+                    f"time over {LONGEST_S:.0e} s"
                 )
             if not 0 <= action.job < len(jobs) or action.stage != jobs[action.job].stage:
                 return f"action {action.id} names job {action.job} and stage {action.stage}"

@@ -61,7 +61,7 @@ def test_a_boundary_inside_a_forward_stage_is_held_to_its_end() -> None:
 
 
 def test_values_that_only_pass_by_a_forward_stage_take_no_memory_of_its_own() -> None:
-    module = Function(lambda x, a, b: ((y := x * a) * (x.sin() * b).exp()).sum(), (8,), (8,))
+    module = Function(lambda x, a, b: ((x * a) * (x.sin() * b).exp()).sum(), (8,), (8,))
     capture = capture_of(module, {"x": torch.randn(4, 8)}, BATCH, ("mul", "mul_1"))
     chain = BindChain({"batch": 4}, hardware("cpu")).run(EstimateCosts().run(capture))
     assert [len(segment.boundary) for segment in chain.segments] == [1, 2, 0]
