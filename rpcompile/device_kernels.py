@@ -84,13 +84,14 @@ def _attention(
 ) -> torch.Tensor:
     """The kernel that torch's dispatcher picks on a GPU from Ampere on.
 
-    Flash for 16-bit numbers without a mask and heads of up to 256; memory-efficient attention for others
-    whose heads are not grouped; else the products written out.
+    Flash for 16-bit numbers without a mask and heads of up to 256, the values' as wide as the keys';
+    memory-efficient attention for others whose heads are not grouped; else the products written out.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
     size = query.shape[-1]
-    if attn_mask is None and query.dtype in _HALF and size <= 256 and size % 8 == 0:
+    flash = query.dtype in _HALF and size == value.shape[-1] and size <= 256 and size % 8 == 0
+    if attn_mask is None and flash:
         return _ATEN._scaled_dot_product_flash_attention.default(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
