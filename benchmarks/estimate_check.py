@@ -41,8 +41,12 @@ def check(model: CapturedModel, gpu: str) -> dict[str, Any]:
     # Only seconds matter: a model that does not fit is not tiled.
     chain = model.bind(replace(card, usable_bytes=2**62), SIZES, tiles=1)
     segments = chain.segments
-    forward_s, backward_s = (sum(getattr(s, f"{side}_s") for s in segments) for side in ("forward", "backward"))
-    forward, backward = (sum(getattr(s, f"{side}_flops") for s in segments) for side in ("forward", "backward"))
+    forward_s, backward_s = (
+        sum(getattr(s, f"{side}_s") for s in segments) for side in ("forward", "backward")
+    )
+    forward, backward = (
+        sum(getattr(s, f"{side}_flops") for s in segments) for side in ("forward", "backward")
+    )
     tokens = SIZES["batch"] * SIZES["sequence"]
     seconds = 2 * forward_s + backward_s
     return {
@@ -79,7 +83,10 @@ def main() -> None:
             shares = [row[f"{side}utilisation"] for side in ("forward_", "backward_", "")]
             cells = " | ".join(f"{share:.0%}" for share in shares)
             rate = row["tokens_per_s_with_recompute"]
-            print(f"| {title} | {gpu} | {cells} | {row['backward_over_forward']:.2f} | {rate:,.0f} |", flush=True)
+            print(
+                f"| {title} | {gpu} | {cells} | {row['backward_over_forward']:.2f} | {rate:,.0f} |",
+                flush=True,
+            )
     record = {
         "question": "estimated shares of the peak, for models and GPUs that were not calibrated on",
         "date": date.today().isoformat(),

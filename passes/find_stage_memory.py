@@ -65,7 +65,8 @@ class _Finder:
         nbytes = self._known[key] - has_buffers
         if stage.kind is StageKind.B:  # copies of buffers that its recompute must not change
             nbytes += sum(segment.state_bytes for segment in segments)
-        return replace(stage, workspace_bytes=nbytes)
+        # Only a forward hands on what it was given; a gradient that goes out is always another tensor.
+        return replace(stage, workspace_bytes=nbytes if stage.kind is StageKind.F else max(0, nbytes))
 
     def _emits(self, stage: Stage) -> list[int]:
         last = len(self._chain.segments) - 1

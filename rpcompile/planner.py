@@ -164,10 +164,9 @@ class CapturedModel:
             )
         chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
         partition = FindStageMemory(self.capture, chain).run(plan.partition)
-        schedule = lay_out(chain, partition, dispatch_of(plan.schedule), plan.mode)
-        verify_schedule(schedule, chain, partition)
-        prediction = _prediction(chain, schedule, simulate(schedule), plan.dtype)
-        return replace(plan, chain=chain, partition=partition, schedule=schedule, prediction=prediction)
+        rebound = laid_out_again(replace(plan, chain=chain, partition=partition))
+        rebound.verify()
+        return rebound
 
     def save_costs(self, path: str | PathLike[str]) -> None:
         """Writes the FLOP and byte expressions of every operator; `rpcompile/cost_file.py` has the format."""
@@ -287,6 +286,17 @@ def plan_chain(
         prediction=prediction,
         provenance=_provenance(options),
     )
+
+
+def laid_out_again(plan: Plan) -> Plan:
+    """A plan with a new schedule and prediction for its chain: same stages, jobs and order; not verified.
+
+    Raises:
+        ScheduleError, PartitionError: The plan contradicts itself.
+    """
+    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    prediction = _prediction(plan.chain, schedule, simulate(schedule), plan.dtype)
+    return replace(plan, schedule=schedule, prediction=prediction)
 
 
 def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:
