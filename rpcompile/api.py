@@ -161,7 +161,7 @@ def compile(
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
             chain = captured.bind(hardware, seconds=given, device=device, tiles=tiles, progress=progress)
-            loaded = plan_chain(chain, options, captured.described(), bar)
+            loaded = plan_chain(chain, options, captured.described(), bar, captured.capture)
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"
@@ -175,7 +175,7 @@ def compile(
             for_evaluation.append(_capture_eval(module, example, compute_dtype))
         found = for_evaluation[0]
         forward = replace(options, microbatches=count, mode="forward")
-        plan = plan_chain(found.bind(hardware), forward, found.described())
+        plan = found.plan(found.bind(hardware), forward, progress=False)
         return _executable(found.capture, plan, runtime, arenas, None)
 
     def with_outputs() -> Executable:

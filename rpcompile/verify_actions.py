@@ -188,7 +188,7 @@ def _check_operands(
     schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames
 ) -> None:
     """Compute actions read and write exactly what their segments call for."""
-    workspaces = [*map(stage_bytes.Workspaces(chain).of, partition.stages)]
+    workspaces = [*map(stage_bytes.Workspaces(chain).planned, partition.stages)]
     for action in schedule.actions():
         if action.op not in COMPUTE_OPS:
             continue
