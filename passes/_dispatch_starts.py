@@ -36,12 +36,14 @@ class Problem:
         machine: What they run on.
         microbatches: Number of microbatches.
         most_bytes: Most bytes to upload in an iteration.
+        widest: Most GPUs that a stage is dealt out to, at first.
     """
 
     tables: Tables
     machine: Machine
     microbatches: int
     most_bytes: float
+    widest: int
 
     def state(self, cuts: Sequence[int], wanted: Sequence[int] | np.ndarray) -> State:
         """A state with room for the finest partition; every stage is to be dealt out."""
@@ -75,7 +77,7 @@ def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[St
 
 
 def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple[list[int], np.ndarray]]:
-    tables, gpus = problem.tables, len(problem.machine.speed)
+    tables, gpus = problem.tables, problem.widest
     lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS))
     cuttings = [_regular_cuts(tables, forward, backward) for forward, backward in lengths]
     if problem.machine.ring:
@@ -90,7 +92,7 @@ def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple
             wanted = np.full(len(cuts) - 1, middle)
             wanted[fused] = max(middle, heads)
             yield cuts, wanted
-            if middle == 1:
+            if middle == 1 and gpus > 1:
                 for taper in _TAPER:
                     yield cuts, _tapered(problem, cuts, wanted.copy(), fused, taper)
 

@@ -56,7 +56,7 @@ class InsertTransfers:
     """Schedule -> Schedule, with PREFETCH, LOAD, RECEIVE, HANDOFF, OFFLOAD, GRADIENT and FREE.
 
     Attributes:
-        chain: The segments; its hardware prices the copies.
+        chain: The segments; the hardware of their GPUs prices the copies.
         activation_slots: How many microbatches' incoming (and outgoing) tensors a GPU may hold at
             once. With 2, one is copied while another is computed; without a limit a fast link
             would fill the GPU's memory.
@@ -253,7 +253,7 @@ class _Copies:
         for source, target in pairs:
             self.nbytes.setdefault(target, self.nbytes[source])
         nbytes = sum(self.nbytes[target] for _, target in pairs)
-        hardware, upwards = self.chain.hardware, op in (Op.PREFETCH, Op.LOAD, Op.RECEIVE)
+        hardware, upwards = self.chain.hardware_of(step.gpu), op in (Op.PREFETCH, Op.LOAD, Op.RECEIVE)
         rate = hardware.h2d_bytes_per_s if upwards else hardware.d2h_bytes_per_s
         return Action(
             id=str(ActionId(step.stage, op, microbatch, job, part)),

@@ -31,7 +31,8 @@ from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
 from rpcompile.plan_checks import plan_problem
 from rpcompile.plan_versions import VERSION, known, upgrade
-from rpcompile.simulate import Timeline, simulate
+from rpcompile.shared_links import SharedLinks
+from rpcompile.simulate import Timeline, simulate, simulate_steady
 from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
@@ -50,12 +51,15 @@ class Prediction:
     """What the simulator says about one iteration of a schedule.
 
     Attributes:
-        iteration_s: Makespan.
-        tokens_per_s: Tokens of all microbatches over the makespan; None where there are no tokens.
-        bubble: Share of the GPUs' compute time that is idle.
+        iteration_s: Makespan; in mode "async" the period, which each of many iterations takes that follow one
+            another without a pause.
+        tokens_per_s: Tokens of all microbatches over `iteration_s`; None where there are no tokens.
+        bubble: Share of the GPUs' compute time that is idle, in mode "async" of the period.
         gpu_peak_bytes: Peak memory of each GPU.
         host_peak_bytes: Peak memory of the host.
         host: What it is made of; None where that is not known.
+        traffic: Weights uploaded, in units of `stage_bytes.upload_unit_bytes`; None where that is not known.
+        alone_s: In mode "async", the makespan of an iteration that nothing precedes or follows; else None.
     """
 
     iteration_s: float
@@ -64,6 +68,8 @@ class Prediction:
     gpu_peak_bytes: tuple[int, ...]
     host_peak_bytes: int
     host: HostMemory | None = None
+    traffic: float | None = None
+    alone_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,13 @@ class Plan:
         dtype: Of most parameters.
         gpus: Number of GPUs.
         microbatches: Parts that each batch is split into.
-        mode: "sync", or "forward" for evaluation.
+        mode: "sync", "async", or "forward" for evaluation.
         chain: The segments and their prices.
         partition: The stages.
         schedule: What every stream does.
         prediction: What the simulator says about it.
         provenance: Versions that made it.
+        links: What its transfers and host work share; None for an idle machine, where nothing is shared.
     """
 
     model_name: str
@@ -95,6 +102,7 @@ class Plan:
     schedule: Schedule
     prediction: Prediction
     provenance: dict[str, str]
+    links: SharedLinks | None = None
 
     @property
     def id(self) -> str:
@@ -103,8 +111,12 @@ class Plan:
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:8]
 
     def simulate(self) -> Timeline:
-        """The timeline of one iteration."""
-        return simulate(self.schedule)
+        """The timeline of one iteration, which nothing precedes or follows."""
+        return simulate(self.schedule, links=self.links)
+
+    def simulate_steady(self) -> Timeline:
+        """The timeline of iterations that follow one another until each takes as long as the next."""
+        return simulate_steady(self.schedule, self.links)
 
     def actions(self) -> ActionTable:
         """What each GPU computes and when, as plain data."""

@@ -7,6 +7,7 @@ down; with `links`, transfers and host work share host memory, PCIe roots and bo
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from rpcompile.ir import Action, Schedule
     from rpcompile.shared_links import SharedLinks
 
-__all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate"]
+__all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate", "simulate_steady"]
+
+_FEWEST_ITERATIONS, _MOST_ITERATIONS = 8, 20  # that are chained to see them settle
+_MOST_ACTIONS = 400_000  # in all of them, from the fewest on
 
 _BOUNDS = {
     Op.PREFETCH: "upload",
@@ -128,14 +132,24 @@ class Timeline:
             raise InvalidArgument("one iteration has no period; use simulate(schedule, iterations=16) or so")
         return steady_period(self.iteration_end_s)[0]
 
+    @property
+    def steady_bubble(self) -> float:
+        """Share of the GPUs' compute time that is idle once iterations have settled.
+
+        Raises:
+            InvalidArgument: Only one iteration was simulated.
+        """
+        computing = (1 - self.bubble) * self.makespan_s / len(self.iteration_end_s)
+        return 1 - computing / self.period_s if self.period_s else 0.0
+
 
 def simulate(
     schedule: Schedule,
     *,
     links: SharedLinks | None = None,
     iterations: int = 1,
-    mode: str = "sync",
-    rotate: int = 0,
+    mode: str | None = None,
+    rotate: int | None = None,
 ) -> Timeline:
     """Runs a schedule on paper.
 
@@ -144,8 +158,9 @@ def simulate(
         links: What transfers and host work share; None for an idle machine where nothing is shared.
         iterations: How many, one behind the other; GPUs do not pause between them.
         mode: How they are chained: "sync" (an upload waits for its segment's UPDATE in the iteration
-            before; without UPDATEs, for everything) or "async" (for that of the iteration before the last).
-        rotate: GPUs by which each iteration is shifted against the one before.
+            before; without UPDATEs, for everything) or "async" (for that of the iteration before the last);
+            None: as the schedule says.
+        rotate: GPUs by which each iteration is shifted against the one before; None: as the schedule says.
 
     Returns:
         The timeline. A buffer takes memory from the start of the first action that writes it to the
@@ -156,10 +171,27 @@ def simulate(
         ScheduleError: A deadlock, an event that nobody or more than one action records, or a buffer
             without a size.
     """
-    events = chain_events(schedule, iterations, mode, rotate)
+    mode = mode or ("async" if schedule.mode == "async" else "sync")
+    events = chain_events(schedule, iterations, mode, schedule.rotate if rotate is None else rotate)
     starts, ends = run_free(events) if links is None else run_shared(events, links)
     timeline = _timeline(events, starts, ends)
     return replace(timeline, steps=_critical_path(events, list(timeline.start_s), starts, ends))
+
+
+def simulate_steady(schedule: Schedule, links: SharedLinks | None = None) -> Timeline:
+    """Runs as many iterations as show what each takes once they have settled.
+
+    Where iterations rotate, that is the mean over the GPUs on which the schedule may begin, as far as
+    `_MOST_ITERATIONS` and `_MOST_ACTIONS` reach.
+
+    Args:
+        schedule: With events; its mode and rotation say how iterations follow one another.
+        links: As for `simulate`.
+    """
+    turn = schedule.gpus // math.gcd(schedule.rotate, schedule.gpus)
+    within = _MOST_ACTIONS // max(1, sum(len(queue.actions) for queue in schedule.queues))
+    iterations = max(_FEWEST_ITERATIONS, min(2 * turn + 2, _MOST_ITERATIONS, within))
+    return simulate(schedule, links=links, iterations=iterations)
 
 
 def measured(schedule: Schedule, times: Mapping[str, tuple[float, float]]) -> Timeline:
