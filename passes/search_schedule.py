@@ -23,7 +23,7 @@ from rpcompile.ir import Dispatch, Job, Partition
 from rpcompile.passes._check_chain import check_chain, check_segments, size_text
 from rpcompile.passes._dispatch_bound import least_seconds
 from rpcompile.passes._dispatch_moves import State, anneal, stages_of
-from rpcompile.passes._dispatch_starts import Problem, regular_states
+from rpcompile.passes._dispatch_starts import Problem, first_states
 from rpcompile.round_robin_time import StageCosts, stages_between
 from rpcompile.stage_bytes import upload_unit_bytes
 
@@ -142,7 +142,7 @@ class SearchSchedule:
         problem, bound_s = self._problem(chain, limits)
         _compile(problem)
         searching = time.monotonic()
-        states = regular_states(problem, self.partitions)[:_KEPT]
+        states = first_states(problem, self.partitions, _KEPT)
         states, ended_by = self._improve(problem, bound_s, states, searching)
         return self._answer(chain, problem, states[0], bound_s, ended_by, began)
 

@@ -125,12 +125,21 @@ class Timeline:
     def period_s(self) -> float:
         """Seconds an iteration takes once iterations have settled; see `steady_period`.
 
+        Where they rotate and do not repeat yet, the mean over the last ones that begin on every GPU once.
+
         Raises:
             InvalidArgument: Only one iteration was simulated.
         """
         if len(self.iteration_end_s) < 2:
             raise InvalidArgument("one iteration has no period; use simulate(schedule, iterations=16) or so")
-        return steady_period(self.iteration_end_s)[0]
+        ends_s = self.iteration_end_s
+        period_s, repeats = steady_period(ends_s)
+        gpus = len(self.gpu_memory)
+        turn = gpus // math.gcd(self.rotate, gpus)
+        if repeats or not turn < len(ends_s):
+            return period_s
+        span = turn * max(1, len(ends_s) // 2 // turn)
+        return (ends_s[-1] - ends_s[-1 - span]) / span
 
     @property
     def steady_bubble(self) -> float:
