@@ -108,9 +108,7 @@ def _regular(problem: Problem) -> list[list[int]]:
     return cuttings
 
 
-def _shapes(
-    problem: Problem, cuttings: Iterable[list[int]]
-) -> Iterator[tuple[list[int], np.ndarray]]:
+def _shapes(problem: Problem, cuttings: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
     """Each cutting with stages dealt out to few or many GPUs."""
     tables, gpus = problem.tables, problem.widest
     for cuts in cuttings:

@@ -168,6 +168,7 @@ class SearchSchedule:
             raise InvalidArgument(f"host_bytes_per_s={self.host_bytes_per_s} must be above 0")
         if not 0 <= self.update_s_per_byte < math.inf:
             raise InvalidArgument(f"update_s_per_byte={self.update_s_per_byte} must be finite, at least 0")
+
     def _limits(self, chain: SegmentChain) -> tuple[int, ...]:
         given = self.memory_limit_bytes
         if given is None:

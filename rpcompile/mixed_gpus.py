@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rpcompile.ir import SegmentChain
+    from rpcompile.shared_links import SharedLinks
 
 _PART = re.compile(r"(?:(?P<count>\d+)x)?(?P<name>[^@]+?)(?:@(?P<speed>[^@]+))?")
 
@@ -27,10 +28,12 @@ class Box:
     Attributes:
         gpus: What each is.
         speeds: Compute speed of each relative to the GPU that given seconds are for; None: not said.
+        links: What their transfers share, as far as hardware files say.
     """
 
     gpus: tuple[Hardware, ...]
     speeds: tuple[float | None, ...]
+    links: SharedLinks | None = None
 
     @classmethod
     def of(cls, gpus: Sequence[str | Hardware]) -> Box:
@@ -42,7 +45,8 @@ class Box:
         if isinstance(gpus, str) or not gpus:
             raise InvalidArgument(f"gpus={gpus!r}; give a number, or a list with one name for each GPU")
         found = tuple(catalogue.lookup(gpu) if isinstance(gpu, str) else gpu for gpu in gpus)
-        return cls(found, (None,) * len(found))
+        links = catalogue.shared_links(gpu for gpu in gpus if isinstance(gpu, str))
+        return cls(found, (None,) * len(found), links)
 
     @classmethod
     def parse(cls, text: str) -> Box:
@@ -51,7 +55,7 @@ class Box:
         Raises:
             InvalidArgument: It has another form, a number is out of range, or a GPU is unknown.
         """
-        gpus: list[Hardware] = []
+        gpus: list[str] = []
         speeds: list[float | None] = []
         for part in text.split(","):
             match = _PART.fullmatch(part.strip())
@@ -60,9 +64,9 @@ class Box:
             count = int(match["count"] or 1)
             if not 1 <= count <= 64:
                 raise InvalidArgument(f"--gpu {text!r}: {part!r} counts {count} GPUs; give 1 to 64")
-            gpus += [catalogue.lookup(match["name"])] * count
+            gpus += [match["name"]] * count
             speeds += [_speed(match["speed"], text)] * count
-        return cls(tuple(gpus), tuple(speeds))
+        return replace(cls.of(gpus), speeds=tuple(speeds))
 
     @property
     def kinds(self) -> list[Hardware]:

@@ -29,7 +29,9 @@ from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
+from rpcompile.mixed_gpus import box_text
 from rpcompile.plan_checks import plan_problem
+from rpcompile.plan_summary import compute_s, upload_s
 from rpcompile.plan_versions import VERSION, known, upgrade
 from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import Timeline, simulate, simulate_steady
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from rpcompile.explain import Explanation
 
 _WIDTH = 120
+_TRACED = 4  # iterations of an asynchronous plan that a trace shows
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,11 @@ class Plan:
         return plot(self, path)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing."""
-        write_trace(self.schedule, self.simulate(), Path(path))
+        """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing; of "async" four iterations."""
+        timeline = self.simulate()
+        if self.mode == "async":
+            timeline = simulate(self.schedule, links=self.links, iterations=_TRACED)
+        write_trace(self.schedule, timeline, Path(path))
 
     def __str__(self) -> str:
         return _format(self)
@@ -289,14 +295,14 @@ def _host(host: HostMemory) -> str:
         "optimizer": host.optimizer_bytes,
         "boundaries": host.boundary_bytes,
         "inputs": host.input_bytes,
+        "copy": host.copy_bytes,
     }
     return " · ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
 
 
 def _header(plan: Plan) -> list[tuple[str, str]]:
-    hardware, predicted, partition = plan.chain.hardware, plan.prediction, plan.partition
+    predicted, partition = plan.prediction, plan.partition
     sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
-    link = hardware.sources.get("h2d_bytes_per_s", "assumed").partition(":")[0]
     rate = "" if predicted.tokens_per_s is None else f" · {predicted.tokens_per_s:,.0f} tok/s"
     return [
         (
@@ -305,20 +311,44 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "Hardware",
-            f"{plan.gpus} x {hardware.name} {hardware.memory_bytes / 2**30:.0f} GiB · "
-            f"h2d {hardware.h2d_bytes_per_s / 1e9:.1f} GB/s ({link})",
+            f"{box_text(plan.chain, plan.gpus)} · h2d {_links(plan)}",
         ),
         (
             "Simulated",
             f"{seconds(predicted.iteration_s)}/step{rate} · bubble {100 * predicted.bubble:.1f} % · "
             f"GPU peak {size(max(predicted.gpu_peak_bytes))} · host peak {size(predicted.host_peak_bytes)}",
         ),
+        *_iterations(plan),
         *([("Host", _host(predicted.host))] if predicted.host else []),
         (
             "Solver",
             f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "
             f"{partition.solve_s:.1f} s",
         ),
+    ]
+
+
+def _links(plan: Plan) -> str:
+    """Rates of the links up and where they are from, the fastest first."""
+    every = [plan.chain.hardware_of(gpu) for gpu in range(plan.gpus)]
+    sources = {gpu.h2d_bytes_per_s: gpu.sources.get("h2d_bytes_per_s", "assumed") for gpu in every}
+    rates = sorted(sources.items(), reverse=True)
+    text = ", ".join(f"{rate / 1e9:.1f} GB/s ({source.partition(':')[0]})" for rate, source in rates)
+    return text + ("" if plan.links is None else " · shared links and host memory simulated")
+
+
+def _iterations(plan: Plan) -> list[tuple[str, str]]:
+    """How an asynchronous plan's iterations follow one another."""
+    alone_s = plan.prediction.alone_s
+    if alone_s is None:
+        return []
+    shift = f", each shifted by {plan.schedule.rotate} GPUs" if plan.schedule.rotate else ""
+    return [
+        (
+            "Iterations",
+            f"the step's time is the steady state's: iterations overlap without a pause{shift}; "
+            f"one alone takes {seconds(alone_s)}",
+        )
     ]
 
 
@@ -343,10 +373,7 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
     shared = _shared_path(plan)
     names = [_without(name, shared) for name in names]
     weights = sum(stage_bytes.weight_bytes(plan.chain, stage.segments).values())
-    compute_s = sum(segment.forward_s for segment in segments)
-    if stage.kind is not StageKind.F:
-        compute_s += sum(segment.backward_s for segment in segments)
-    upload_s = weights / plan.chain.hardware.h2d_bytes_per_s
+    computing_s, uploading_s = compute_s(plan, stage), upload_s(plan, stage)
     return (
         str(stage.index),
         stage.kind.value,
@@ -354,9 +381,9 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
         names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
         size(weights),
         size(_outgoing_bytes(plan.chain, stage)),
-        seconds(compute_s),
-        seconds(upload_s),
-        "compute" if plan.microbatches * compute_s >= upload_s else "upload",
+        seconds(computing_s),
+        seconds(uploading_s),
+        "compute" if plan.microbatches * computing_s >= uploading_s else "upload",
     )
 
 

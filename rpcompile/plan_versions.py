@@ -13,7 +13,7 @@ from rpcompile.errors import PlanFileError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VERSION = 2
+VERSION = 3
 
 
 def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,12 @@ def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "chain": {**plan["chain"], "op_classes": []}}
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(plan: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 knows GPUs that are not alike, shared links and asynchronous plans; the rest stays."""
+    return plan
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """Version -> what makes its `plan` one of the next version."""
 
 

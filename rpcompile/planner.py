@@ -31,7 +31,7 @@ from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
-from rpcompile.scheduling import EFFORTS, Found, PlanOptions, find_schedule, traffic_of
+from rpcompile.scheduling import Found, PlanOptions, find_schedule, traffic_of
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
@@ -95,6 +95,8 @@ class CapturedModel:
             chain = self.bind(
                 hardware.smallest, sizes, seconds=seconds, device=device, tiles=tiles, progress=progress
             )
+            if len(hardware.kinds) == 1:
+                return chain
             return with_ratios(chain, hardware, self._ratios(hardware, chain.bindings))
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
@@ -298,15 +300,19 @@ def announce(bar: tqdm[Any] | None, step: str) -> None:
         bar.set_description(step)
 
 
+def find_gpu(gpu: str | Hardware | None) -> str | Hardware:
+    """The GPU that is named, else the one that is found, else the default."""
+    return (gpu or catalogue.detect() or DEFAULT_GPU) if gpu is None or isinstance(gpu, str) else gpu
+
+
 def find_hardware(gpu: str | Hardware | None) -> Hardware:
     """The GPU that is named, else the one that is found, else the default.
 
     Raises:
         InvalidArgument: No such GPU.
     """
-    if gpu is None or isinstance(gpu, str):
-        return catalogue.lookup(gpu or catalogue.detect() or DEFAULT_GPU)
-    return gpu
+    gpu = find_gpu(gpu)
+    return catalogue.lookup(gpu) if isinstance(gpu, str) else gpu
 
 
 def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:

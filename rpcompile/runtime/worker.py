@@ -63,6 +63,15 @@ class Worker:
         # Prefetched weights that compute has not been made to wait for yet: buffer -> event.
         self._arriving: dict[str, str] = {}
 
+    @property
+    def place(self) -> tuple[Streams, Sequence[StageRunner]]:
+        """The streams that it runs on, and what runs stages there; may be changed between iterations."""
+        return self._streams, self.runners
+
+    @place.setter
+    def place(self, place: tuple[Streams, Sequence[StageRunner]]) -> None:
+        self._streams, self.runners = place
+
     def start(self, iteration: Iteration, microbatches: Sequence[Microbatch]) -> None:
         """Begins to run the GPU's graph."""
         self._iteration = iteration
