@@ -243,7 +243,10 @@ def _move_jobs(state: State, gpus: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _move(tables: Tables, state: State, gpus: int, dealing: bool) -> bool:
-    """One random change, of at most `gpus` GPUs a stage while dealing; False if it came to nothing, and the state is to be thrown away."""
+    """One random change; False if it came to nothing, and the state is to be thrown away.
+
+    While stages are dealt out, `gpus` is the most that one goes to.
+    """
     kind = np.random.random()
     if kind < 0.3:
         return _move_cuts(tables, state)

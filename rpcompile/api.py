@@ -250,8 +250,8 @@ def _hardware(
         names = [hardware.name for hardware in planned.gpus]
         if asked != names:
             raise PlanMismatch(
-                f"the plan is for {', '.join(names)}, not {', '.join(asked)}; leave gpus out, or compile without "
-                "the plan"
+                f"the plan is for {', '.join(names)}, not {', '.join(asked)}; leave gpus out, or compile "
+                "without the plan"
             )
     return planned
 

@@ -121,8 +121,8 @@ def schedule_policy(
     check_policy(policy)
     if chain.kinds and len(chain.kind_of) != gpus:
         raise InvalidArgument(
-            f"gpus={gpus}, but the segments are priced for {len(chain.kind_of)} GPUs that are not alike; leave "
-            "gpus out"
+            f"gpus={gpus}, but the segments are priced for {len(chain.kind_of)} GPUs that are not alike; "
+            "leave gpus out"
         )
     dispatch = POLICIES[policy](gpus, microbatches).run(partition)
     return lay_out(chain, partition, dispatch, mode)

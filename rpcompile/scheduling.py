@@ -16,6 +16,7 @@ from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.propose_partitions import ProposePartitions
+from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import Timeline, simulate, simulate_steady
 from rpcompile.variations import lay_out
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
-    from rpcompile.shared_links import SharedLinks
 
 EFFORTS = {"fast": 2.0, "default": 20.0, "thorough": 90.0}
 """Names and seconds of wall time for all that `effort` asks for; the search's own `EFFORTS` counts moves."""
@@ -123,8 +123,8 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         )
     if chain.kinds and len(chain.kind_of) != options.gpus:
         raise InvalidArgument(
-            f"gpus={options.gpus}, but the chain was priced for {len(chain.kind_of)} GPUs of different kinds; "
-            "bind it to as many"
+            f"gpus={options.gpus}, but the chain was priced for {len(chain.kind_of)} GPUs of different "
+            "kinds; bind it to as many"
         )
 
 
@@ -189,8 +189,9 @@ class _Finding:
         least = sum(stages) / max(1.0, unit)
         if options.max_traffic is not None and least > options.max_traffic * (1 + 1e-9):
             raise PartitionError(
-                f"max_traffic={options.max_traffic}, but one upload a stage takes {least:.2f}; set max_traffic "
-                f'to {math.ceil(100 * least) / 100:.2f} or more, or use effort="fast" for other stages'
+                f"max_traffic={options.max_traffic}, but one upload a stage takes {least:.2f}; set "
+                f"max_traffic to {math.ceil(100 * least) / 100:.2f} or more, or search for other stages with "
+                'effort="fast"'
             )
 
     def _search(self, effort: str, share: float, proposed: tuple[Partition, ...], ends: float) -> _Made:
@@ -213,7 +214,7 @@ class _Finding:
             ),
             partitions=proposed,
             replicas=options.effort is not None,
-            **({} if options.links is None else _host_rate(options.links)),
+            host_bytes_per_s=_host_rate(options.links),
         ).run(chain)
         if found.unused_gpus:
             names = ", ".join(map(str, found.unused_gpus))
@@ -259,8 +260,8 @@ class _Finding:
         if excess > 0:
             raise _DoesNotFit(
                 f"no schedule was found whose peak fits in the {usable[worst]:,} usable bytes of "
-                f"{chain.hardware_of(worst).name} (GPU {worst}): the last one needs {peaks[worst]:,}. Use more "
-                "microbatches (smaller ones) or GPUs with more memory"
+                f"{chain.hardware_of(worst).name} (GPU {worst}): the last one needs {peaks[worst]:,}. Use "
+                "more microbatches (smaller ones) or GPUs with more memory"
             )
         return Found(partition, schedule, simulate(schedule, links=options.links), steady)
 
@@ -271,5 +272,7 @@ class _Finding:
             self.bar.set_description(step)
 
 
-def _host_rate(links: SharedLinks) -> dict[str, float]:
-    return {} if links.host_bytes_per_s is None else {"host_bytes_per_s": links.host_bytes_per_s}
+def _host_rate(links: SharedLinks | None) -> float:
+    """The search always has a host; where nothing is said of it, the usual one."""
+    said = None if links is None else links.host_bytes_per_s
+    return said or SharedLinks().host_bytes_per_s or math.inf

@@ -73,7 +73,7 @@ def with_microbatches(plan: Plan, more: int) -> Schedule:
 
 
 def with_faster_links(plan: Plan, factor: float) -> Schedule:
-    """The same stages, GPUs and order over links of `factor` times the rate; compute times stay as they are."""
+    """The same stages, GPUs and order over links of `factor` times the rate; compute stays as it is."""
 
     def faster(hardware: Hardware) -> Hardware:
         up, down = hardware.h2d_bytes_per_s, hardware.d2h_bytes_per_s

@@ -53,7 +53,8 @@ def check_iterations(schedule: Schedule, chain: SegmentChain, limits: Sequence[i
     """
     if not 0 <= schedule.rotate < schedule.gpus:
         raise ScheduleError(
-            f"iterations are shifted by {schedule.rotate} of {schedule.gpus} GPUs; use 0 to {schedule.gpus - 1}"
+            f"iterations are shifted by {schedule.rotate} of {schedule.gpus} GPUs; "
+            f"use 0 to {schedule.gpus - 1}"
         )
     if schedule.mode != "async":
         raise ScheduleError(
@@ -69,8 +70,8 @@ def check_iterations(schedule: Schedule, chain: SegmentChain, limits: Sequence[i
     for gpu, (peak, limit) in enumerate(zip(peaks, limits, strict=True)):
         if peak > limit:
             raise ScheduleError(
-                f"gpu{gpu} needs {peak:,} bytes at its simulated peak where iterations overlap, over the limit "
-                f"of {limit:,}; use smaller stages or microbatches"
+                f"gpu{gpu} needs {peak:,} bytes at its simulated peak where iterations overlap, over the "
+                f"limit of {limit:,}; use smaller stages or microbatches"
             )
 
 

@@ -31,8 +31,8 @@ Box = Annotated[
     str | None,
     typer.Option(
         "--gpu",
-        help="Kind of GPU: a catalogue name, or a hardware file of `rpcompile probe`. Different ones as a list, "
-        "2xrtx4090,rtx3090; with --profile each with its speed beside the profile's GPU, "
+        help="Kind of GPU: a catalogue name, or a hardware file of `rpcompile probe`. Different ones as a "
+        "list, 2xrtx4090,rtx3090; with --profile each with its speed beside the profile's GPU, "
         "2xrtx4090,rtx3090@0.45.",
     ),
 ]

@@ -56,7 +56,7 @@ def plan(
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
         loaded = Profile.load(profile)
         given = asked(microbatches or 2 * number)
-        found = plan_profile(loaded, given, profile.stem, box=None if gpu is None else box)
+        found = plan_profile(loaded, given, profile.stem, None, None if gpu is None else box)
     else:
         assert model is not None
         if any(box.speeds):

@@ -97,8 +97,8 @@ def _iterations(plan: Plan) -> str:
     if plan.prediction.alone_s is None:
         return ""
     return (
-        "; time and bubble are those of the steady state, where iterations overlap, and charts over time show "
-        f"one iteration alone, which takes {seconds(plan.prediction.alone_s)}"
+        "; time and bubble are those of the steady state, where iterations overlap, and charts over time "
+        f"show one iteration alone, which takes {seconds(plan.prediction.alone_s)}"
     )
 
 

@@ -42,9 +42,9 @@ def await_all(
             if idle_s > timeout_s:
                 raise WorkerTimeout(
                     f"no instruction came to its end for {idle_s:.1f} s (timeout_s={timeout_s:g}). "
-                    f"{report(iteration, schedule, shift)}. Pass a larger timeout_s to rpcompile.compile if an "
-                    f"instruction may take that long. Weights, gradients and buffers are as they were before "
-                    f"this call; what is stuck is left behind, and the next call uses new workers."
+                    f"{report(iteration, schedule, shift)}. Pass a larger timeout_s to rpcompile.compile if "
+                    f"an instruction may take that long. Weights, gradients and buffers are as they were "
+                    f"before this call; what is stuck is left behind, and the next call uses new workers."
                 )
 
 
