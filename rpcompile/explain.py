@@ -330,9 +330,12 @@ class _Question:
         """One stage fewer and one more, where the dispatch is plainly round robin."""
         plan = self.plan
         jobs = plan.schedule.jobs
-        plain = plan.mode != "async" and [(job.stage, job.gpu) for job in jobs] == [
-            (stage.index, stage.index % plan.gpus) for stage in plan.partition.stages
-        ]
+        plain = (
+            plan.mode != "async"
+            and not plan.chain.kinds
+            and [(job.stage, job.gpu) for job in jobs]
+            == [(stage.index, stage.index % plan.gpus) for stage in plan.partition.stages]
+        )
         if not plain:
             return []
         found: list[tuple[str, Schedule]] = []

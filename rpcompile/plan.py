@@ -188,7 +188,7 @@ class Plan:
         return plot(self, path)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing; several iterations if async."""
+        """Writes the simulated timeline, if asynchronous of several iterations, for ui.perfetto.dev."""
         timeline = self.simulate()
         if self.mode == "async":
             timeline = simulate(self.schedule, links=self.links, iterations=_TRACED)
