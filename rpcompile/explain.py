@@ -349,7 +349,15 @@ class _Question:
         from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 
         plan = self.plan
-        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S, links=plan.links)
+        effort = "fast" if plan.schedule.policy == "searched" else None
+        options = PlanOptions(
+            gpus,
+            plan.microbatches,
+            plan.mode,
+            solver_time_s=SOLVER_S,
+            effort=effort,
+            links=plan.links,
+        )
         # What is added to different GPUs are the first of them once more.
         kind_of = (
             tuple(plan.chain.kind_of[gpu % plan.gpus] for gpu in range(gpus)) if plan.chain.kinds else ()

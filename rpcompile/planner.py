@@ -148,12 +148,9 @@ class CapturedModel:
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
         chain = self.bind(box_of(plan.chain, plan.gpus), {**plan.chain.bindings, **sizes})
-        schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
-        verify_schedule(schedule, chain, plan.partition)
-        found = replace(plan, chain=chain, schedule=schedule)
-        steady = found.simulate_steady() if plan.mode == "async" else None
-        timed = Found(plan.partition, schedule, found.simulate(), steady)
-        return replace(found, prediction=_prediction(chain, timed, plan.dtype))
+        rebound = laid_out_again(replace(plan, chain=chain))
+        rebound.verify()
+        return rebound
 
     def save_costs(self, path: str | PathLike[str]) -> None:
         """Writes the FLOP and byte expressions of every operator; `rpcompile/cost_file.py` has the format."""
@@ -269,6 +266,19 @@ def plan_chain(
         provenance=_provenance(options),
         links=options.links,
     )
+
+
+def laid_out_again(plan: Plan) -> Plan:
+    """A plan with a new schedule and prediction for its chain: same stages, jobs and order; not verified.
+
+    Raises:
+        ScheduleError, PartitionError: The plan contradicts itself.
+    """
+    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    again = replace(plan, schedule=schedule)
+    steady = again.simulate_steady() if plan.mode == "async" else None
+    timed = Found(plan.partition, schedule, again.simulate(), steady)
+    return replace(again, prediction=_prediction(plan.chain, timed, plan.dtype))
 
 
 def _prediction(chain: SegmentChain, found: Found, dtype: str) -> Prediction:
