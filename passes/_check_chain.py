@@ -52,8 +52,16 @@ def _check_links(hardware: Hardware) -> None:
         )
 
 
-def check_segments(costs: StageCosts, limit: int, forward_only: bool) -> None:
+def check_segments(
+    costs: StageCosts, limit: int, forward_only: bool, hardware: Hardware | None = None
+) -> None:
     """Every segment fits on a GPU in some stage, other jobs left aside.
+
+    Args:
+        costs: Prices stages.
+        limit: Bytes that may be used of the GPU.
+        forward_only: Whether there is no backward.
+        hardware: The GPU, for the message; None for the chain's.
 
     Raises:
         InvalidArgument: The limit is below 1.
@@ -70,8 +78,8 @@ def check_segments(costs: StageCosts, limit: int, forward_only: bool) -> None:
             size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
             raise StageTooLarge(
                 f"{segment.name} needs {size_text(needed)} for one microbatch of {size} but"
-                f" {chain.hardware.name} has {size_text(limit)} usable. Use more microbatches (smaller ones),"
-                " shorter sequences or GPUs with more memory."
+                f" {(hardware or chain.hardware).name} has {size_text(limit)} usable. Use more microbatches"
+                " (smaller ones), shorter sequences or GPUs with more memory."
             )
 
 
@@ -106,6 +114,6 @@ def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
 
 def size_text(nbytes: int) -> str:
     """A number of bytes for a message."""
-    if nbytes >= 100_000_000:
+    if nbytes >= 1_000_000_000:
         return f"{nbytes / 1e9:.1f} GB"
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"

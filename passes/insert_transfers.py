@@ -169,8 +169,8 @@ class _Copies:
             needs.append(found)
         for number, step in enumerate(self.actions):
             if step.op is Op.RECOMPUTE:
-                # It stands with its BACKWARD. Else its LOAD could come before other readers' copies of what was
-                # saved, and the last of those, whose queue frees it, would wait for a LOAD of much later.
+                # It stands with its BACKWARD. Else its LOAD could come before other readers' copies of what
+                # was saved, and the last of those, whose queue frees it, would wait for a LOAD of much later.
                 needs[number] += [source for source in needs[number + 1] if source != number]
         order = ActionGraph.build(self.schedule, needs).execution_order()
         return [self.actions[number] for number in order]

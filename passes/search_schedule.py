@@ -138,7 +138,8 @@ class SearchSchedule:
         self._check_options()
         check_chain(chain, training=True)
         limits = self._limits(chain)
-        check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False)
+        largest = chain.hardware_of(limits.index(max(limits)))
+        check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False, largest)
         problem, bound_s = self._problem(chain, limits)
         _compile(problem)
         searching = time.monotonic()
@@ -269,7 +270,7 @@ class SearchSchedule:
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
         played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
         if played.excess_bytes > 0:
-            raise self._nothing_fits(problem, played.excess_bytes)
+            raise self._nothing_fits(chain, problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
             raise PartitionError(
                 f"max_traffic={self.max_traffic} allows {size_text(int(problem.most_bytes))} of uploads, but "
@@ -299,7 +300,7 @@ class SearchSchedule:
             ended_by=ended_by,
         )
 
-    def _nothing_fits(self, problem: Problem, excess: float) -> PartitionError:
+    def _nothing_fits(self, chain: SegmentChain, problem: Problem, excess: float) -> PartitionError:
         tables = problem.tables
         finest = [row[1] for row in tables.runs[:, :, 4]] + [float(tables.fused[-1, 4])]
         worst = int(np.argmax(finest))
@@ -307,9 +308,9 @@ class SearchSchedule:
         where = (
             "the fused stage of the last segment"
             if worst == tables.line
-            else f"the forward of segment {worst}"
+            else f"the forward of {chain.segments[worst].name}"
             if worst < n
-            else f"the backward of segment {2 * n - 1 - worst}"
+            else f"the backward of {chain.segments[2 * n - 1 - worst].name}"
         )
         return PartitionError(
             f"no dispatch was found that fits: the best one is {size_text(int(excess))} over the "

@@ -32,7 +32,7 @@ EFFORTS = {"fast": 2.0, "default": 20.0, "thorough": 90.0}
 MODES = ("sync", "async", "forward")
 _PROPOSING = 0.2  # share of that time in which CP-SAT proposes partitions
 _LEAST_SEARCH = 0.2  # share of that time that a search has, however late it is
-_MEMORY_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+_SHARE_STEP, _LEAST_SHARE = 0.05, 0.5  # of memory, where what was made does not fit after all
 _log = logging.getLogger("rpcompile")
 
 
@@ -121,6 +121,10 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         raise InvalidArgument(
             f"max_traffic={options.max_traffic}; it must be above 0, or None to lift the limit"
         )
+    if not any(segment.forward_s or segment.backward_s for segment in chain.segments):
+        raise InvalidArgument(
+            f"all times of the {len(chain.segments)} segments are 0; give what they take, or estimate it"
+        )
     if chain.kinds and len(chain.kind_of) != options.gpus:
         raise InvalidArgument(
             f"gpus={options.gpus}, but the chain was priced for {len(chain.kind_of)} GPUs of different "
@@ -129,7 +133,11 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
 
 
 class _DoesNotFit(PartitionError):
-    """One schedule takes more memory than a GPU has."""
+    """One schedule takes more memory than a GPU has; of what it takes, `fits_share` is there."""
+
+    def __init__(self, message: str, fits_share: float) -> None:
+        super().__init__(message)
+        self.fits_share = fits_share
 
 
 _Made = tuple["Partition", "Dispatch"]
@@ -156,7 +164,10 @@ class _Finding:
         if proposed and options.mode == "sync" and options.max_traffic is None and not self.chain.kinds:
             with suppress(PartitionError):
                 found.append(self._fit(*self._dispatched(proposed[0])))
-        return min(found, key=lambda item: item.iteration_s)
+        best = min(found, key=lambda item: item.iteration_s)
+        # The search's bound is one for every schedule of the chain.
+        bound_s = min(best.iteration_s, max(item.partition.bound_s for item in (best, found[0])))
+        return best._replace(partition=replace(best.partition, bound_s=bound_s))
 
     def round_robin(self, share: float) -> _Made:
         """The solver's stages, one job each."""
@@ -227,7 +238,8 @@ class _Finding:
         A partition is held to a bound on what its schedule takes, which the schedule's own can exceed.
         """
         problem: _DoesNotFit | None = None
-        for share in _MEMORY_SHARES:
+        share = 1.0
+        while share >= _LEAST_SHARE:
             try:
                 partition, dispatch = make(share)
             except PartitionError:
@@ -238,6 +250,7 @@ class _Finding:
                 return self._fit(partition, dispatch)
             except _DoesNotFit as error:
                 problem = error
+                share = min(share - _SHARE_STEP, share * error.fits_share)
         assert problem is not None
         raise problem
 
@@ -261,7 +274,8 @@ class _Finding:
             raise _DoesNotFit(
                 f"no schedule was found whose peak fits in the {usable[worst]:,} usable bytes of "
                 f"{chain.hardware_of(worst).name} (GPU {worst}): the last one needs {peaks[worst]:,}. Use "
-                "more microbatches (smaller ones) or GPUs with more memory"
+                "more microbatches (smaller ones) or GPUs with more memory",
+                usable[worst] / peaks[worst],
             )
         return Found(partition, schedule, simulate(schedule, links=options.links), steady)
 

@@ -136,10 +136,13 @@ class Timeline:
         period_s, repeats = steady_period(ends_s)
         gpus = len(self.gpu_memory)
         turn = gpus // math.gcd(self.rotate, gpus)
-        if repeats or not turn < len(ends_s):
-            return period_s
-        span = turn * max(1, len(ends_s) // 2 // turn)
-        return (ends_s[-1] - ends_s[-1 - span]) / span
+        if not repeats and turn < len(ends_s):
+            span = turn * max(1, len(ends_s) // 2 // turn)
+            period_s = (ends_s[-1] - ends_s[-1 - span]) / span
+        # What has not settled may seem faster for a while than the GPU with most work can be for long.
+        busy_s = [seconds for (_, stream), seconds in self.busy_s.items() if stream is Stream.COMPUTE]
+        most_s = sum(busy_s) / gpus if self.rotate else max(busy_s, default=0.0)
+        return max(period_s, most_s / len(ends_s))
 
     @property
     def steady_bubble(self) -> float:
@@ -149,7 +152,7 @@ class Timeline:
             InvalidArgument: Only one iteration was simulated.
         """
         computing = (1 - self.bubble) * self.makespan_s / len(self.iteration_end_s)
-        return 1 - computing / self.period_s if self.period_s else 0.0
+        return max(0.0, 1 - computing / self.period_s) if self.period_s else 0.0
 
 
 def simulate(

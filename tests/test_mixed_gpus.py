@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import rpcompile
 from rpcompile import hardware as catalogue
 from rpcompile.cli import main
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch, ScheduleError
 from rpcompile.explain import explain
-from rpcompile.fit import largest_that_fits
+from rpcompile.fit import _Search
 from rpcompile.ir import COMPUTE_OPS, Hardware, Op, SegmentChain
 from rpcompile.mixed_gpus import Box, box_text, with_speeds
 from rpcompile.passes.capture_graph import ExampleInputs
@@ -103,7 +104,7 @@ def test_measured_seconds_are_scaled_by_the_estimates(captured: CapturedModel) -
 
 def test_a_profile_needs_the_speeds() -> None:
     profile = Profile.load(PROFILE)
-    with pytest.raises(InvalidArgument, match="say how fast rtx3090 is beside it, e.g. rtx3090@0.5"):
+    with pytest.raises(InvalidArgument, match=r"say how fast rtx3090 is beside it, e\.g\. rtx3090@0.5"):
         plan_profile(profile, PlanOptions(2, 4), box=Box.parse("rtx4090,rtx3090"))
     with pytest.raises(InvalidArgument, match="the GPUs rtx3090 have several speeds"):
         plan_profile(profile, PlanOptions(3, 4), box=Box.parse("rtx4090,rtx3090@0.5,rtx3090@0.4"))
@@ -166,10 +167,10 @@ def test_the_small_gpu_s_memory_is_its_own() -> None:
     assert found.prediction.gpu_peak_bytes[1] <= need < found.prediction.gpu_peak_bytes[0]
     tighter = replace(small, usable_bytes=found.prediction.gpu_peak_bytes[1] - 1)
     kinds = (found.chain.kinds[0], replace(found.chain.kinds[1], hardware=tighter))
-    with pytest.raises(ScheduleError, match="gpu1 may need .* over the limit of"):
+    with pytest.raises(ScheduleError, match=r"gpu1 may need .* over the limit of"):
         verify_schedule(found.schedule, replace(found.chain, kinds=kinds), found.partition)
     tiny = replace(small, usable_bytes=10**8)
-    with pytest.raises(PartitionError, match="The tightest is|needs .* usable"):
+    with pytest.raises(PartitionError, match=r"The tightest is|needs .* usable"):
         plan_profile(
             profile, PlanOptions(2, 6, effort="fast"), box=Box((tiny, replace(tiny, name="b")), (1, 1))
         )
@@ -219,13 +220,17 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_fit_is_bound_by_the_smallest(captured: CapturedModel) -> None:
     small = replace(SLOW, name="small", usable_bytes=2**20)
-    sizes = {"sequence": 16}
-    options = {"gpus": 2, "microbatches": 2, "host_bytes": 2**34, "progress": False}
-    alone = largest_that_fits(captured, small, "batch", sizes, **options)  # type: ignore[arg-type]
-    mixed = largest_that_fits(captured, Box.of([SLOW, small]), "batch", sizes, **options)  # type: ignore[arg-type]
-    assert 0 < alone.size <= mixed.size * 1.1
-    assert mixed.gpu_limit_bytes == 2**20
-    assert mixed.size < 2 * alone.size
+    own, mixed = (
+        _Search(captured, gpus, "batch", {"sequence": 16}, 2, 2, 2**34)
+        for gpus in (small, Box.of([SLOW, small]))
+    )
+    own.bar = mixed.bar = tqdm(disable=True)
+    assert mixed.usable_bytes == 2**20
+    for size in (1, 10_000):
+        assert own.finest_problem(size) == mixed.finest_problem(size)
+    assert mixed.finest_problem(10_000) is not None
+    assert mixed.problem(1) is None
+    assert mixed.plans[1].chain.kind_of == (0, 1)
 
 
 # ---------------------------------------------------------------- shared links

@@ -344,12 +344,12 @@ def test_no_times_at_all() -> None:
 
 
 def test_a_segment_that_does_not_fit() -> None:
-    with pytest.raises(StageTooLarge, match=r"layer0 needs .* has 0.3 GB usable. Use more microbatches"):
+    with pytest.raises(StageTooLarge, match=r"layer0 needs .* has 300.0 MB usable. Use more microbatches"):
         search(decoder(2), 2, 2, memory_limit_bytes=300_000_000)
 
 
 def test_nothing_that_fits_names_the_tightest() -> None:
-    with pytest.raises(PartitionError, match=r"over the 0.6 GB .* The tightest is the backward of segment"):
+    with pytest.raises(PartitionError, match=r"over the 560.0 MB .* The tightest is the backward of layer"):
         search(decoder(3), 2, 2, memory_limit_bytes=560_000_000)
 
 
