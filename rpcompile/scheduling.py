@@ -216,9 +216,9 @@ class _Finding:
             options.microbatches,
             mode=options.mode,
             max_traffic=options.max_traffic,
-            effort=effort,
+            # A second try, where the first did not fit after all, is a short one, and cools down sooner.
+            effort=effort if share == 1.0 else "fast",
             seed=options.seed,
-            # A second try, where the first did not fit after all, is a short one.
             time_limit_s=max(_LEAST_SEARCH * EFFORTS[effort], ends - time.monotonic()),
             memory_limit_bytes=tuple(
                 int(share * chain.hardware_of(gpu).usable_bytes) for gpu in range(options.gpus)
