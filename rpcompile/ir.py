@@ -413,6 +413,7 @@ class Op(StrEnum):
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
     OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
     GRADIENT = "G"  # gradients: weight gradients of one segment, after a job's last microbatch
+    SUM = "S"  # host: jobs' gradients of one segment are added to those of the jobs before
     UPDATE = "U"  # host: optimizer update
     FREE = "X"  # any stream: buffers whose life ends
 
@@ -435,7 +436,7 @@ class ActionId:
     job: int | None = None
     part: int | None = None
 
-    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
+    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGSUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
 
     def __str__(self) -> str:
         text = f"{self.stage}{self.op.value}"
