@@ -80,7 +80,7 @@ class PlanOptions:
     mode: str = "sync"
     solver_time_s: float = 3.0
     seed: int = 0
-    effort: str | None = None
+    effort: str | None = "fast"
     max_traffic: float | None = None
 
 
@@ -296,8 +296,8 @@ def _schedule(
         return _fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar))
     found = [_fitting(chain, bar, lambda limit: _searched(chain, options, limit, bar))]
     if options.max_traffic is None:
-        with suppress(PartitionError):
-            found.append(_fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar)))
+        with suppress(PartitionError):  # first, for sums in the order of plain PyTorch if times are equal
+            found.insert(0, _fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar)))
     return min(found, key=lambda item: item[2].makespan_s)
 
 
@@ -393,6 +393,11 @@ def _check(options: PlanOptions) -> None:
             raise InvalidArgument(f"{option}={value}; at least 1 is needed")
     if options.effort not in (None, *EFFORTS):
         raise InvalidArgument(f"effort={options.effort!r}; it must be None, {', '.join(map(repr, EFFORTS))}")
+    if options.effort is None and options.max_traffic is not None:
+        raise InvalidArgument(
+            f"max_traffic={options.max_traffic} limits a search, and without effort there is none: leave out "
+            f"max_traffic (one job a stage uploads least), or set effort to {' or '.join(map(repr, EFFORTS))}"
+        )
 
 
 def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:

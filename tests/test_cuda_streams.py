@@ -19,7 +19,7 @@ from rpcompile.runtime.worker import LANES
 from tests import fake_cuda, models
 
 CPU = torch.device("cpu")
-OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
+OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 
 
 class CudaEngine(Engine):

@@ -19,7 +19,7 @@ from tests import reference
 from tests.models import SLOW_GPU, make
 
 PROFILES = Path(__file__).parents[1] / "benchmarks" / "profiles"
-OPTIONS = PlanOptions(gpus=2, microbatches=4, solver_time_s=0.5)
+OPTIONS = PlanOptions(gpus=2, microbatches=4, solver_time_s=0.5, effort=None)
 
 
 def ids(batch: int, sequence: int) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_a_profile_alone_makes_a_plan(captured: CapturedModel) -> None:
 
 def test_a_search_is_never_slower_than_round_robin() -> None:
     profile = Profile.load(PROFILES / "qwen3-1.7b.json")
-    options = PlanOptions(gpus=8, microbatches=16, solver_time_s=1.0)
+    options = PlanOptions(gpus=8, microbatches=16, solver_time_s=1.0, effort=None)
     plain = plan_profile(profile, options)
     searched = plan_profile(profile, replace(options, effort="fast"))
     searched.verify()
@@ -166,6 +166,13 @@ def test_refuses_efforts(captured: CapturedModel) -> None:
         InvalidArgument, match="effort='much'; it must be None, 'fast', 'default', 'thorough'"
     ):
         captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, effort="much"))
+
+
+def test_refuses_a_limit_on_the_traffic_of_no_search(captured: CapturedModel) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"max_traffic=1.0 limits a search, and without effort there is none"
+    ):
+        captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, max_traffic=1.0))
 
 
 @pytest.mark.parametrize("option", ["gpus", "microbatches"])

@@ -29,7 +29,7 @@ def plan(
     mode: options.Mode = "sync",
     lora: options.Lora = None,
     dtype: options.Dtype = None,
-    effort: options.Effort = None,
+    effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
     solver_time: options.SolverTime = 3.0,
@@ -45,15 +45,16 @@ def plan(
     from rpcompile.planner import PlanOptions, plan_profile
 
     check_one_source(model, profile)
+    level = None if effort == "none" else effort
     if profile is not None:
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
-        given = PlanOptions(gpus, microbatches or 2 * gpus, mode, solver_time, seed, effort, max_traffic)
+        given = PlanOptions(gpus, microbatches or 2 * gpus, mode, solver_time, seed, level, max_traffic)
         found = plan_profile(load_profile(profile, gpu), given, profile.stem)
     else:
         assert model is not None
         rows, count = divide(batch, microbatches, gpus)
         captured = capture(model, dtype, lora)
-        given = PlanOptions(gpus, count, mode, solver_time, seed, effort, max_traffic)
+        given = PlanOptions(gpus, count, mode, solver_time, seed, level, max_traffic)
         found = plan_model(captured, rows, seq, gpu, given, int(tiles) if tiles.isdigit() else tiles)
     if out is not None:
         found.save(out)
