@@ -67,7 +67,7 @@ def compile(
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
-    effort: str | None = None,
+    effort: str | None = "fast",
     max_traffic: float | None = None,
     solver_time_s: float = 3.0,
     seed: int = 0,
@@ -121,7 +121,8 @@ def compile(
             none, so that every sum is taken in the order of plain PyTorch.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
-            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage.
+            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so that
+            every sum is taken in the order of plain PyTorch.
         max_traffic: Most weight uploads of an iteration; 1.0 is every layer once for each pass of each
             round of `gpus` microbatches. None: no limit.
         solver_time_s: Seconds the partition solver may take.

@@ -64,7 +64,7 @@ class PlanOptions:
     mode: str = "sync"
     solver_time_s: float = 3.0
     seed: int = 0
-    effort: str | None = None
+    effort: str | None = "fast"
     max_traffic: float | None = None
     links: SharedLinks | None = None
 
@@ -177,7 +177,8 @@ class _Finding:
         if proposed and options.mode == "sync" and options.max_traffic is None and not self.chain.kinds:
             with suppress(PartitionError):
                 found.append(self._fit(*self._dispatched(proposed[0])))
-        best = min(found, key=lambda item: item.iteration_s)
+        # The last first: if times are equal, sums are taken in the order of plain PyTorch.
+        best = min(reversed(found), key=lambda item: item.iteration_s)
         # The search's bound is one for every schedule of the chain.
         bound_s = min(best.iteration_s, max(item.partition.bound_s for item in (best, found[0])))
         return best._replace(partition=replace(best.partition, bound_s=bound_s))

@@ -32,7 +32,7 @@ PROFILE = Path(__file__).parents[1] / "benchmarks" / "profiles" / "qwen3-1.7b.js
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, "async", max_traffic=0.65))
+    return plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, "async", effort=None, max_traffic=0.65))
 
 
 # ---------------------------------------------------------------- planning
@@ -56,21 +56,21 @@ def test_the_plan_is_for_the_steady_state(plan: Plan) -> None:
 
 
 def test_a_synchronous_plan_is_slower_where_iterations_overlap(plan: Plan) -> None:
-    other = plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, "sync", solver_time_s=1.0))
+    other = plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, "sync", solver_time_s=1.0, effort=None))
     period_s = simulate(other.schedule, iterations=12, mode="async").period_s
     assert plan.prediction.iteration_s < period_s
 
 
 def test_effort_uses_replicas() -> None:
     profile = Profile.load(PROFILE)
-    alone = plan_profile(profile, PlanOptions(8, 16, "async"))
+    alone = plan_profile(profile, PlanOptions(8, 16, "async", effort=None))
     found = plan_profile(profile, PlanOptions(8, 16, "async", effort="fast"))
     assert len(found.schedule.jobs) > len(found.partition.stages)
     assert found.prediction.iteration_s < alone.prediction.iteration_s
 
 
 def test_the_host_keeps_the_weights_of_before_the_update(plan: Plan) -> None:
-    other = plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, "sync", solver_time_s=0.5))
+    other = plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, "sync", solver_time_s=0.5, effort=None))
     mine, theirs = plan.prediction.host, other.prediction.host
     assert mine is not None
     assert theirs is not None
@@ -149,13 +149,16 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_traffic_below_any_schedule_says_the_least() -> None:
     for mode in ("sync", "async"):
         with pytest.raises(PartitionError, match=r"max_traffic=0\.1.*set max_traffic to 0\.\d+ or more"):
-            plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, mode, max_traffic=0.1, solver_time_s=0.5))
+            plan_profile(
+                Profile.load(PROFILE),
+                PlanOptions(8, 16, mode, max_traffic=0.1, solver_time_s=0.5, effort=None),
+            )
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_traffic_out_of_range(value: float) -> None:
     with pytest.raises(InvalidArgument, match="it must be above 0, or None to lift the limit"):
-        plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, max_traffic=value))
+        plan_profile(Profile.load(PROFILE), PlanOptions(8, 16, max_traffic=value, effort=None))
 
 
 # ---------------------------------------------------------------- running
@@ -163,7 +166,7 @@ def test_traffic_out_of_range(value: float) -> None:
 
 def compile_mlp(**options: Any) -> tuple[models.Case, rpcompile.Compiled]:
     case = models.build(models.mlp)
-    given = {"gpus": 3, "microbatches": 4, "gpu": models.SLOW_GPU, "mode": "async"} | options
+    given = {"gpus": 3, "microbatches": 4, "gpu": models.SLOW_GPU, "mode": "async", "effort": None} | options
     return case, rpcompile.compile(case.model, example_inputs=case.batch, **given)
 
 

@@ -31,7 +31,7 @@ from tests import models
 from tests.fake_cuda import MEMORY, Driver, Event
 
 CPU = torch.device("cpu")
-OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
+OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 Wait = tuple[int, str, str]
 """A GPU, its stream that waits, and the event."""
 

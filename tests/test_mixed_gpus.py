@@ -131,7 +131,7 @@ def test_work_goes_to_who_does_it_faster(plan: Plan) -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_every_mode_and_one_job_a_stage(mode: str) -> None:
     box = Box.parse("2xrtx4090,rtx3090@0.5")
-    found = plan_profile(Profile.load(PROFILE), PlanOptions(3, 6, mode), box=box)
+    found = plan_profile(Profile.load(PROFILE), PlanOptions(3, 6, mode, effort=None), box=box)
     found.verify()
     assert found.schedule.rotate == 0  # which only GPUs that are alike can
     assert len(found.schedule.jobs) == len(found.partition.stages)
@@ -252,7 +252,7 @@ def test_what_a_hardware_file_says_of_the_box_is_simulated(tmp_path: Path) -> No
     box = Box.of([str(path)])
     assert box.links is not None
     assert (box.links.host_bytes_per_s, box.links.roots) == (40e9, ((0, 1), (2, 3)))
-    options = PlanOptions(4, 4, solver_time_s=0.5)
+    options = PlanOptions(4, 4, solver_time_s=0.5, effort=None)
     free = plan_profile(Profile.load(PROFILE), options)
     shared = plan_profile(Profile.load(PROFILE), replace(options, links=box.links))
     assert shared.prediction.iteration_s == simulate(shared.schedule, links=box.links).makespan_s
@@ -278,7 +278,7 @@ def test_mixed_gpus_train_like_plain_pytorch() -> None:
         SLOW, name="fast", flops_per_s=3e7, memory_bytes_per_s=3e7, efficiency=dict.fromkeys(SHARES, 1.0)
     )
     gpus: list[str | Hardware] = [fast, SLOW, fast]
-    options = {"example_inputs": case.batch, "microbatches": 4}
+    options = {"example_inputs": case.batch, "microbatches": 4, "effort": None}
     with rpcompile.compile(case.model, gpus, **options) as compiled:
         assert compiled.plan.chain.kind_of == (0, 1, 0)
         loss = compiled.forward_backward(**case.batch)

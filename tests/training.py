@@ -30,6 +30,7 @@ def compile_case(case: models.Case, key: str, **options: Any) -> rpcompile.Compi
         gpus=2,
         microbatches=MICROBATCHES,
         solver_time_s=0.3,
+        effort=None,
         gpu=models.SLOW_GPU,
         plan=_plans.get(known),
         **options,

@@ -58,10 +58,11 @@ SolverTime = Annotated[
 ]
 
 Effort = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--effort",
-        help="Also search stages, replicas and order: fast (2 s), default (20 s) or thorough (90 s).",
+        help="Search of stages, replicas and order: fast (2 s), default (20 s), thorough (90 s); or none: one "
+        "job a stage, round robin, which adds gradients in the order of plain PyTorch.",
     ),
 ]
 MaxTraffic = Annotated[

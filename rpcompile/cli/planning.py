@@ -30,7 +30,7 @@ def plan(
     mode: options.Mode = "sync",
     lora: options.Lora = None,
     dtype: options.Dtype = None,
-    effort: options.Effort = None,
+    effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
     solver_time: options.SolverTime = 3.0,
@@ -48,9 +48,10 @@ def plan(
 
     check_one_source(model, profile)
     box, number = find_box(gpu, gpus)
+    level = None if effort == "none" else effort
 
     def asked(count: int) -> PlanOptions:
-        return PlanOptions(number, count, mode, solver_time, seed, effort, max_traffic, box.links)
+        return PlanOptions(number, count, mode, solver_time, seed, level, max_traffic, box.links)
 
     if profile is not None:
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
