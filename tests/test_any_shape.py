@@ -167,14 +167,14 @@ def test_compile_says_the_same(options: dict[str, Any]) -> None:
 
 
 def test_partitions_are_distinct_valid_and_of_several_sizes() -> None:
-    chain = decoder(12)
-    found = ProposePartitions(3, 6, time_limit_s=2.0).run(chain)
+    chain = decoder(30)
+    found = ProposePartitions(4, 8, time_limit_s=2.0).run(chain)
     assert len({partition.stages for partition in found}) == len(found) >= 3
     assert len({len(partition.stages) for partition in found}) >= 2
-    costs = StageCosts(chain, 3, 6)
+    costs = StageCosts(chain, 4, 8)
     for partition in found:
         up = [stage for stage in partition.stages if stage.kind is not StageKind.B]
-        assert [index for stage in up for index in stage.segments] == list(range(13))
+        assert [index for stage in up for index in stage.segments] == list(range(31))
         assert up[-1].kind is StageKind.FB
         each = [costs.of(stage) for stage in partition.stages]
         assert costs.iteration_s(each) == pytest.approx(partition.objective_s)

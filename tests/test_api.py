@@ -176,7 +176,7 @@ def test_saved_plan_is_reused_without_solving_and_gives_the_same_result(
     compiled.plan.save(path)
     expected = compiled.forward_backward(**case.batch)
     gradients = [parameter.grad.clone() for parameter in case.model.parameters()]
-    monkeypatch.setattr("rpcompile.planner.PartitionStages.run", lambda *_: pytest.fail("solved again"))
+    monkeypatch.setattr("rpcompile.scheduling.PartitionStages.run", lambda *_: pytest.fail("solved again"))
     again = models.make("mlp")
     reused = rpcompile.compile(again.model, example_inputs=again.batch, plan=path)
     assert reused.plan == compiled.plan
