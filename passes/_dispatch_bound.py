@@ -30,6 +30,7 @@ def least_seconds(chain: SegmentChain, tables: Tables, machine: Machine, microba
     segments, n = chain.segments, tables.segments
     forward = [segment.forward_s for segment in segments]
     both = [segment.forward_s + segment.backward_s for segment in segments]
+    again = [segment.recompute_s + segment.backward_s for segment in segments]
     costs = StageCosts(chain, machine.speed.size, microbatches)
     first, largest = chain.first_backward, float(machine.limit_bytes.max())
     # The longer the fused stage, the less is computed twice; it must fit on some GPU.
@@ -39,7 +40,7 @@ def least_seconds(chain: SegmentChain, tables: Tables, machine: Machine, microba
         if costs.of(Stage(0, StageKind.FB, begin, n - 1)).memory_bytes <= largest
     ]
     path_s = min(
-        (sum(forward[:begin]) + sum(both[first:begin]) + sum(both[begin:]) for begin in begins), default=0.0
+        (sum(forward[:begin]) + sum(again[first:begin]) + sum(both[begin:]) for begin in begins), default=0.0
     )
     begin = min(begins, default=n)
     uploads = sum(s.weight_bytes for s in segments) + sum(s.weight_bytes for s in segments[first:begin])

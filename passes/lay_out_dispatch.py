@@ -265,9 +265,7 @@ class _JobLayout:
 
     def action(self, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
         stage, segments = self.stage, self.options.chain.segments
-        seconds = sum(segments[index].forward_s for index in stage.segments)
-        if stage.kind is not StageKind.F:
-            seconds += sum(segments[index].backward_s for index in stage.segments)
+        seconds = stage_bytes.compute_s(self.options.chain, stage)
         if self.options.relative_speed is not None:
             seconds /= self.options.relative_speed[self.job.gpu]
         op = _OPS[stage.kind]
@@ -297,6 +295,7 @@ class _JobLayout:
             owner = job if stage.kind is StageKind.B else source
             found[buffers.boundary(space, below, microbatch, owner)] = segments[below].boundary_bytes
         if stage.kind is StageKind.B:
+            found |= self._kept(microbatch)
             size = segments[stage.last].boundary_gradient_bytes
             found[buffers.boundary_gradient(space, stage.last, microbatch, source)] = size
         if not self.begins:
@@ -311,6 +310,8 @@ class _JobLayout:
             cuts = self.saved.intersection(stage.segments) | (set() if self.is_last else {stage.last})
             for cut in sorted(cuts):
                 found[buffers.boundary(space, cut, microbatch, job)] = segments[cut].boundary_bytes
+            if self.options.mode == "sync":
+                found |= self._kept(microbatch)
         elif stage.first > 0 and segments[stage.first - 1].needs_backward:
             below = stage.first - 1
             size = segments[below].boundary_gradient_bytes
@@ -318,6 +319,12 @@ class _JobLayout:
         if stage.kind is StageKind.FB or (self.options.mode == "forward" and self.is_last):
             found[buffers.loss(space, microbatch)] = _LOSS_BYTES
         return found
+
+    def _kept(self, microbatch: int) -> dict[str, int]:
+        """Attention outputs, which go to the host from forward stages and come back to backward stages."""
+        space, job = buffers.gpu(self.job.gpu), self.job.index
+        sizes = stage_bytes.kept_bytes(self.options.chain, self.stage)
+        return {buffers.kept(space, index, microbatch, job): size for index, size in sizes.items()}
 
     def _weights(self) -> dict[str, int]:
         space, chain = buffers.gpu(self.job.gpu), self.options.chain

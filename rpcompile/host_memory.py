@@ -24,6 +24,7 @@ class HostMemory:
         optimizer_bytes: What the optimizer keeps, e.g. AdamW's two moments.
         boundary_bytes: Activations kept for recompute or handed from GPU to GPU, all microbatches' at once.
         input_bytes: The batch.
+        attention_bytes: Attention outputs kept for the backward, all microbatches' at once.
     """
 
     weight_bytes: int
@@ -32,12 +33,14 @@ class HostMemory:
     optimizer_bytes: int
     boundary_bytes: int
     input_bytes: int
+    attention_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it: the peak, at the optimizer's step."""
         parts = self.weight_bytes, self.gradient_bytes, self.master_bytes
-        return sum(parts) + self.optimizer_bytes + self.boundary_bytes + self.input_bytes
+        kept = self.boundary_bytes + self.attention_bytes
+        return sum(parts) + self.optimizer_bytes + kept + self.input_bytes
 
 
 def host_memory(
@@ -77,4 +80,5 @@ def host_memory(
         optimizer_bytes=optimizer_states * (copies or gradients),
         boundary_bytes=sum(size for name, size in host if name.kind in ("x", "dx")),
         input_bytes=sum(size for name, size in host if name.kind == "inputs"),
+        attention_bytes=sum(size for name, size in host if name.kind == "kept"),
     )

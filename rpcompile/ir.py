@@ -214,6 +214,29 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class AttentionOutputs:
+    """What it takes to offload a segment's attention outputs, with their log-sum-exps, instead of recomputing.
+
+    Attributes:
+        nodes: The attention nodes that can be kept.
+        nbytes: Their outputs and log-sum-exps, of one microbatch.
+        forward_s: Seconds of their forward, which the recompute saves.
+        saved_bytes: As the segment's, in a backward stage that loads them; they themselves are not counted.
+        peak_bytes: The same of the segment's `peak_bytes`.
+        forward_peak_bytes: The same of the segment's, in a forward stage that offloads them.
+        refused: Why the segment's other attention nodes are recomputed in any case, one reason a kind.
+    """
+
+    nodes: tuple[str, ...]
+    nbytes: int
+    forward_s: float
+    saved_bytes: int
+    peak_bytes: int
+    forward_peak_bytes: int
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """The graph between two neighbouring cuts; the smallest piece that a stage can be made of.
 
@@ -248,6 +271,9 @@ class Segment:
         saved_input_bytes: Values that came in and that its backward is the first of all to hold.
         rematerialised_bytes: Results of rematerialised nodes that it reads; the segments of a stage share
             them.
+        attention: What offloading its attention outputs takes; None where it has no attention node with a
+            backward.
+        offloads: Whether a forward stage offloads them and a backward stage loads them.
     """
 
     name: str
@@ -275,6 +301,23 @@ class Segment:
     forward_peak_bytes: int = 0
     saved_input_bytes: int = 0
     rematerialised_bytes: int = 0
+    attention: AttentionOutputs | None = None
+    offloads: bool = False
+
+    @property
+    def kept(self) -> AttentionOutputs | None:
+        """What is offloaded of its attention; None where all of it is recomputed."""
+        return self.attention if self.offloads else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that are offloaded in the forward and loaded for the backward, of one microbatch."""
+        return self.kept.nbytes if self.kept else 0
+
+    @property
+    def recompute_s(self) -> float:
+        """Forward time in a backward stage."""
+        return self.forward_s - (self.kept.forward_s if self.kept else 0.0)
 
 
 @dataclass(frozen=True)
@@ -391,13 +434,13 @@ class Op(StrEnum):
     """What an action does; the value is its letter in the text form."""
 
     PREFETCH = "P"  # h2d: weights and buffers of one segment, for a job
-    LOAD = "L"  # h2d: user inputs and the saved stage input of one microbatch
+    LOAD = "L"  # h2d: user inputs, the saved stage input and attention outputs of one microbatch
     RECEIVE = "V"  # h2d: a handed-off activation or gradient of one microbatch
     FORWARD = "F"  # compute: forward without autograd
     BACKWARD = "B"  # compute: recompute, then backward
     FUSED = "FB"  # compute: forward, loss and backward at once
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
-    OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
+    OFFLOAD = "O"  # d2h: a stage input kept for recompute, attention outputs, a loss, or changed buffers
     GRADIENT = "G"  # d2h: weight gradients of one segment, after a job's last microbatch
     UPDATE = "U"  # host: optimizer update
     FREE = "X"  # any stream: buffers whose life ends
@@ -581,6 +624,8 @@ class StageGraph:
         outputs: Names of the nodes returned.
         emits: Segment -> names of the values that cross the cut behind it.
         gradients_in: The members of the last cut's values whose gradient comes in.
+        keeps: Segment -> names of its attention outputs and log-sum-exps that leave with `outputs` of a
+            forward stage, and come in with `values` of a backward stage.
         autocast: Dtype of the autocast that the graph runs under, or None.
     """
 
@@ -598,6 +643,7 @@ class StageGraph:
     emits: Mapping[int, tuple[str, ...]]
     gradients_in: tuple[str, ...]
     autocast: torch.dtype | None = None
+    keeps: Mapping[int, tuple[str, ...]] = field(default_factory=dict[int, "tuple[str, ...]"])
 
 
 @dataclass(frozen=True)

@@ -331,9 +331,7 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
     shared = _shared_path(plan)
     names = [_without(name, shared) for name in names]
     weights = sum(stage_bytes.weight_bytes(plan.chain, stage.segments).values())
-    compute_s = sum(segment.forward_s for segment in segments)
-    if stage.kind is not StageKind.F:
-        compute_s += sum(segment.backward_s for segment in segments)
+    compute_s = stage_bytes.compute_s(plan.chain, stage)
     upload_s = weights / plan.chain.hardware.h2d_bytes_per_s
     return (
         str(stage.index),

@@ -63,9 +63,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def compute_s(plan: Plan, stage: Stage) -> float:
     """Seconds of one microbatch of a stage, by the chain."""
-    segments = [plan.chain.segments[index] for index in stage.segments]
-    backward_s = sum(segment.backward_s for segment in segments)
-    return sum(segment.forward_s for segment in segments) + (0.0 if stage.kind is StageKind.F else backward_s)
+    return stage_bytes.compute_s(plan.chain, stage)
 
 
 def upload_traffic(plan: Plan) -> tuple[int, int]:

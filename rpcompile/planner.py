@@ -33,6 +33,7 @@ from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.partition_stages import PartitionStages
+from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.simulate import Timeline, simulate
@@ -125,7 +126,7 @@ class CapturedModel:
         """
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
-        chain = ChooseTiles(self.costed, tiles).run(chain)
+        chain = PriceAttention(self.costed).run(ChooseTiles(self.costed, tiles).run(chain))
         if seconds == "estimated":
             _report(unknown_shares(self.costed, bindings, hardware))
             return chain

@@ -81,8 +81,10 @@ def stage_time(chain: SegmentChain, stage: Stage) -> StageTime:
     forward_s = sum(segment.forward_s for segment in segments)
     if stage.kind is StageKind.F:
         return StageTime(forward_s, 0.0)
-    if stage.kind is StageKind.B and stage.last == len(chain.segments) - 1:
-        forward_s -= segments[-1].forward_s
+    if stage.kind is StageKind.B:
+        forward_s = sum(segment.recompute_s for segment in segments)
+        if stage.last == len(chain.segments) - 1:
+            forward_s -= segments[-1].recompute_s
     return StageTime(forward_s + sum(segment.backward_s for segment in segments), forward_s)
 
 

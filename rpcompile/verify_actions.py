@@ -24,10 +24,10 @@ _KINDS = {Op.FORWARD: StageKind.F, Op.BACKWARD: StageKind.B, Op.FUSED: StageKind
 # What each copy may carry: kind of the source -> kind of the target.
 _CARRIES = {
     Op.PREFETCH: {("weights", "weights")},
-    Op.LOAD: {("inputs", "inputs"), ("x", "x")},
+    Op.LOAD: {("inputs", "inputs"), ("x", "x"), ("kept", "kept")},
     Op.RECEIVE: {("x", "x"), ("dx", "dx")},
     Op.HANDOFF: {("x", "x"), ("dx", "dx")},
-    Op.OFFLOAD: {("x", "x"), ("loss", "loss"), ("weights", "state")},
+    Op.OFFLOAD: {("x", "x"), ("kept", "kept"), ("loss", "loss"), ("weights", "state")},
     Op.GRADIENT: {("gradients", "gradients")},
 }
 
@@ -174,8 +174,12 @@ def _check_operands(
         # A boundary may lie under the name of the job that made it here, or of this one.
         if below:
             reads.append(BufferName(space, "x", stage.first - 1, None, microbatch))
+        kept = [BufferName(space, "kept", i, job, microbatch) for i in stage_bytes.kept_bytes(chain, stage)]
         if stage.kind is StageKind.B:
+            reads += kept
             reads.append(BufferName(space, "dx", stage.last, None, microbatch))
+        elif schedule.mode != "forward":
+            writes += kept
         if below and below.needs_backward and stage.kind is not StageKind.F:
             writes.append(BufferName(space, "dx", stage.first - 1, job, microbatch))
         if stage.last == len(chain.segments) - 1 and stage.kind is not StageKind.B:

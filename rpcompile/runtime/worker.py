@@ -152,6 +152,8 @@ class Worker:
                 kind = buffers.parse(name).kind
                 if kind == "x":
                     self._store[name] = _pick(outputs, runner.graph.emits[buffers.segment_of(name)])
+                elif kind == "kept":
+                    self._store[name] = _pick(outputs, runner.graph.keeps[buffers.segment_of(name)])
                 elif kind == "loss":
                     self._store[name] = outputs
 
@@ -267,6 +269,8 @@ class Worker:
                 weights.append(self._store[name])
             elif kind in merged:
                 merged[kind].update(self._store[name])
+            elif kind == "kept":
+                merged["x"].update(self._store[name])
         return weights, merged["inputs"], merged["x"], merged["dx"]
 
     def _keep_gradients(
