@@ -2,14 +2,15 @@
 
 Before -> after, in a forward stage::
 
-    attn = sdpa(q, k, v)            both = with_log_sum_exp(q, k, v); attn = both[0]; return ..., attn', both[1]
+    attn = sdpa(q, k, v)      both = with_log_sum_exp(q, k, v); attn = both[0]; return ..., attn', both[1]
 
 and in the backward stage of the same segment::
 
-    attn = sdpa(q, k, v)            attn = from_kept(q, k, v, attn_output', attn_log_sum_exp)
+    attn = sdpa(q, k, v)      attn = from_kept(q, k, v, attn_output', attn_log_sum_exp)
 
-`rpcompile/attention.py` has the two functions. The prime is a transpose of heads and tokens: outputs travel in
-the order in which kernels write them, tokens first. A fused stage recomputes nothing and stays as it is.
+`rpcompile/attention.py` has the two functions. The prime is a transpose of heads and tokens: outputs
+travel in the order in which kernels write them, tokens first. A fused stage recomputes nothing and stays as
+it is.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class KeepAttention:
     def run(self, stage: StageGraph) -> StageGraph:
         """Adds outputs to a forward stage, values to a backward stage; others come back as they were."""
         segments = ((index, self.chain.segments[index]) for index in stage.stage.segments)
-        nodes = {i: segment.attention.nodes for i, segment in segments if segment.offloads and segment.attention}
+        nodes = {
+            i: segment.attention.nodes for i, segment in segments if segment.offloads and segment.attention
+        }
         if not nodes or stage.stage.kind is StageKind.FB:
             return stage
         keeps = {index: tuple(name for node in nodes[index] for name in _kept(node)) for index in nodes}
@@ -63,8 +66,8 @@ class KeepAttention:
 def attention_call(node: Node) -> Call:
     """What decides which kernel can run an attention node."""
     bound = arguments(node)
-    tensors = [None if arg is None else value_of(cast("Node", arg)) for arg in list(bound.values())[:4]]
-    query, key, value, mask = tensors
+    query, key, value = (value_of(cast("Node", bound[name])) for name in ("query", "key", "value"))
+    mask = None if bound["attn_mask"] is None else value_of(cast("Node", bound["attn_mask"]))
     return Call(query, key, value, mask, float(cast("float", bound["dropout_p"])), value_of(node).dtype)
 
 

@@ -264,7 +264,7 @@ class _JobLayout:
         return self.stage.index == len(self.options.partition.stages) - 1
 
     def action(self, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
-        stage, segments = self.stage, self.options.chain.segments
+        stage = self.stage
         seconds = stage_bytes.compute_s(self.options.chain, stage)
         if self.options.relative_speed is not None:
             seconds /= self.options.relative_speed[self.job.gpu]

@@ -33,7 +33,7 @@ class PriceAttention:
     """Fills in `Segment.attention`; nothing is offloaded by it.
 
     Bytes are those of the outputs and log-sum-exps, seconds those of the attention's forward, memory is
-    found by running the stages that offload and load them. All depend on `Segment.tiles`, so tiles come first.
+    found by running the stages that offload and load them. It depends on `Segment.tiles`, which come first.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -105,8 +105,8 @@ class _Pricer:
     def _forward_s(self, node: Node) -> float:
         cost = self._costed.costs[node.name]
         flops, nbytes = cost.forward_flops, cost.read_bytes + cost.write_bytes
-        work = (float(sympy.Float(number.xreplace(self._sizes))) for number in (flops, nbytes))
-        return node_seconds(Work(cost.op_class, *work), self._chain.hardware)
+        numbers = [float(sympy.Float(number.xreplace(self._sizes))) for number in (flops, nbytes)]
+        return node_seconds(Work(cost.op_class, numbers[0], numbers[1]), self._chain.hardware)
 
     def _memory(self, index: int, segment: Segment) -> tuple[int, int, int]:
         """`saved_bytes`, `peak_bytes` and `forward_peak_bytes` of `AttentionOutputs`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rpcompile.attention_choice import check_attention
 from rpcompile.compiled import Compiled, Executable, Makers, TrainingOptions, cast_floats
 from rpcompile.errors import (
     BatchError,
@@ -17,6 +18,7 @@ from rpcompile.errors import (
     PartitionError,
     PlanMismatch,
 )
+from rpcompile.host_memory import installed_bytes
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
@@ -65,6 +67,7 @@ def compile(
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
+    attention: str = "auto",
     effort: str | None = None,
     max_traffic: float | None = None,
     solver_time_s: float = 3.0,
@@ -114,6 +117,11 @@ def compile(
             backward (the LM head with its loss, norms, projections, MLPs and experts). "auto": as few
             as let each segment fit, and the loss in an eighth of a GPU's memory; "loss": the loss only; 1:
             none, so that every sum is taken in the order of plain PyTorch.
+        attention: "auto": attention outputs, with their log-sum-exps, go to the host in the forward and come
+            back for the backward, instead of being recomputed, where a plan with that is simulated to be
+            faster; the host's memory is a limit if the model's weights are in it. "recompute": never.
+            "offload": wherever it is possible. Results are the same bit for bit where the forward's kernel is
+            the recompute's.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
             summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage,
@@ -152,7 +160,10 @@ def compile(
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)
     # The schedule of one iteration serves both modes.
-    options = PlanOptions(gpus, parts, "sync", solver_time_s, seed, effort, max_traffic)
+    check_attention(attention)
+    host_bytes = None if _is_on_meta(module) else installed_bytes()
+    search = (solver_time_s, seed, effort, max_traffic)
+    options = PlanOptions(gpus, parts, "sync", *search, attention, host_bytes)
     hardware = find_hardware(gpu) if loaded is None else loaded.chain.hardware
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
@@ -183,6 +194,10 @@ def compile(
 
     makers = Makers(with_outputs, evaluation)
     return Compiled(model, module, training, makers, TrainingOptions(mode, compute_dtype, grad_scaler))
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
 # ------------------------------------------------------------------- running

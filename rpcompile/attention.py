@@ -109,8 +109,8 @@ def with_log_sum_exp(
     Returns:
         Output, and log-sum-exp.
     """
-    kernel, (query, key, value, mask) = _prepared(query, key, value, attn_mask, dtype)
-    return kernel.forward(query, key, value, mask, is_causal, scale)
+    kernel, operands = _prepared(query, key, value, attn_mask, dtype)
+    return kernel.forward(*operands, is_causal, scale)
 
 
 def from_kept(
@@ -123,9 +123,9 @@ def from_kept(
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
 ) -> torch.Tensor:
-    """The output that `with_log_sum_exp` gave for these arguments, with a gradient to query, key and value."""
-    kernel, (query, key, value, mask) = _prepared(query, key, value, attn_mask, output.dtype)
-    return _FromKept.apply(kernel, query, key, value, mask, is_causal, scale, output, log_sum_exp)  # type: ignore[no-any-return]
+    """The output that `with_log_sum_exp` gave for these arguments; gradients go to query, key and value."""
+    kernel, operands = _prepared(query, key, value, attn_mask, output.dtype)
+    return _FromKept.apply(kernel, *operands, is_causal, scale, output, log_sum_exp)  # type: ignore[no-any-return]
 
 
 class _FromKept(torch.autograd.Function):
@@ -202,7 +202,9 @@ def _cuda_flash_refuses(call: Call) -> str | None:
     if call.attn_mask is not None:
         return "it has a mask, and CUDA's flash attention takes none"
     if call.dtype not in _HALF:
-        return f"CUDA's flash attention takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+        return (
+            f"CUDA's flash attention takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+        )
     if size > 256 or size % 8:
         return f"its heads are {size} wide; CUDA's flash attention takes multiples of 8 up to 256"
     return None
@@ -216,7 +218,9 @@ def _cuda_efficient_refuses(call: Call) -> str | None:
     if call.query.shape[1] != call.key.shape[1]:
         return "its heads are grouped, and memory-efficient attention takes no groups"
     if call.query.shape[-1] % 4:
-        return f"its heads are {call.query.shape[-1]} wide, and memory-efficient attention takes multiples of 4"
+        return (
+            f"its heads are {call.query.shape[-1]} wide, and memory-efficient attention takes multiples of 4"
+        )
     return None
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpcompile import variations
+from rpcompile.attention_choice import AS_IS
 from rpcompile.errors import RpcompileError
 from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, PHRASES, QUEUED, UPLOAD, Gap, gaps
 from rpcompile.ir import Stage, StageKind
@@ -318,7 +319,7 @@ class _Question:
         from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 
         plan = self.plan
-        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S)
+        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S, attention=AS_IS)
         try:
             other = plan_chain(
                 plan.chain, options, ModelDescription(plan.model_name, plan.fingerprint, plan.dtype)

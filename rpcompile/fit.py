@@ -169,7 +169,9 @@ class _Search:
 
     def _plan(self, size: int) -> str | None:
         chain = self.chain(size)
-        options = PlanOptions(min(self.gpus, len(chain.segments)), self.microbatches, solver_time_s=SOLVER_S)
+        gpus = min(self.gpus, len(chain.segments))
+        # Offloaded attention outputs save time and take memory: what fits with them fits without.
+        options = PlanOptions(gpus, self.microbatches, solver_time_s=SOLVER_S, attention="recompute")
         try:
             plan = self.captured.plan(chain, options, progress=False)
         except PartitionError as error:

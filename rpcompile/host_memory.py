@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ class HostMemory:
         parts = self.weight_bytes, self.gradient_bytes, self.master_bytes
         kept = self.boundary_bytes + self.attention_bytes
         return sum(parts) + self.optimizer_bytes + kept + self.input_bytes
+
+
+def installed_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def host_memory(

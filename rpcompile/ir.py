@@ -215,7 +215,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class AttentionOutputs:
-    """What it takes to offload a segment's attention outputs, with their log-sum-exps, instead of recomputing.
+    """What it takes to offload a segment's attention outputs, with log-sum-exps, and not to recompute them.
 
     Attributes:
         nodes: The attention nodes that can be kept.

@@ -82,6 +82,7 @@ class Plan:
         schedule: What every stream does.
         prediction: What the simulator says about it.
         provenance: Versions that made it.
+        attention: What was found when it was decided whether to offload attention outputs, in a sentence.
     """
 
     model_name: str
@@ -95,6 +96,7 @@ class Plan:
     schedule: Schedule
     prediction: Prediction
     provenance: dict[str, str]
+    attention: str = ""
 
     @property
     def id(self) -> str:
@@ -276,6 +278,7 @@ def _host(host: HostMemory) -> str:
         "masters": host.master_bytes,
         "optimizer": host.optimizer_bytes,
         "boundaries": host.boundary_bytes,
+        "attention": host.attention_bytes,
         "inputs": host.input_bytes,
     }
     return " · ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)

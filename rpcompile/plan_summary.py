@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rpcompile import stage_bytes
-from rpcompile.ir import StageKind, Stream
+from rpcompile.ir import Stream
 
 if TYPE_CHECKING:
     from rpcompile.ir import Stage

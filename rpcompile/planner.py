@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
+from rpcompile.attention_choice import Planned, check_attention, choose_attention, over
 from rpcompile.cost_file import CostFile
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.host_memory import host_memory
@@ -47,8 +48,17 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from rpcompile.ir import Capture, CostedGraph, Dispatch, Hardware, Partition, Schedule, SegmentChain
-    from rpcompile.profile import Profile
+    from rpcompile.ir import (
+        Capture,
+        CostedGraph,
+        Dispatch,
+        Hardware,
+        Partition,
+        Schedule,
+        Segment,
+        SegmentChain,
+    )
+    from rpcompile.profile import Profile, ProfileSegment
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
@@ -74,6 +84,10 @@ class PlanOptions:
             one sum over microbatches.
         max_traffic: Most uploads that a search may use, in units of `SearchedSchedule.traffic`; None for no
             limit.
+        attention: "auto": attention outputs are offloaded and loaded where a plan with that is simulated to
+            be faster than one that recomputes them; "recompute": never; "offload": wherever it is possible;
+            "as is": as the chain's segments say.
+        host_bytes: What the host has, for attention outputs to fit in; None if that is not known.
     """
 
     gpus: int
@@ -83,6 +97,8 @@ class PlanOptions:
     seed: int = 0
     effort: str | None = None
     max_traffic: float | None = None
+    attention: str = "auto"
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +179,11 @@ class CapturedModel:
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
         chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
+        pairs = zip(chain.segments, plan.chain.segments, strict=True)
+        chain = replace(
+            chain,
+            segments=tuple(replace(new, offloads=bool(old.kept and new.attention)) for new, old in pairs),
+        )
         schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
         verify_schedule(schedule, chain, plan.partition)
         prediction = _prediction(chain, schedule, simulate(schedule), plan.dtype)
@@ -256,10 +277,13 @@ def plan_chain(
     """
     _check(options)
     started = time.perf_counter()
-    partition, schedule, timeline = _schedule(chain, options, bar)
+    chain, (partition, schedule, timeline), why = _with_attention(chain, options, model.dtype, bar)
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
     prediction = _prediction(chain, schedule, timeline, model.dtype)
+    excess = over(prediction.host_peak_bytes, options.host_bytes)
+    if excess and any(segment.offloads for segment in chain.segments):
+        raise PartitionError(f"with attention outputs offloaded the host {excess}; use attention='recompute'")
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -273,7 +297,26 @@ def plan_chain(
         schedule=schedule,
         prediction=prediction,
         provenance=_provenance(options),
+        attention=why,
     )
+
+
+def _with_attention(
+    chain: SegmentChain, options: PlanOptions, dtype: str, bar: tqdm[Any] | None
+) -> tuple[SegmentChain, Planned, str]:
+    """The chain with its attention outputs offloaded or not, its plan, and why."""
+    # One plan of each is enough to compare; only the chain that is chosen is searched on.
+    quick = replace(options, effort=None)
+    choice = choose_attention(
+        chain,
+        options.attention if options.mode == "sync" else "recompute",
+        lambda trial: _schedule(trial, quick, bar),
+        lambda trial, schedule: host_memory(trial, schedule, dtype).total_bytes,
+        options.host_bytes,
+    )
+    if choice.planned is None or options.effort is not None:
+        return choice.chain, _schedule(choice.chain, options, bar), choice.why
+    return choice.chain, choice.planned, choice.why
 
 
 def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:
@@ -394,6 +437,7 @@ def _check(options: PlanOptions) -> None:
             raise InvalidArgument(f"{option}={value}; at least 1 is needed")
     if options.effort not in (None, *EFFORTS):
         raise InvalidArgument(f"effort={options.effort!r}; it must be None, {', '.join(map(repr, EFFORTS))}")
+    check_attention(options.attention)
 
 
 def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
@@ -404,11 +448,18 @@ def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
             f"the profile is of another model: it has {_names([s.name for s in given])}, this model "
             f"{_names(names)}; make one with `rpcompile profile`"
         )
-    segments = tuple(
-        replace(own, forward_s=other.forward_s, backward_s=other.backward_s, source="given")
-        for own, other in zip(chain.segments, given, strict=True)
+    pairs = zip(chain.segments, given, strict=True)
+    return replace(chain, segments=tuple(_given(own, other) for own, other in pairs))
+
+
+def _given(own: Segment, other: ProfileSegment) -> Segment:
+    attention = own.attention
+    if attention is not None and own.forward_s:  # its share of the forward stays as it was estimated
+        scaled_s = attention.forward_s * other.forward_s / own.forward_s
+        attention = replace(attention, forward_s=scaled_s)
+    return replace(
+        own, forward_s=other.forward_s, backward_s=other.backward_s, source="given", attention=attention
     )
-    return replace(chain, segments=segments)
 
 
 def _names(names: Sequence[str]) -> str:

@@ -101,7 +101,9 @@ class Workspaces:
     def _backward(self, sizes: list[tuple[int, int]]) -> BackwardTables:
         """The tables of one kind of stage, from what each of its segments saves and needs on top."""
         inputs = [segment.saved_input_bytes for segment in self._chain.segments]
-        saved = list(accumulate((size + own for (size, _), own in zip(sizes, inputs, strict=True)), initial=0))
+        saved = list(
+            accumulate((size + own for (size, _), own in zip(sizes, inputs, strict=True)), initial=0)
+        )
         around = map(sum, pairwise(self.crossing_gradients))
         inner = [after + peak + d for after, (_, peak), d in zip(saved[1:], sizes, around, strict=True)]
         behind = self.crossing_gradients[1:]

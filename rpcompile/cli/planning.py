@@ -32,6 +32,11 @@ def plan(
     effort: options.Effort = None,
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
+    attention: options.Attention = "auto",
+    host_gb: Annotated[
+        float | None,
+        typer.Option("--host-gb", min=0, help="Host memory in GB, for attention outputs (default: enough)."),
+    ] = None,
     solver_time: options.SolverTime = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the solver and the search.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Save the plan here.")] = None,
@@ -45,15 +50,17 @@ def plan(
     from rpcompile.planner import PlanOptions, plan_profile
 
     check_one_source(model, profile)
+    search = (solver_time, seed, effort, max_traffic)
+    host_bytes = None if host_gb is None else int(host_gb * 1e9)
     if profile is not None:
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
-        given = PlanOptions(gpus, microbatches or 2 * gpus, mode, solver_time, seed, effort, max_traffic)
+        given = PlanOptions(gpus, microbatches or 2 * gpus, mode, *search, attention, host_bytes)
         found = plan_profile(load_profile(profile, gpu), given, profile.stem)
     else:
         assert model is not None
         rows, count = divide(batch, microbatches, gpus)
         captured = capture(model, dtype, lora)
-        given = PlanOptions(gpus, count, mode, solver_time, seed, effort, max_traffic)
+        given = PlanOptions(gpus, count, mode, *search, attention, host_bytes)
         found = plan_model(captured, rows, seq, gpu, given, int(tiles) if tiles.isdigit() else tiles)
     if out is not None:
         found.save(out)
@@ -84,6 +91,7 @@ def fit(
 ) -> int:
     """Find the largest microbatch, or the longest sequence, whose plan fits GPU and host."""
     from rpcompile.fit import largest_that_fits
+    from rpcompile.host_memory import installed_bytes
     from rpcompile.planner import find_hardware
 
     assert model is not None
@@ -100,7 +108,7 @@ def fit(
         {name: size for name, size in fixed.items() if size is not None},
         gpus=gpus,
         microbatches=microbatches,
-        host_bytes=host_memory_bytes() if host_gb is None else int(host_gb * 1e9),
+        host_bytes=installed_bytes() if host_gb is None else int(host_gb * 1e9),
     )
     options.show(str(found), found.as_dict(), as_json)
     return 0 if found.size else 1
@@ -190,13 +198,6 @@ def load_profile(path: Path, gpu: str | None) -> Profile:
     found = replace(found, hardware=gpu, gpu_memory_bytes=None)
     found.to_chain()
     return found
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine."""
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _refuse_sizes(**given: Any) -> None:

@@ -72,8 +72,9 @@ class _Layout:
 class HostSlots:
     """The memory behind a program's host buffers.
 
-    Boundary activations, attention outputs, and gradients of the former, of one segment share an arena with a
-    slot a microbatch; a slot belongs to one buffer for good, so that no copy can meet another iteration's or microbatch's.
+    Boundary activations, their gradients, and attention outputs, of one segment share an arena each, with a
+    slot a microbatch; a slot belongs to one buffer for good, so that no copy can meet another iteration's or
+    microbatch's.
     A job's weight gradients of one segment have an arena that is used again once nobody holds a tensor
     in it any more: the caller may keep gradients as long as it likes. What goes to the caller otherwise
     (losses, outputs, changed buffers) is allocated anew.

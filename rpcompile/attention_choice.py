@@ -1,0 +1,166 @@
+"""Whether attention outputs are offloaded or recomputed: both are planned, and the faster is kept.
+
+Offloading saves the attention's forward in every recompute and costs two copies. Both grow with the tokens of
+a microbatch, the first with their square, so there is a length from which on it pays; and where a link is
+what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
+and one with as many as the links have idle time for, compete with the plan that recomputes them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.ir import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcompile.ir import Partition, Schedule, SegmentChain
+    from rpcompile.simulate import Timeline
+
+NAMED = ("auto", "recompute", "offload")
+AS_IS = "as is"  # as the chain's segments say
+WORTH = 0.01  # of the compute, or of the iteration: what offloading has to save
+Planned = tuple["Partition", "Schedule", "Timeline"]
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The chain with its offloading decided, its plan if one was made for that, and why, in a sentence."""
+
+    chain: SegmentChain
+    planned: Planned | None
+    why: str
+
+
+def check_attention(asked: str) -> None:
+    """Refuses what is none of the choices.
+
+    Raises:
+        InvalidArgument: Naming them.
+    """
+    if asked not in (*NAMED, AS_IS):
+        raise InvalidArgument(f"attention={asked!r}; it must be {', '.join(map(repr, NAMED))}")
+
+
+def choose_attention(
+    chain: SegmentChain,
+    asked: str,
+    plan: Callable[[SegmentChain], Planned],
+    host_bytes: Callable[[SegmentChain, Schedule], int],
+    host_limit_bytes: int | None,
+) -> AttentionChoice:
+    """Decides for which segments attention outputs are offloaded.
+
+    Args:
+        chain: With `Segment.attention` where there is something to decide.
+        asked: "auto"; "recompute" for none; "offload" for all that can be; "as is".
+        plan: Plans a chain; is only called where there is something to compare.
+        host_bytes: What a chain's schedule takes of the host.
+        host_limit_bytes: What the host has; None if that is not known.
+
+    Raises:
+        PartitionError: Not even recomputing everything fits.
+    """
+    if asked == AS_IS:
+        return AttentionChoice(chain, None, "")
+    every = len(_candidates(chain))
+    none = AttentionChoice(offload(chain, 0), None, "")
+    if not every:
+        return none
+    if asked == "recompute":
+        return replace(none, why="attention='recompute' was asked for.")
+    if asked == "offload":
+        return AttentionChoice(offload(chain, every), None, "attention='offload' was asked for.")
+    share = saved_share(chain)
+    if share < WORTH:
+        return replace(none, why=f"Offloading could save no more than {100 * share:.1f} % of the compute.")
+    recomputed = replace(none, planned=plan(none.chain))
+    return _fastest(chain, recomputed, every, plan, lambda *found: over(host_bytes(*found), host_limit_bytes))
+
+
+def offload(chain: SegmentChain, count: int) -> SegmentChain:
+    """The chain with the outputs of `count` segments offloaded, those that save most for their bytes.
+
+    Of segments that are alike, every so many is taken, so that the copies are spread over the iteration.
+    """
+    candidates = _candidates(chain)
+    worth = {index: _seconds_a_byte(chain, index) for index in candidates}
+    chosen: set[int] = set()
+    for value in sorted(set(worth.values()), reverse=True):
+        alike = [index for index in candidates if worth[index] == value]
+        taken = min(count - len(chosen), len(alike))
+        chosen |= {alike[place * len(alike) // taken] for place in range(taken)}
+    segments = enumerate(chain.segments)
+    return replace(chain, segments=tuple(replace(s, offloads=index in chosen) for index, s in segments))
+
+
+def saved_share(chain: SegmentChain) -> float:
+    """The part of forward, recompute and backward that offloading everything saves at most."""
+    segments = chain.segments
+    first = chain.first_backward
+    total = sum(s.forward_s for s in segments) + sum(s.forward_s + s.backward_s for s in segments[first:])
+    saved = sum(segment.attention.forward_s for segment in segments if segment.attention)
+    return saved / total if total else 0.0
+
+
+def _candidates(chain: SegmentChain) -> list[int]:
+    return [i for i, segment in enumerate(chain.segments) if segment.attention and segment.attention.nodes]
+
+
+def _seconds_a_byte(chain: SegmentChain, index: int) -> float:
+    attention = chain.segments[index].attention
+    assert attention is not None
+    return attention.forward_s / attention.nbytes
+
+
+def _fastest(
+    chain: SegmentChain,
+    recomputed: AttentionChoice,
+    every: int,
+    plan: Callable[[SegmentChain], Planned],
+    problem: Callable[[SegmentChain, Schedule], str | None],
+) -> AttentionChoice:
+    """Tries all, and as many as the links have time for; the sentence says what became of each."""
+    assert recomputed.planned is not None
+    _, schedule, timeline = recomputed.planned
+    best, said = recomputed, [f"with recompute an iteration is simulated at {timeline.makespan_s:.4g} s"]
+    for count in dict.fromkeys((every, _fits_in_slack(chain, schedule, timeline))):
+        if not count or (count < every and best is not recomputed):
+            continue
+        trial = offload(chain, count)
+        what = "all outputs" if count == every else f"{count} of {every} outputs"
+        try:
+            planned = plan(trial)
+        except PartitionError:
+            said.append(f"with {what} offloaded no plan fits in the GPUs' memory")
+            continue
+        if found := problem(trial, planned[1]):
+            said.append(f"with {what} offloaded the host {found}")
+            continue
+        said.append(f"with {what} offloaded at {planned[2].makespan_s:.4g} s")
+        if planned[2].makespan_s < (1 - WORTH) * timeline.makespan_s:
+            best = AttentionChoice(trial, planned, "")
+    text = ", ".join(said)
+    return replace(best, why=f"{text[0].upper()}{text[1:]}.")
+
+
+def _fits_in_slack(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> int:
+    """How many segments' outputs the idle time of each direction of the links has room for."""
+    candidates, hardware = _candidates(chain), chain.hardware
+    nbytes = [attention.nbytes for i in candidates if (attention := chain.segments[i].attention)]
+    each = schedule.microbatches * sum(nbytes) / len(nbytes)
+    counts = [len(candidates)]
+    for stream, rate in ((Stream.H2D, hardware.h2d_bytes_per_s), (Stream.D2H, hardware.d2h_bytes_per_s)):
+        busy_s = sum(seconds for (_, found), seconds in timeline.busy_s.items() if found is stream)
+        counts.append(int((schedule.gpus * timeline.makespan_s - busy_s) * rate / each))
+    return max(0, min(counts))
+
+
+def over(needed: int, limit: int | None) -> str | None:
+    """How far the host's memory is exceeded, in words; None if it is not."""
+    if limit is None or needed <= limit:
+        return None
+    return f"needs {needed / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
