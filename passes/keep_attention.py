@@ -2,15 +2,13 @@
 
 Before -> after, in a forward stage::
 
-    attn = sdpa(q, k, v)      both = with_log_sum_exp(q, k, v); attn = both[0]; return ..., attn', both[1]
+    attn = sdpa(q, k, v)      three = with_log_sum_exp(q, k, v); attn = three[0]; return ..., *three[1:]
 
 and in the backward stage of the same segment::
 
-    attn = sdpa(q, k, v)      attn = from_kept(q, k, v, attn_output', attn_log_sum_exp)
+    attn = sdpa(q, k, v)      attn = from_kept(q, k, v, attn_output, attn_log_sum_exp)
 
-`rpcompile/attention.py` has the two functions. The prime is a transpose of heads and tokens: outputs
-travel in the order in which kernels write them, tokens first. A fused stage recomputes nothing and stays as
-it is.
+`rpcompile/attention.py` has the two functions. A fused stage recomputes nothing and stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from rpcompile.attention import Call, find_kernel, from_kept, log_sum_exp_like, with_log_sum_exp
@@ -28,10 +25,9 @@ from rpcompile.ir import StageKind
 from rpcompile.sizes import arguments
 
 if TYPE_CHECKING:
+    import torch
+
     from rpcompile.ir import SegmentChain, StageGraph
-
-
-_TRANSPOSE = torch.ops.aten.transpose.int
 
 
 @dataclass(frozen=True)
@@ -104,27 +100,24 @@ class _Rewriter:
 
     def _emit(self, node: Node) -> Node:
         """The output, made together with the log-sum-exp; both leave."""
-        values = value_of(node), self._log_sum_exp(node)
-        names = _kept(node.name)
-        arguments = (*self._operands(node), values[0].dtype)
-        both = self._call(with_log_sum_exp, arguments, f"{node.name}_both", node, values)
-        output = self._call(operator.getitem, (both, 0), node.name, node, values[0])
-        self._emitted += [
-            self._call(_TRANSPOSE, (output, 1, 2), names[0], node, values[0].transpose(1, 2)),
-            self._call(operator.getitem, (both, 1), names[1], node, values[1]),
+        values = value_of(node), *self._kept_values(node)
+        arguments = (*self._operands(node), value_of(node).dtype)
+        three = self._call(with_log_sum_exp, arguments, f"{node.name}_and_kept", node, values)
+        items = [
+            self._call(operator.getitem, (three, index), name, node, values[index])
+            for index, name in enumerate((node.name, *_kept(node.name)))
         ]
-        return output
+        self._emitted += items[1:]
+        return items[0]
 
     def _placeholders(self, node: Node) -> tuple[Node, Node]:
         made = [self._graph.placeholder(name) for name in _kept(node.name)]
-        values = value_of(node).transpose(1, 2), self._log_sum_exp(node)
-        for placeholder, value in zip(made, values, strict=True):
+        for placeholder, value in zip(made, self._kept_values(node), strict=True):
             placeholder.meta["val"] = value
         return made[0], made[1]
 
     def _take(self, node: Node, output: Node, log_sum_exp: Node) -> Node:
-        heads_first = self._call(_TRANSPOSE, (output, 1, 2), f"{node.name}_given", node, value_of(node))
-        arguments = (*self._operands(node), heads_first, log_sum_exp)
+        arguments = (*self._operands(node), output, log_sum_exp)
         return self._call(from_kept, arguments, node.name, node, value_of(node))
 
     def _operands(self, node: Node) -> tuple[Any, ...]:
@@ -141,5 +134,6 @@ class _Rewriter:
         made.meta = {**like.meta, "val": value}
         return made
 
-    def _log_sum_exp(self, node: Node) -> torch.Tensor:
-        return log_sum_exp_like(find_kernel(self._device, attention_call(node)), value_of(node))
+    def _kept_values(self, node: Node) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel, output = find_kernel(self._device, attention_call(node)), value_of(node)
+        return output.transpose(1, 2), log_sum_exp_like(kernel, output)

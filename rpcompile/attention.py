@@ -9,7 +9,8 @@ One table, `_KERNELS`, names the kernels of each device. Those of CUDA have run 
 only, never on a GPU.
 
 Shapes: query BHSE, key BHTE, value BHTE, output BHSE, log-sum-exp BHS; B batch, H heads (fewer for key and
-value where they are grouped), S and T tokens, E entries of a head.
+value where they are grouped), S and T tokens, E entries of a head. An output is kept as BSHE, which is the
+order that kernels write it in.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def with_log_sum_exp(
     is_causal: bool,
     scale: float | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """scaled_dot_product_attention without autograd, with the log-sum-exp of the scores.
 
     Args:
@@ -107,10 +108,11 @@ def with_log_sum_exp(
         dtype: What it computes in; the tensors are cast to it, as autocast would.
 
     Returns:
-        Output, and log-sum-exp.
+        Output; and what is kept: the output again (BSHE, the same memory), and log-sum-exp.
     """
     kernel, operands = _prepared(query, key, value, attn_mask, dtype)
-    return kernel.forward(*operands, is_causal, scale)
+    output, log_sum_exp = kernel.forward(*operands, is_causal, scale)
+    return output, output.transpose(1, 2), log_sum_exp
 
 
 def from_kept(
@@ -120,11 +122,12 @@ def from_kept(
     attn_mask: torch.Tensor | None,
     is_causal: bool,
     scale: float | None,
-    output: torch.Tensor,
+    kept_output: torch.Tensor,
     log_sum_exp: torch.Tensor,
 ) -> torch.Tensor:
     """The output that `with_log_sum_exp` gave for these arguments; gradients go to query, key and value."""
-    kernel, operands = _prepared(query, key, value, attn_mask, output.dtype)
+    kernel, operands = _prepared(query, key, value, attn_mask, kept_output.dtype)
+    output = kept_output.transpose(1, 2)
     return _FromKept.apply(kernel, *operands, is_causal, scale, output, log_sum_exp)  # type: ignore[no-any-return]
 
 

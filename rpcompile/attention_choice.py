@@ -3,7 +3,7 @@
 Offloading saves the attention's forward in every recompute and costs two copies. Both grow with the tokens of
 a microbatch, the first with their square, so there is a length from which on it pays; and where a link is
 what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
-and one with as many as the links have idle time for, compete with the plan that recomputes them all.
+and one with as many as the links have time for beside the compute, compete with the plan that recomputes them all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument, PartitionError
-from rpcompile.ir import Stream
+from rpcompile.ir import StageKind, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,9 +125,9 @@ def _fastest(
 ) -> AttentionChoice:
     """Tries all, and as many as the links have time for; the sentence says what became of each."""
     assert recomputed.planned is not None
-    _, schedule, timeline = recomputed.planned
+    partition, schedule, timeline = recomputed.planned
     best, said = recomputed, [f"with recompute an iteration is simulated at {timeline.makespan_s:.4g} s"]
-    for count in dict.fromkeys((every, _fits_in_slack(chain, schedule, timeline))):
+    for count in dict.fromkeys((every, _fits_in_slack(chain, partition, schedule))):
         if not count or (count < every and best is not recomputed):
             continue
         trial = offload(chain, count)
@@ -147,16 +147,26 @@ def _fastest(
     return replace(best, why=f"{text[0].upper()}{text[1:]}.")
 
 
-def _fits_in_slack(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> int:
-    """How many segments' outputs the idle time of each direction of the links has room for."""
-    candidates, hardware = _candidates(chain), chain.hardware
-    nbytes = [attention.nbytes for i in candidates if (attention := chain.segments[i].attention)]
-    each = schedule.microbatches * sum(nbytes) / len(nbytes)
-    counts = [len(candidates)]
-    for stream, rate in ((Stream.H2D, hardware.h2d_bytes_per_s), (Stream.D2H, hardware.d2h_bytes_per_s)):
-        busy_s = sum(seconds for (_, found), seconds in timeline.busy_s.items() if found is stream)
-        counts.append(int((schedule.gpus * timeline.makespan_s - busy_s) * rate / each))
-    return max(0, min(counts))
+def _fits_in_slack(chain: SegmentChain, partition: Partition, schedule: Schedule) -> int:
+    """How many segments' outputs the links have time for while the stages that copy them compute."""
+    hardware, stages = chain.hardware, partition.stages
+    ways = (
+        (StageKind.F, Stream.D2H, hardware.d2h_bytes_per_s),
+        (StageKind.B, Stream.H2D, hardware.h2d_bytes_per_s),
+    )
+    candidates = _candidates(chain)
+    share = 1.0
+    for kind, stream, rate in ways:
+        mine = {index for stage in stages if stage.kind is kind for index in stage.segments}
+        nbytes = sum(a.nbytes for i in candidates if i in mine and (a := chain.segments[i].attention))
+        seconds = {Stream.COMPUTE: 0.0, stream: 0.0}
+        for action in schedule.actions():
+            if stages[action.stage].kind is kind and action.stream in seconds:
+                seconds[action.stream] += action.seconds
+        idle_bytes = (seconds[Stream.COMPUTE] - seconds[stream]) * rate
+        if nbytes:
+            share = min(share, idle_bytes / (schedule.microbatches * nbytes))
+    return max(0, int(share * len(candidates)))
 
 
 def over(needed: int, limit: int | None) -> str | None:

@@ -1,0 +1,139 @@
+"""When attention outputs are offloaded: by bytes, seconds, idle links, and memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rpcompile.attention_choice import offload, saved_share
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.ir import AttentionOutputs, SegmentChain
+from rpcompile.plan import Plan
+from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
+from tests.chains import HARDWARE, chain
+
+MODEL = ModelDescription("Toy", "f" * 64, "float32")
+
+
+def attention(nbytes: int, forward_s: float = 1.0, **changes: Any) -> AttentionOutputs:
+    return AttentionOutputs(("sdpa",), nbytes, forward_s, 5, 7, 7, **changes)
+
+
+def toy(nbytes: int, layers: int = 6, **changes: Any) -> SegmentChain:
+    """Layers of 2 s forward, half of it attention, and 3 s backward, on links of 10 bytes a second."""
+    fields = {"attention": attention(nbytes), "parameters": (), **changes}
+    found = chain(layers + 1, dict.fromkeys(range(layers), fields))
+    return replace(found, hardware=replace(HARDWARE, h2d_bytes_per_s=10.0, d2h_bytes_per_s=10.0))
+
+
+def planned(given: SegmentChain, asked: str = "auto", **options: Any) -> Plan:
+    return plan_chain(given, PlanOptions(2, 4, attention=asked, solver_time_s=0.3, **options), MODEL)
+
+
+def offloaded(plan: Plan) -> list[int]:
+    return [index for index, found in enumerate(plan.chain.segments) if found.offloads]
+
+
+# --------------------------------------------------------------------- how many, and which
+
+
+def test_outputs_that_save_most_for_their_bytes_go_first_and_are_spread_evenly() -> None:
+    one, two = {"attention": attention(4)}, {"attention": attention(4, 3.0)}
+    found = chain(9, {**dict.fromkeys((0, 2, 4, 6), one), **dict.fromkeys((1, 3, 5, 7), two)})
+    marked = [[i for i, s in enumerate(offload(found, count).segments) if s.offloads] for count in range(9)]
+    assert marked[0] == []
+    assert marked[1] == [1]
+    assert marked[2] == [1, 5]
+    assert marked[4] == [1, 3, 5, 7]
+    assert marked[6] == [0, 1, 3, 4, 5, 7]
+    assert marked[8] == list(range(8))
+
+
+def test_what_is_saved_at_most() -> None:
+    # Seven segments of 2 s forward twice and 3 s backward; six save 1 s.
+    assert saved_share(toy(1)) == 6 / (7 * 7)
+    assert saved_share(chain(3)) == 0.0
+
+
+# --------------------------------------------------------------------- the choice
+
+
+def test_it_is_offloaded_where_links_are_idle() -> None:
+    plan, without = planned(toy(1)), planned(toy(1), "recompute")
+    assert offloaded(plan) == list(range(6))
+    assert plan.prediction.iteration_s < without.prediction.iteration_s
+    assert plan.prediction.host is not None
+    assert plan.prediction.host.attention_bytes > 0
+    assert re.fullmatch(
+        r"With recompute an iteration is simulated at [\d.]+ s, with all outputs offloaded at [\d.]+ s\.",
+        plan.attention,
+    )
+    plan.verify()
+
+
+def test_it_is_recomputed_where_the_link_is_the_bound() -> None:
+    """100 bytes take ten seconds, one way, and save one."""
+    plan = planned(toy(100))
+    assert offloaded(plan) == []
+    assert "with all outputs offloaded at" in plan.attention
+    forced = planned(toy(100), "offload")
+    assert offloaded(forced) == list(range(6))
+    assert forced.prediction.iteration_s > plan.prediction.iteration_s
+    assert forced.attention == "attention='offload' was asked for."
+
+
+def test_as_many_are_offloaded_as_the_links_have_time_for() -> None:
+    """A forward of 2 s hides the copies of a third of the layers, which take 5.5 s each."""
+    plan = planned(toy(55, layers=10))
+    assert 0 < len(offloaded(plan)) < 10
+    assert re.search(
+        r"with all outputs offloaded at [\d.]+ s, with \d of 10 outputs offloaded at", plan.attention
+    )
+
+
+def test_little_to_save_is_not_looked_into() -> None:
+    plan = planned(toy(1, attention=attention(1, 0.001)))
+    assert offloaded(plan) == []
+    assert plan.attention == "Offloading could save no more than 0.0 % of the compute."
+    assert planned(chain(4)).attention == ""
+
+
+def test_the_host_is_a_limit() -> None:
+    given = toy(1)
+    free = planned(given)
+    limit = free.prediction.host_peak_bytes - 1
+    plan = planned(given, host_bytes=limit)
+    assert offloaded(plan) == []
+    assert re.search(r"offloaded the host needs 0\.0 GB of 0\.0 GB", plan.attention)
+    with pytest.raises(PartitionError, match=r"the host needs .* use attention='recompute'"):
+        planned(given, "offload", host_bytes=limit)
+
+
+def test_so_is_the_gpu() -> None:
+    given = toy(10**4)
+    given = replace(given, hardware=replace(given.hardware, usable_bytes=120))
+    plan = planned(given)
+    assert offloaded(plan) == []
+    assert "with all outputs offloaded no plan fits in the GPUs' memory" in plan.attention
+    with pytest.raises(PartitionError, match="memory"):
+        planned(given, "offload")
+
+
+def test_a_search_goes_on_from_what_was_chosen() -> None:
+    plan = planned(toy(1), effort="fast")
+    assert offloaded(plan) == list(range(6))
+    assert "simulated at" in plan.attention
+
+
+def test_evaluation_offloads_nothing() -> None:
+    plan = planned(toy(1), "offload", mode="forward")
+    assert offloaded(plan) == []
+
+
+def test_other_words_are_refused() -> None:
+    message = "attention='always'; it must be 'auto', 'recompute', 'offload'"
+    with pytest.raises(InvalidArgument, match=re.escape(message)):
+        planned(toy(1), "always")
