@@ -40,8 +40,8 @@ class ChooseTiles:
     """Doubles the number of chunks of each segment until what it needs fits.
 
     A segment that mixes tokens somewhere (attention) runs its regions twice in the backward when it is
-    tiled, which its `backward_s` then holds. One that is token-wise throughout runs its forward only once if
-    it is the last of its stage; elsewhere that time is not priced.
+    tiled, which its `backward_s` then holds. One that is token-wise throughout (`reruns`) runs its forward
+    only once, in the backward, if it is the last of its stage; elsewhere that time is not priced.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -75,13 +75,16 @@ class ChooseTiles:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What tiling makes of one kind of segment; `again` is the share of its forward that runs twice."""
+    """What tiling makes of one kind of segment.
+
+    `again` is the share of its forward that runs twice; None where all of it is in the backward.
+    """
 
     tiles: int
     saved_bytes: int
     peak_bytes: int
     forward_peak_bytes: int
-    again: float
+    again: float | None
 
 
 class _Chooser:
@@ -113,7 +116,8 @@ class _Chooser:
             saved_bytes=choice.saved_bytes,
             peak_bytes=choice.peak_bytes,
             forward_peak_bytes=choice.forward_peak_bytes,
-            backward_s=segment.backward_s + choice.again * segment.forward_s,
+            backward_s=segment.backward_s + (choice.again or 0.0) * segment.forward_s,
+            reruns=choice.again is None,
         )
 
     def _fits(self, index: int, segment: Segment | _Choice) -> bool:
@@ -201,13 +205,13 @@ class _Chooser:
         with microbatch_seed(0):  # which a stage's random operators ask for
             return memory.of(tiled)
 
-    def _again(self, index: int, regions: list[TokenRegion]) -> float:
+    def _again(self, index: int, regions: list[TokenRegion]) -> float | None:
         names = set(self._chain.segments[index].nodes)
         tiled = {node.name for region in regions for node in (*region.members, region.last)} & names
         costs = self._options.costed.costs
         outside = [name for name in names - tiled if costs[name].op_class in ("matmul", "attention")]
         if not outside:
-            return 0.0
+            return None
         numbers = ((name, costs[name].forward_flops.xreplace(self._sizes)) for name in names)
         flops = {name: float(sympy.Float(number)) for name, number in numbers}
         return sum(flops[name] for name in tiled) / max(1.0, sum(flops.values()))

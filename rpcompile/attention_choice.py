@@ -3,7 +3,8 @@
 Offloading saves the attention's forward in every recompute and costs two copies. Both grow with the tokens of
 a microbatch, the first with their square, so there is a length from which on it pays; and where a link is
 what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
-and one with as many as the links have time for beside the compute, compete with the plan that recomputes them all.
+and one with as many as the links have time for beside the compute, compete with the plan that recomputes
+them all.
 """
 
 from __future__ import annotations

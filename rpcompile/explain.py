@@ -319,7 +319,10 @@ class _Question:
         from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 
         plan = self.plan
-        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S, attention=AS_IS)
+        effort = "fast" if plan.schedule.policy == "searched" else None
+        options = PlanOptions(
+            gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S, effort=effort, attention=AS_IS
+        )
         try:
             other = plan_chain(
                 plan.chain, options, ModelDescription(plan.model_name, plan.fingerprint, plan.dtype)

@@ -8,6 +8,7 @@ import msgspec
 
 from rpcompile import stage_bytes
 from rpcompile.ir import Stream
+from rpcompile.simulate_dispatch import stage_time
 
 if TYPE_CHECKING:
     from rpcompile.ir import Stage
@@ -63,7 +64,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def compute_s(plan: Plan, stage: Stage) -> float:
     """Seconds of one microbatch of a stage, by the chain."""
-    return stage_bytes.compute_s(plan.chain, stage)
+    return stage_time(plan.chain, stage).seconds
 
 
 def upload_traffic(plan: Plan) -> tuple[int, int]:

@@ -184,10 +184,9 @@ class CapturedModel:
             chain,
             segments=tuple(replace(new, offloads=bool(old.kept and new.attention)) for new, old in pairs),
         )
-        schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
-        verify_schedule(schedule, chain, plan.partition)
-        prediction = _prediction(chain, schedule, simulate(schedule), plan.dtype)
-        return replace(plan, chain=chain, schedule=schedule, prediction=prediction)
+        rebound = laid_out_again(replace(plan, chain=chain))
+        rebound.verify()
+        return rebound
 
     def save_costs(self, path: str | PathLike[str]) -> None:
         """Writes the FLOP and byte expressions of every operator; `rpcompile/cost_file.py` has the format."""
@@ -317,6 +316,17 @@ def _with_attention(
     if choice.planned is None or options.effort is not None:
         return choice.chain, _schedule(choice.chain, options, bar), choice.why
     return choice.chain, choice.planned, choice.why
+
+
+def laid_out_again(plan: Plan) -> Plan:
+    """A plan with a new schedule and prediction for its chain: same stages, jobs and order; not verified.
+
+    Raises:
+        ScheduleError, PartitionError: The plan contradicts itself.
+    """
+    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    prediction = _prediction(plan.chain, schedule, simulate(schedule), plan.dtype)
+    return replace(plan, schedule=schedule, prediction=prediction)
 
 
 def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:

@@ -42,15 +42,6 @@ def kept_bytes(chain: SegmentChain, stage: Stage) -> dict[int, int]:
     return {segment: size for segment, size in sizes.items() if size}
 
 
-def compute_s(chain: SegmentChain, stage: Stage) -> float:
-    """Seconds of one microbatch of a stage; a backward stage recomputes what it is not given."""
-    segments = [chain.segments[index] for index in stage.segments]
-    if stage.kind is StageKind.B:
-        return sum(segment.recompute_s + segment.backward_s for segment in segments)
-    forward_s = sum(segment.forward_s for segment in segments)
-    return forward_s if stage.kind is StageKind.F else forward_s + sum(s.backward_s for s in segments)
-
-
 class BackwardTables(NamedTuple):
     """By segment, a_i of `Workspaces`: of an inner segment, of a stage's last one, and what lies below it."""
 
