@@ -298,6 +298,8 @@ def _host(host: HostMemory) -> str:
 
 
 def _header(plan: Plan) -> list[tuple[str, str]]:
+    from rpcompile.activations import in_brief  # which prints as this module does
+
     hardware, predicted, partition = plan.chain.hardware, plan.prediction, plan.partition
     sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
     link = hardware.sources.get("h2d_bytes_per_s", "assumed").partition(":")[0]
@@ -318,6 +320,7 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
             f"GPU peak {size(max(predicted.gpu_peak_bytes))} · host peak {size(predicted.host_peak_bytes)}",
         ),
         *([("Host", _host(predicted.host))] if predicted.host else []),
+        *([("Memory", brief)] if (brief := in_brief(plan)) else []),
         (
             "Solver",
             f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rpcompile import stage_bytes
-from rpcompile.ir import Stream
+from rpcompile.ir import StageKind, Stream
 from rpcompile.simulate_dispatch import stage_time
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ def summary(plan: Plan) -> dict[str, Any]:
     """Everything about a plan but its transfers; numbers in the units that the keys end with.
 
     `source` says that the times are simulated. `stages[].upload_s` is one upload of the stage's weights at
-    the link's full rate; `compute_s` is one microbatch; `actions` is `rpcompile/action_table.py`'s table.
+    the link's full rate; `compute_s` is one microbatch, and so are the bytes of
+    `activations.offloaded_attention`; `actions` is `rpcompile/action_table.py`'s table.
     """
     predicted, partition, hardware = plan.prediction, plan.partition, plan.chain.hardware
     return {
@@ -55,6 +56,16 @@ def summary(plan: Plan) -> dict[str, Any]:
             "bound_s": partition.bound_s,
             "gap": partition.gap,
             "solve_s": partition.solve_s,
+        },
+        "activations": {
+            "tiles": {segment.name: segment.tiles for segment in plan.chain.segments if segment.tiles > 1},
+            "offloaded_attention": {
+                plan.chain.segments[index].name: nbytes
+                for stage in partition.stages
+                if stage.kind is StageKind.B
+                for index, nbytes in stage_bytes.kept_bytes(plan.chain, stage).items()
+            },
+            "why": plan.attention,
         },
         "stages": [_stage(plan, stage) for stage in partition.stages],
         "actions": msgspec.to_builtins(plan.actions()),
