@@ -1,7 +1,7 @@
 """From which length on does it pay to offload attention outputs instead of recomputing them, and how much?
 
-8 GPUs, 16 microbatches of at least 8,192 tokens, every segment tiled where it has to be. For each length one
-plan that recomputes all attention and one that offloads all of it, both simulated, links and host included;
+8 GPUs, 16 microbatches of at least 8,192 tokens, token-wise regions in chunks of 4,096. For each length one
+plan that recomputes all attention and one that offloads all of it, both searched and simulated, links included;
 nothing is measured on a GPU. "break-even" is the length at which one direction of the link takes as long for
 an attention's output and log-sum-exp as the GPU takes to recompute them.
 
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 MODELS = ("qwen3-1.7b", "llama3.1-8b", "qwen3-32b")
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 98304)
 LEAST_TOKENS = 8192
-OPTIONS = PlanOptions(8, 16, solver_time_s=2.0)
+CHUNK = 4096
+OPTIONS = PlanOptions(8, 16, solver_time_s=1.0, effort="fast")
 
 
 def bind(model: CapturedModel, hardware: Hardware, length: int) -> SegmentChain:
-    return model.bind(hardware, {"batch": max(1, LEAST_TOKENS // length), "sequence": length})
+    sizes = {"batch": max(1, LEAST_TOKENS // length), "sequence": length}
+    return model.bind(hardware, sizes, tiles=max(1, length // CHUNK))
 
 
 def break_even(model: CapturedModel, hardware: Hardware) -> int:

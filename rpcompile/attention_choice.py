@@ -4,11 +4,12 @@ Offloading saves the attention's forward in every recompute and costs two copies
 a microbatch, the first with their square, so there is a length from which on it pays; and where a link is
 what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
 and one with as many as the links have time for beside the compute, compete with the plan that recomputes
-them all.
+them all. Each runs on the better of its own stages and the other's.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -46,21 +47,29 @@ def check_attention(asked: str) -> None:
         raise InvalidArgument(f"attention={asked!r}; it must be {', '.join(map(repr, NAMED))}")
 
 
-def choose_attention(
-    chain: SegmentChain,
-    asked: str,
-    plan: Callable[[SegmentChain], Planned],
-    host_bytes: Callable[[SegmentChain, Schedule], int],
-    host_limit_bytes: int | None,
-) -> AttentionChoice:
+@dataclass(frozen=True)
+class Means:
+    """How chains are planned.
+
+    Attributes:
+        plan: The plan of a chain. Raises PartitionError if nothing fits.
+        again: A plan's stages and order for a chain that it is not of, or None if that does not fit; the last
+            argument is a lower bound on what any stages take, in seconds.
+        problem: Why the host cannot hold what a schedule leaves there; None if it can.
+    """
+
+    plan: Callable[[SegmentChain], Planned]
+    again: Callable[[SegmentChain, Planned, float], Planned | None]
+    problem: Callable[[SegmentChain, Schedule], str | None]
+
+
+def choose_attention(chain: SegmentChain, asked: str, means: Means) -> AttentionChoice:
     """Decides for which segments attention outputs are offloaded.
 
     Args:
         chain: With `Segment.attention` where there is something to decide.
         asked: "auto"; "recompute" for none; "offload" for all that can be; "as is".
-        plan: Plans a chain; is only called where there is something to compare.
-        host_bytes: What a chain's schedule takes of the host.
-        host_limit_bytes: What the host has; None if that is not known.
+        means: Is only used where there is something to compare.
 
     Raises:
         PartitionError: Not even recomputing everything fits.
@@ -78,8 +87,7 @@ def choose_attention(
     share = saved_share(chain)
     if share < WORTH:
         return replace(none, why=f"Offloading could save no more than {100 * share:.1f} % of the compute.")
-    recomputed = replace(none, planned=plan(none.chain))
-    return _fastest(chain, recomputed, every, plan, lambda *found: over(host_bytes(*found), host_limit_bytes))
+    return _fastest(chain, every, means)
 
 
 def offload(chain: SegmentChain, count: int) -> SegmentChain:
@@ -117,35 +125,46 @@ def _seconds_a_byte(chain: SegmentChain, index: int) -> float:
     return attention.forward_s / attention.nbytes
 
 
-def _fastest(
-    chain: SegmentChain,
-    recomputed: AttentionChoice,
-    every: int,
-    plan: Callable[[SegmentChain], Planned],
-    problem: Callable[[SegmentChain, Schedule], str | None],
-) -> AttentionChoice:
+def _fastest(chain: SegmentChain, every: int, means: Means) -> AttentionChoice:
     """Tries all, and as many as the links have time for; the sentence says what became of each."""
-    assert recomputed.planned is not None
-    partition, schedule, timeline = recomputed.planned
-    best, said = recomputed, [f"with recompute an iteration is simulated at {timeline.makespan_s:.4g} s"]
-    for count in dict.fromkeys((every, _fits_in_slack(chain, partition, schedule))):
-        if not count or (count < every and best is not recomputed):
+    none = offload(chain, 0)
+    recomputed = means.plan(none)
+    best: AttentionChoice | None = None
+    said: list[str] = []
+    for count in dict.fromkeys((every, _fits_in_slack(chain, *recomputed[:2]))):
+        if not count or best is not None:
             continue
         trial = offload(chain, count)
-        what = "all outputs" if count == every else f"{count} of {every} outputs"
-        try:
-            planned = plan(trial)
-        except PartitionError:
-            said.append(f"with {what} offloaded no plan fits in the GPUs' memory")
-            continue
-        if found := problem(trial, planned[1]):
-            said.append(f"with {what} offloaded the host {found}")
-            continue
-        said.append(f"with {what} offloaded at {planned[2].makespan_s:.4g} s")
-        if planned[2].makespan_s < (1 - WORTH) * timeline.makespan_s:
-            best = AttentionChoice(trial, planned, "")
-    text = ", ".join(said)
-    return replace(best, why=f"{text[0].upper()}{text[1:]}.")
+        what = f"with {'all' if count == every else f'{count} of {every}'} outputs offloaded"
+        recomputed, planned = _compared(none, recomputed, trial, means)
+        if planned is None:
+            said.append(f"{what} no plan fits in the GPUs' memory")
+        elif problem := means.problem(trial, planned[1]):
+            said.append(f"{what} the host {problem}")
+        else:
+            said.append(f"{what} at {planned[2].makespan_s:.4g} s")
+            if planned[2].makespan_s < (1 - WORTH) * recomputed[2].makespan_s:
+                best = AttentionChoice(trial, planned, "")
+    recompute_s = recomputed[2].makespan_s
+    why = ", ".join([f"With recompute an iteration is simulated at {recompute_s:.4g} s", *said]) + "."
+    return replace(best or AttentionChoice(none, recomputed, ""), why=why)
+
+
+def _compared(
+    none: SegmentChain, recomputed: Planned, trial: SegmentChain, means: Means
+) -> tuple[Planned, Planned | None]:
+    """The better plan of each chain. Either's stages are tried for both: solvers are luckier at times."""
+    own: Planned | None = None
+    with suppress(PartitionError):
+        own = means.plan(trial)
+    shared = means.again(trial, recomputed, 0.0 if own is None else own[0].bound_s)
+    other = None if own is None else means.again(none, own, recomputed[0].bound_s)
+    faster = min(filter(None, (own, shared)), key=_seconds, default=None)
+    return min(filter(None, (recomputed, other)), key=_seconds), faster
+
+
+def _seconds(planned: Planned) -> float:
+    return planned[2].makespan_s
 
 
 def _fits_in_slack(chain: SegmentChain, partition: Partition, schedule: Schedule) -> int:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
-from rpcompile.attention_choice import Planned, check_attention, choose_attention, over
+from rpcompile.attention_choice import Means, Planned, check_attention, choose_attention, over
 from rpcompile.cost_file import CostFile
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.host_memory import host_memory
@@ -36,6 +36,7 @@ from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.plan import Plan, Prediction
+from rpcompile.round_robin_time import StageCosts
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
@@ -306,16 +307,28 @@ def _with_attention(
     """The chain with its attention outputs offloaded or not, its plan, and why."""
     # One plan of each is enough to compare; only the chain that is chosen is searched on.
     quick = replace(options, effort=None)
-    choice = choose_attention(
-        chain,
-        options.attention if options.mode == "sync" else "recompute",
+    means = Means(
         lambda trial: _schedule(trial, quick, bar),
-        lambda trial, schedule: host_memory(trial, schedule, dtype).total_bytes,
-        options.host_bytes,
+        _on_these_stages,
+        lambda trial, schedule: over(host_memory(trial, schedule, dtype).total_bytes, options.host_bytes),
     )
+    asked = options.attention if options.mode == "sync" else "recompute"
+    choice = choose_attention(chain, asked, means)
     if choice.planned is None or options.effort is not None:
         return choice.chain, _schedule(choice.chain, options, bar), choice.why
     return choice.chain, choice.planned, choice.why
+
+
+def _on_these_stages(chain: SegmentChain, planned: Planned, bound_s: float) -> Planned | None:
+    """A round-robin plan's stages for another chain; None if they do not fit."""
+    partition, other, _ = planned
+    schedule = lay_out(chain, partition, dispatch_of(other), other.mode)
+    if max(gpu_memory_bounds(schedule)) > chain.hardware.usable_bytes:
+        return None
+    costs = StageCosts(chain, other.gpus, other.microbatches)
+    objective_s = costs.iteration_s([costs.of(stage) for stage in partition.stages])
+    partition = replace(partition, objective_s=objective_s, bound_s=bound_s, status="FEASIBLE")
+    return partition, schedule, simulate(schedule)
 
 
 def laid_out_again(plan: Plan) -> Plan:
