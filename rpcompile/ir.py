@@ -11,7 +11,7 @@ The text form of one action, e.g. `2F0`, is described at `ActionId`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -306,6 +306,13 @@ class Segment:
     reruns: bool = False
     attention: AttentionOutputs | None = None
     offloads: bool = False
+
+    def timed(self, forward_s: float, backward_s: float, source: str) -> Segment:
+        """With other seconds; its attention takes the same part of the forward as before."""
+        attention = self.attention
+        if attention is not None and self.forward_s:
+            attention = replace(attention, forward_s=attention.forward_s * forward_s / self.forward_s)
+        return replace(self, forward_s=forward_s, backward_s=backward_s, source=source, attention=attention)
 
     @property
     def kept(self) -> AttentionOutputs | None:

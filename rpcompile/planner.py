@@ -56,10 +56,9 @@ if TYPE_CHECKING:
         Hardware,
         Partition,
         Schedule,
-        Segment,
         SegmentChain,
     )
-    from rpcompile.profile import Profile, ProfileSegment
+    from rpcompile.profile import Profile
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
@@ -471,18 +470,11 @@ def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
             f"the profile is of another model: it has {_names([s.name for s in given])}, this model "
             f"{_names(names)}; make one with `rpcompile profile`"
         )
-    pairs = zip(chain.segments, given, strict=True)
-    return replace(chain, segments=tuple(_given(own, other) for own, other in pairs))
-
-
-def _given(own: Segment, other: ProfileSegment) -> Segment:
-    attention = own.attention
-    if attention is not None and own.forward_s:  # its share of the forward stays as it was estimated
-        scaled_s = attention.forward_s * other.forward_s / own.forward_s
-        attention = replace(attention, forward_s=scaled_s)
-    return replace(
-        own, forward_s=other.forward_s, backward_s=other.backward_s, source="given", attention=attention
+    segments = tuple(
+        own.timed(other.forward_s, other.backward_s, "given")
+        for own, other in zip(chain.segments, given, strict=True)
     )
+    return replace(chain, segments=segments)
 
 
 def _names(names: Sequence[str]) -> str:

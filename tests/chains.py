@@ -76,7 +76,7 @@ def segment(index: int, **changes: object) -> Segment:
 
 def attention(nbytes: int = 3, forward_s: float = 0.5) -> AttentionOutputs:
     """Attention outputs of an attention that takes part of its segment's forward."""
-    return AttentionOutputs(("attention",), nbytes, forward_s, 4, 6, 5)
+    return AttentionOutputs((), nbytes, forward_s, 4, 6, 5)
 
 
 def chain(
