@@ -1,9 +1,9 @@
 """From which length on does it pay to offload attention outputs instead of recomputing them, and how much?
 
-8 GPUs, 16 microbatches of at least 8,192 tokens, token-wise regions in chunks of 4,096. For each length one
+8 GPUs, 16 microbatches of at least 8,192 tokens, token-wise regions in chunks of 4,096. For each length a
 plan that recomputes all attention and one that offloads all of it, both searched, and simulated with the
-links; nothing is measured on a GPU. "break-even" is the length at which one direction of the link takes as long for
-an attention's output and log-sum-exp as the GPU takes to recompute them.
+links; nothing is measured on a GPU. "break-even" is the length at which one direction of the link takes as
+long for an attention's output and log-sum-exp as the GPU takes to recompute them.
 
     python -m benchmarks.attention_offload [--output PATH] [--models NAME ...]
 """
