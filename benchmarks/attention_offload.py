@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rpcompile.plan import Plan
 
 MODELS = ("qwen3-1.7b", "llama3.1-8b", "qwen3-32b")
-LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 98304)
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 LEAST_TOKENS = 8192
 CHUNK = 4096
 OPTIONS = PlanOptions(8, 16, solver_time_s=1.0, effort="fast")

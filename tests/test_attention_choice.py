@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rpcompile.activations import activations
 from rpcompile.attention_choice import offload, saved_share
 from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import AttentionOutputs, SegmentChain
@@ -132,6 +133,61 @@ def test_a_search_goes_on_from_what_was_chosen() -> None:
 def test_evaluation_offloads_nothing() -> None:
     plan = planned(toy(1), "offload", mode="forward")
     assert offloaded(plan) == []
+
+
+# --------------------------------------------------------------------- what is said
+
+
+def explained(plan: Plan) -> str:
+    return "\n".join(activations(plan))
+
+
+def with_nodes(given: SegmentChain) -> SegmentChain:
+    """As a capture's: profiles have no nodes, and say nothing of attention."""
+    segments = (replace(s, nodes=("sdpa",) if s.attention else ("mul",)) for s in given.segments)
+    return replace(given, segments=tuple(segments), bindings={"sequence": 8})
+
+
+def test_it_says_what_is_offloaded_and_why() -> None:
+    plan = planned(with_nodes(toy(1)))
+    text = explained(plan)
+    recomputed = {index for stage in plan.partition.stages if stage.kind == "B" for index in stage.segments}
+    count = len(recomputed & set(offloaded(plan)))
+    names = f"{count} segments (layer0 … layer{count - 1})" if count > 1 else "layer0"
+    assert f"The attention outputs of {names} go to the host in the forward and come back" in text
+    assert f"{count} B a microbatch each way, {4 * count} B of host memory, and {4 * count:.2f} s of" in text
+    assert f"{6 - count} segment" in text
+    assert "more lie in the fused stage, which recomputes nothing." in text
+    assert text.endswith(plan.attention)
+    assert f"Memory     attention outputs of {count} of {count} recomputed segments offloaded" in str(plan)
+    assert plan.explain().activations == tuple(activations(plan))
+    assert "Nothing is divided into chunks of tokens" in text
+
+
+def test_it_says_why_nothing_is() -> None:
+    mask = "it has a mask, and CUDA's flash attention takes none"
+    refused = toy(1, attention=AttentionOutputs((), 0, 0.0, 5, 7, 7, (mask,)))
+    text = explained(planned(with_nodes(refused)))
+    assert f"6 segments recompute attention in any case: {mask}." in text
+    assert "Attention is recomputed for every backward." in text
+    eager = explained(planned(with_nodes(chain(3))))
+    assert "scaled_dot_product_attention is not in what is recomputed (eager attention writes" in eager
+    assert explained(planned(chain(3))) == ""  # a profile's
+    assert "attention='recompute' was asked for." in explained(planned(with_nodes(toy(1)), "recompute"))
+
+
+def test_it_says_what_is_tiled() -> None:
+    given = with_nodes(toy(1))
+    segments = [
+        replace(s, tiles=(4 if i in (1, 2) else 16 if i == 6 else 1)) for i, s in enumerate(given.segments)
+    ]
+    plan = planned(replace(given, segments=tuple(segments)), "recompute")
+    assert (
+        "in 2 segments (layer1 … layer2) runs in 4 chunks of tokens: so one of them needs 12 B"
+        in explained(plan)
+    )
+    assert "in layer6 runs in 16 chunks" in explained(plan)
+    assert "Memory     2 segments (layer1 … layer2) in 4 chunks of tokens · layer6 in 16 chunks" in str(plan)
 
 
 def test_other_words_are_refused() -> None:
