@@ -282,18 +282,34 @@ def test_what_cannot_be_kept_is_recomputed(name: str, reason: str | None) -> Non
     assert refused == ({reason} if reason else set())
 
 
+class Biased(torch.nn.Module):
+    """Two attentions with a mask: the first one's is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.bias = torch.nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        heads = self.first(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        heads = functional.scaled_dot_product_attention(heads, heads, heads, self.bias + 0)
+        heads = functional.scaled_dot_product_attention(heads, heads, heads, mask)
+        return self.second(heads.transpose(1, 2).flatten(2)).square().mean()
+
+
 def test_a_mask_is_refused_on_cuda_and_a_learned_one_everywhere() -> None:
-    for name, device, reason in (
-        ("Padded on the left", "rtx4090", "it has a mask, and CUDA's flash attention takes none"),
-        ("T5", "cpu", "its mask has a gradient, which fused kernels do not make"),
+    model, batch = Biased(), {"x": torch.randn(4, 6, 8), "mask": torch.ones(4, 1, 6, 6) > 0}
+    captured = staged.capture(model, batch)
+    costed = EstimateCosts().run(captured)
+    learned = "its mask has a gradient, which fused kernels do not make"
+    for device, kept, reasons in (
+        ("cpu", 1, {learned}),
+        ("rtx4090", 0, {learned, "it has a mask, and CUDA's flash attention takes none"}),
     ):
-        item = families.family(name)
-        assert item.tiny is not None
-        case = models.build(item.tiny)
-        captured = staged.capture(case.model, case.batch)
-        segments = offloading(captured, staged.free_chain(captured), device).segments
-        refused = {text for segment in segments if segment.attention for text in segment.attention.refused}
-        assert reason in refused
+        chain = BindChain(captured.example_sizes, replace(CPU, name=device)).run(costed)
+        found = [s.attention for s in PriceAttention(costed).run(chain).segments if s.attention]
+        assert sum(len(attention.nodes) for attention in found) == kept
+        assert {reason for attention in found for reason in attention.refused} == reasons
 
 
 # --------------------------------------------------------------------- memory
