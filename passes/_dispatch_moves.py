@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
-from rpcompile.dispatch_costs import Tables
+from rpcompile.dispatch_costs import AHEAD, Tables
 from rpcompile.dispatch_time import Machine, Stages, play
 
 _PENALTY = 10.0  # a tenth too much memory or traffic weighs as much as twice the time
@@ -40,18 +40,41 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
     compute, loaded, weights = np.empty(size), np.empty(size), np.empty(size)
     gradients, memory, hop = np.empty(size), np.empty(size), np.empty(size)
     handed, updated, lingering = np.empty(size), np.zeros(size), np.empty(size)
-    n = tables.segments
+    ahead, saved_by, saved_hop = np.zeros(size), np.full(size, -1), np.zeros(size)
+    n, maker = tables.segments, size
     for s in range(size):
         begin, end = cuts[s], cuts[s + 1]
-        row = tables.fused[begin]
         if end < n or begin >= n:
             row = tables.runs[begin, end - begin]
+            ahead[s] = row[AHEAD]
+        else:
+            row = tables.fused[begin]
+        if begin >= n and end < 2 * n:
+            # The input that its recompute begins from crosses the cut before its lowest segment.
+            lowest = 2 * n - end
+            maker = min(maker, s)
+            while cuts[maker] >= lowest:
+                maker -= 1
+            saved_by[s], saved_hop[s] = maker, tables.saved_s[lowest]
         compute[s], loaded[s], weights[s], gradients[s], memory[s] = row[0], row[1], row[2], row[3], row[4]
         lingering[s] = row[5]
         hop[s], handed[s] = tables.hop_s[begin], tables.handed_bytes[begin]
         if begin < n:
             updated[s] = tables.updated_bytes[min(end, n)] - tables.updated_bytes[begin]
-    return Stages(compute, hop, handed, loaded, weights, gradients, updated, memory, lingering)
+    return Stages(
+        compute,
+        ahead,
+        saved_by,
+        saved_hop,
+        hop,
+        handed,
+        loaded,
+        weights,
+        gradients,
+        updated,
+        memory,
+        lingering,
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -243,7 +266,10 @@ def _move_jobs(state: State, gpus: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _move(tables: Tables, state: State, gpus: int, dealing: bool) -> bool:
-    """One random change; False if it came to nothing, and the state is to be thrown away."""
+    """One random change; False if it came to nothing, and the state is to be thrown away.
+
+    While stages are dealt out, `gpus` is the most that one goes to.
+    """
     kind = np.random.random()
     if kind < 0.3:
         return _move_cuts(tables, state)
@@ -261,6 +287,7 @@ def anneal(
     tables: Tables,
     machine: Machine,
     most_bytes: float,
+    widest: int,
     best: State,
     now: State,
     then: State,
@@ -279,6 +306,7 @@ def anneal(
         tables: Costs of stages.
         machine: What they run on.
         most_bytes: Most bytes to upload in an iteration.
+        widest: Most GPUs that a stage is dealt out to.
         best: The state to begin from; replaced by the best one found.
         now: As large as `best`; where the walk is. Begins at `best` if `begin` is 0.
         then: As large as `best`; room to work in.
@@ -303,7 +331,8 @@ def anneal(
     value = energy(tables, machine, most_bytes, now, order, starts)
     for move in range(begin, end):
         _copy(now, then)
-        if not _move(tables, then, gpus, now.wanted[0] > 0):
+        dealing = now.wanted[0] > 0
+        if not _move(tables, then, widest if dealing else gpus, dealing):
             continue
         new = energy(tables, machine, most_bytes, then, order, starts)
         heat = least * hot * (cold / hot) ** (move / moves)

@@ -11,11 +11,12 @@ import sympy
 from rpcompile.attention import find_kernel, log_sum_exp_like
 from rpcompile.device_kernels import Kernels
 from rpcompile.graphs import argument, value_of
-from rpcompile.ir import AttentionOutputs, StageKind
-from rpcompile.passes._segment_memory import SegmentMemories
-from rpcompile.passes._stage_pieces import StagePieces
+from rpcompile.ir import AttentionOutputs, Partition, Stage, StageKind
+from rpcompile.passes._segment_memory import SegmentMemories, tiled_piece
+from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.keep_attention import attention_call
 from rpcompile.peak_memory import PeakMemory
+from rpcompile.random_streams import microbatch_seed
 from rpcompile.roofline import Work, node_seconds
 from rpcompile.sizes import operator_name, symbol
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from rpcompile.ir import CostedGraph, Segment, SegmentChain
+    from rpcompile.peak_memory import Piece, PieceMemory
 
 ATTENTION = "aten.scaled_dot_product_attention"
 _MASK = 3  # the argument's position
@@ -59,7 +61,6 @@ class _Pricer:
         self._costed, self._chain, self._kernels = costed, chain, kernels
         self._peak = PeakMemory(costed.capture, chain.bindings, kernels)
         self._pieces = SegmentMemories(costed.capture, chain.bindings, kernels)
-        self._stages = StagePieces(costed.capture, chain.bindings, kernels)
         self._sizes = {symbol(name): sympy.Integer(size) for name, size in chain.bindings.items()}
         self._known: dict[object, tuple[int, int, int]] = {}
 
@@ -116,8 +117,8 @@ class _Pricer:
             segments = list(self._chain.segments)
             segments[index] = segment
             chain = replace(self._chain, segments=tuple(segments))
-            backward = self._stages.memory(self._stages.stage(chain, index, StageKind.B), piece)
-            forward = self._stages.memory(self._stages.stage(chain, index, StageKind.F), piece)
+            backward = self._run(chain, index, StageKind.B, piece)
+            forward = self._run(chain, index, StageKind.F, piece)
             gradients_out = sum(map(self._peak.nbytes, piece.gradients_out))
             given = segment.kept_bytes + sum(map(self._peak.nbytes, piece.boundary))
             self._known[key] = (
@@ -126,3 +127,11 @@ class _Pricer:
                 forward.forward_bytes - given,
             )
         return self._known[key]
+
+    def _run(self, chain: SegmentChain, index: int, kind: StageKind, piece: Piece) -> PieceMemory:
+        """What a segment needs as a stage of its own."""
+        partition = Partition((Stage(0, kind, index, index),), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
+        (stage,) = ExtractStages(self._costed.capture, chain).run(partition)
+        memory, alone = tiled_piece(self._peak, stage, piece)
+        with microbatch_seed(0):  # which a stage's random operators ask for
+            return memory.of(alone)

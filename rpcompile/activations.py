@@ -37,7 +37,7 @@ def _tiles(plan: Plan) -> list[str]:
             f"What treats every token by itself in {_names(found)} runs in {tiles} chunks of tokens: so one "
             f"of them needs {size(need)} at most besides weights and boundaries."
         )
-    if not lines and "sequence" in plan.chain.bindings and plan.mode == "sync":
+    if not lines and "sequence" in plan.chain.bindings and plan.mode != "forward":
         lines.append("Nothing is divided into chunks of tokens: every segment fits as it is.")
     return lines
 
@@ -52,7 +52,7 @@ def _by_tiles(plan: Plan) -> dict[int, list[Segment]]:
 
 def _attention(plan: Plan) -> list[str]:
     segments = plan.chain.segments
-    if plan.mode != "sync" or not any(segment.nodes for segment in segments):
+    if plan.mode == "forward" or not any(segment.nodes for segment in segments):
         return []  # a profile does not say what attention takes
     if not any(segment.attention for segment in segments):
         return [

@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcompile.ir import Partition, Schedule, SegmentChain
-    from rpcompile.simulate import Timeline
+    from rpcompile.scheduling import Found
 
 NAMED = ("auto", "recompute", "offload")
 AS_IS = "as is"  # as the chain's segments say
 WORTH = 0.01  # of the compute, or of the iteration: what offloading has to save
-Planned = tuple["Partition", "Schedule", "Timeline"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class AttentionChoice:
     """The chain with its offloading decided, its plan if one was made for that, and why, in a sentence."""
 
     chain: SegmentChain
-    planned: Planned | None
+    found: Found | None
     why: str
 
 
@@ -58,8 +57,8 @@ class Means:
         problem: Why the host cannot hold what a schedule leaves there; None if it can.
     """
 
-    plan: Callable[[SegmentChain], Planned]
-    again: Callable[[SegmentChain, Planned, float], Planned | None]
+    plan: Callable[[SegmentChain], Found]
+    again: Callable[[SegmentChain, Found, float], Found | None]
     problem: Callable[[SegmentChain, Schedule], str | None]
 
 
@@ -131,7 +130,7 @@ def _fastest(chain: SegmentChain, every: int, means: Means) -> AttentionChoice:
     recomputed = means.plan(none)
     best: AttentionChoice | None = None
     said: list[str] = []
-    for count in dict.fromkeys((every, _fits_in_slack(chain, *recomputed[:2]))):
+    for count in dict.fromkeys((every, _fits_in_slack(chain, recomputed.partition, recomputed.schedule))):
         if not count or best is not None:
             continue
         trial = offload(chain, count)
@@ -139,32 +138,32 @@ def _fastest(chain: SegmentChain, every: int, means: Means) -> AttentionChoice:
         recomputed, planned = _compared(none, recomputed, trial, means)
         if planned is None:
             said.append(f"{what} no plan fits in the GPUs' memory")
-        elif problem := means.problem(trial, planned[1]):
+        elif problem := means.problem(trial, planned.schedule):
             said.append(f"{what} the host {problem}")
         else:
-            said.append(f"{what} at {planned[2].makespan_s:.4g} s")
-            if planned[2].makespan_s < (1 - WORTH) * recomputed[2].makespan_s:
+            said.append(f"{what} at {planned.iteration_s:.4g} s")
+            if planned.iteration_s < (1 - WORTH) * recomputed.iteration_s:
                 best = AttentionChoice(trial, planned, "")
-    recompute_s = recomputed[2].makespan_s
+    recompute_s = recomputed.iteration_s
     why = ", ".join([f"With recompute an iteration is simulated at {recompute_s:.4g} s", *said]) + "."
     return replace(best or AttentionChoice(none, recomputed, ""), why=why)
 
 
 def _compared(
-    none: SegmentChain, recomputed: Planned, trial: SegmentChain, means: Means
-) -> tuple[Planned, Planned | None]:
+    none: SegmentChain, recomputed: Found, trial: SegmentChain, means: Means
+) -> tuple[Found, Found | None]:
     """The better plan of each chain. Either's stages are tried for both: solvers are luckier at times."""
-    own: Planned | None = None
+    own: Found | None = None
     with suppress(PartitionError):
         own = means.plan(trial)
-    shared = means.again(trial, recomputed, 0.0 if own is None else own[0].bound_s)
-    other = None if own is None else means.again(none, own, recomputed[0].bound_s)
+    shared = means.again(trial, recomputed, 0.0 if own is None else own.partition.bound_s)
+    other = None if own is None else means.again(none, own, recomputed.partition.bound_s)
     faster = min(filter(None, (own, shared)), key=_seconds, default=None)
     return min(filter(None, (recomputed, other)), key=_seconds), faster
 
 
-def _seconds(planned: Planned) -> float:
-    return planned[2].makespan_s
+def _seconds(found: Found) -> float:
+    return found.iteration_s
 
 
 def _fits_in_slack(chain: SegmentChain, partition: Partition, schedule: Schedule) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.mixed_gpus import Box
 from rpcompile.plan import size as in_units
 from rpcompile.planner import PlanOptions
 from rpcompile.round_robin_time import StageCosts, stages_between
@@ -35,7 +36,7 @@ class Fit:
         size: The largest that fits; 0 if not even 1 does.
         sizes: All sizes of a microbatch, `size` included.
         gpu_peak_bytes: Peak of the plan at this size, simulated; 0 without a plan.
-        gpu_limit_bytes: What a plan may use of the GPU.
+        gpu_limit_bytes: What a plan may use of the GPU; of different ones, of the smallest.
         host_bytes: What the plan takes on the host, optimizer included.
         host_limit_bytes: What the host has.
         binds: Why a larger size does not fit.
@@ -72,7 +73,7 @@ class Fit:
 
 def largest_that_fits(
     captured: CapturedModel,
-    hardware: Hardware,
+    hardware: Hardware | Box,
     asked: str,
     fixed: Mapping[str, int],
     *,
@@ -85,7 +86,7 @@ def largest_that_fits(
 
     Args:
         captured: The model.
-        hardware: The GPU.
+        hardware: The GPU; or a box of as many as `gpus`, of which the smallest binds.
         asked: The size to make as large as possible: "batch" or "sequence".
         fixed: The other sizes of a microbatch.
         gpus: Number of GPUs.
@@ -116,7 +117,7 @@ def largest_that_fits(
         size=found,
         sizes={**fixed, asked: found},
         gpu_peak_bytes=0 if plan is None else max(plan.prediction.gpu_peak_bytes),
-        gpu_limit_bytes=hardware.usable_bytes,
+        gpu_limit_bytes=search.usable_bytes,
         host_bytes=0 if plan is None else plan.prediction.host_peak_bytes,
         host_limit_bytes=host_bytes,
         binds=binds,
@@ -127,7 +128,7 @@ def largest_that_fits(
 @dataclass
 class _Search:
     captured: CapturedModel
-    hardware: Hardware
+    hardware: Hardware | Box
     asked: str
     fixed: dict[str, int]
     gpus: int
@@ -138,6 +139,11 @@ class _Search:
         self.bar: Any = None
         self.plans: dict[int, Plan] = {}
         self._problems: dict[int, str | None] = {}
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of the smallest GPU."""
+        return (self.hardware.smallest if isinstance(self.hardware, Box) else self.hardware).usable_bytes
 
     def chain(self, size: int) -> SegmentChain:
         self.bar.update()
@@ -153,12 +159,12 @@ class _Search:
         stages = stages_between(cuts, segments)
         resident = costs.resident_bytes(cuts, [costs.of(stage) for stage in stages])
         worst = max(range(len(stages)), key=resident.__getitem__)
-        if resident[worst] <= self.hardware.usable_bytes:
+        if resident[worst] <= self.usable_bytes:
             return None
         name = chain.segments[stages[worst].first].name
         return (
             f"at {self.asked} {size:,} a stage of {name} ({stages[worst].kind.value}) alone needs "
-            f"{in_units(resident[worst])} of the GPU's {in_units(self.hardware.usable_bytes)}"
+            f"{in_units(resident[worst])} of the GPU's {in_units(self.usable_bytes)}"
         )
 
     def problem(self, size: int) -> str | None:
@@ -169,7 +175,7 @@ class _Search:
 
     def _plan(self, size: int) -> str | None:
         chain = self.chain(size)
-        gpus = min(self.gpus, len(chain.segments))
+        gpus = self.gpus if chain.kinds else min(self.gpus, len(chain.segments))
         # Offloaded attention outputs save time and take memory: what fits with them fits without.
         options = PlanOptions(gpus, self.microbatches, solver_time_s=SOLVER_S, attention="recompute")
         try:

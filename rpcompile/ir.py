@@ -261,7 +261,8 @@ class Segment:
         boundary_gradient_bytes: Their gradients.
         saved_bytes: What autograd holds of its forward for its backward, besides values that came in.
         peak_bytes: Most that its recompute and backward need at once on top of `saved_bytes` and of what has
-            buffers of its own: weights, inputs, values and gradients that come in and go out.
+            buffers of its own: weights, inputs, values and gradients that come in and go out. Its recompute
+            may follow that of other segments, whose results have none.
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
@@ -354,10 +355,32 @@ class ClassCost:
 
 
 @dataclass(frozen=True)
-class SegmentChain:
-    """The segments of a model, priced for one microbatch size and one kind of GPU.
+class GpuKind:
+    """One kind of GPU in a box of several: what it is, and what the segments of a chain take on it.
 
-    `op_classes` are estimates, also where the segments' seconds are measured; a profile has none.
+    Attributes:
+        hardware: The GPU and its link.
+        forward_s: Forward time of each segment.
+        backward_s: Backward time of each segment, without recompute.
+    """
+
+    hardware: Hardware
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SegmentChain:
+    """The segments of a model, priced for one microbatch size and one kind of GPU, or for several kinds.
+
+    Attributes:
+        segments: In order; their seconds are those on `hardware`.
+        bindings: Symbol name -> size of one microbatch.
+        hardware: The GPU; of several kinds the one with the least memory, in which segments have to fit.
+        tied: Tensors that several segments read.
+        op_classes: Estimates, also where the segments' seconds are measured; a profile has none.
+        kinds: The kinds of GPUs where there are several, `hardware` among them; else none.
+        kind_of: By GPU, its place in `kinds`; empty where all are alike.
     """
 
     segments: tuple[Segment, ...]
@@ -365,6 +388,24 @@ class SegmentChain:
     hardware: Hardware
     tied: tuple[TiedWeight, ...] = ()
     op_classes: tuple[ClassCost, ...] = ()
+    kinds: tuple[GpuKind, ...] = ()
+    kind_of: tuple[int, ...] = ()
+
+    def hardware_of(self, gpu: int) -> Hardware:
+        """What a GPU is."""
+        return self.kinds[self.kind_of[gpu]].hardware if self.kinds else self.hardware
+
+    def seconds_on(self, gpu: int, segment: int) -> tuple[float, float]:
+        """Forward and backward seconds of one segment on one GPU."""
+        if self.kinds:
+            kind = self.kinds[self.kind_of[gpu]]
+            return kind.forward_s[segment], kind.backward_s[segment]
+        return self.segments[segment].forward_s, self.segments[segment].backward_s
+
+    def recompute_s_on(self, gpu: int, segment: int) -> float:
+        """Forward seconds of one segment in a backward stage on one GPU."""
+        own, (forward_s, _) = self.segments[segment], self.seconds_on(gpu, segment)
+        return forward_s * (own.recompute_s / own.forward_s) if own.kept and own.forward_s else forward_s
 
     @property
     def first_backward(self) -> int:
@@ -388,12 +429,17 @@ class StageKind(StrEnum):
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of segments `first..last` (both included). Indices follow execution order: F..., FB, B..."""
+    """A run of segments `first..last` (both included). Indices follow execution order: F..., FB, B...
+
+    `workspace_bytes` is what one microbatch needs on its device besides the stage's buffers, found by running
+    the stage on tensors without data (see `Action`); None: not found, bounded by `stage_bytes.Workspaces`.
+    """
 
     index: int
     kind: StageKind
     first: int
     last: int
+    workspace_bytes: int | None = None
 
     @property
     def segments(self) -> range:
@@ -463,6 +509,7 @@ class Op(StrEnum):
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
     OFFLOAD = "O"  # d2h: a stage input kept for recompute, attention outputs, a loss, or changed buffers
     GRADIENT = "G"  # gradients: weight gradients of one segment, after a job's last microbatch
+    SUM = "S"  # host: jobs' gradients of one segment are added to those of the jobs before
     UPDATE = "U"  # host: optimizer update
     FREE = "X"  # any stream: buffers whose life ends
 
@@ -485,7 +532,7 @@ class ActionId:
     job: int | None = None
     part: int | None = None
 
-    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
+    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGSUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
 
     def __str__(self) -> str:
         text = f"{self.stage}{self.op.value}"
@@ -565,7 +612,8 @@ class Action:
         after: Ids of actions that must be over first for a reason other than data: memory slots.
         waits: Events that must have happened before it starts.
         records: Events that happen when it is over.
-        workspace_bytes: Device memory that a compute action needs besides its buffers while it runs.
+        workspace_bytes: Device memory that a compute action needs besides its buffers while it runs; below 0
+            where values that it hands on are values it was given, which both have buffers.
     """
 
     id: str
@@ -601,12 +649,14 @@ class Schedule:
 
     Attributes:
         policy: "round_robin", ...
-        mode: "sync" (training), or "forward" (evaluation only).
+        mode: How iterations follow one another in training, "sync" or "async" (see `simulate`); or
+            "forward" (evaluation only).
         gpus: Number of GPUs.
         microbatches: Number of microbatches.
         jobs: In dispatch order.
         queues: One a GPU and stream that has work, ordered by GPU then stream.
         buffers: Buffer name -> size in bytes.
+        rotate: As in `Dispatch`.
     """
 
     policy: str
@@ -616,6 +666,7 @@ class Schedule:
     jobs: tuple[Job, ...]
     queues: tuple[Queue, ...]
     buffers: dict[str, int] = field(default_factory=dict[str, int])
+    rotate: int = 0
 
     def actions(self) -> Iterator[Action]:
         """Every action, queue by queue."""

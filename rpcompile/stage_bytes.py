@@ -34,6 +34,17 @@ def gradient_bytes(chain: SegmentChain, segments: Iterable[int]) -> dict[int, in
     return sizes
 
 
+def upload_unit_bytes(chain: SegmentChain, gpus: int, microbatches: int) -> float:
+    """What counts as an upload traffic of 1: every segment once for each of its passes in each round.
+
+    A round is as many microbatches as there are GPUs; the last segment has one pass, and so have those in
+    front of the first backward.
+    """
+    weights = [segment.weight_bytes for segment in chain.segments]
+    backward = sum(weights[chain.first_backward : -1])
+    return max(1.0, microbatches / gpus) * (sum(weights) + backward)
+
+
 def kept_bytes(chain: SegmentChain, stage: Stage) -> dict[int, int]:
     """Attention outputs that one microbatch of a training stage offloads (F) or loads (B), by segment."""
     if stage.kind is StageKind.FB:
@@ -64,10 +75,11 @@ class Workspaces:
     counted once: results of rematerialised nodes, and values that several segments hold for their backwards.
     Attention outputs that are offloaded have buffers too: F and B have tables of their own for them.
 
-    Too much: values that only pass by a segment of a model whose cuts are several tensors wide, and values
-    in front of a segment that a forward drops before that segment's peak, or that have a buffer since a
-    backward stage begins there. The gradient of a weight counts twice while it is made, as from the second
-    microbatch on: what is accumulated and what is added.
+    This bounds a stage's need from above, for those that choose stages. Too much: values that only pass by a
+    segment of a model whose cuts are several tensors wide, and values in front of a segment that a forward
+    drops before that segment's peak, or that have a buffer since a backward stage begins there. The gradient
+    of a weight counts twice while it is made, as from the second microbatch on: what is accumulated and what
+    is added. A stage whose need was found by running it says so itself; see `planned`.
     """
 
     def __init__(self, chain: SegmentChain) -> None:
@@ -103,6 +115,10 @@ class Workspaces:
             last=[a - d for a, d in zip(inner, behind, strict=True)],
             base=[b + own + d for b, own, d in zip(saved, inputs, self.crossing_gradients, strict=False)],
         )
+
+    def planned(self, stage: Stage) -> int:
+        """What a plan counts for a stage: its need if that was found, else the bound on it."""
+        return self.of(stage) if stage.workspace_bytes is None else stage.workspace_bytes
 
     def of(self, stage: Stage) -> int:
         """Bytes of one stage.

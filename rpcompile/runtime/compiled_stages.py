@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+
+from rpcompile.exporting import EXPORT_LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,12 +20,10 @@ class CompiledStage:
 
     Args:
         call: The compiled callable.
-        lock: Held while anything compiles: stages run on many threads, the compiler on one at a time.
     """
 
-    def __init__(self, call: Callable[..., Any], lock: threading.Lock) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
-        self._lock = lock
         self._warm: set[object] = set()
 
     @contextmanager
@@ -33,7 +32,8 @@ class CompiledStage:
         if use in self._warm:
             yield
             return
-        with self._lock:
+        # Stages run on many threads, the compiler on one at a time; and not beside an optimizer's update.
+        with EXPORT_LOCK:
             yield
             self._warm.add(use)
 
@@ -48,7 +48,6 @@ class CompiledStages:
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
         self._stages: dict[str, CompiledStage] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many distinct graphs there are."""
@@ -59,7 +58,7 @@ class CompiledStages:
         key = structure(module)
         if key not in self._stages:
             call = torch.compile(module, backend=self._backend, dynamic=False)
-            self._stages[key] = CompiledStage(call, self._lock)
+            self._stages[key] = CompiledStage(call)
         return self._stages[key]
 
 
