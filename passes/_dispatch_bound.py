@@ -31,6 +31,7 @@ def least_seconds(chain: SegmentChain, tables: Tables, machine: Machine, microba
     segments, n = chain.segments, tables.segments
     forward = [segment.forward_s for segment in segments]
     both = [segment.forward_s + segment.backward_s for segment in segments]
+    again = [segment.recompute_s + segment.backward_s for segment in segments]
     costs = StageCosts(chain, machine.speed.size, microbatches)
     first, largest = chain.first_backward, float(machine.limit_bytes.max())
     # The longer the fused stage, the less is computed twice; it must fit on some GPU.
@@ -40,7 +41,7 @@ def least_seconds(chain: SegmentChain, tables: Tables, machine: Machine, microba
         if costs.of(Stage(0, StageKind.FB, begin, n - 1)).memory_bytes <= largest
     ]
     microbatch_s = min(
-        (sum(forward[:begin]) + sum(both[first:begin]) + sum(both[begin:]) for begin in begins), default=0.0
+        (sum(forward[:begin]) + sum(again[first:begin]) + sum(both[begin:]) for begin in begins), default=0.0
     )
     path_s = sum(forward) + sum(segment.backward_s for segment in segments[first:])
     begin = min(begins, default=n)

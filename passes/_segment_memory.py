@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from rpcompile.ir import StageKind
 from rpcompile.peak_memory import PeakMemory, Piece, PieceMemory
 from rpcompile.tiling import TiledRegion
 
@@ -97,7 +98,11 @@ class SegmentMemories:
 
 
 def tiled_piece(memory: PeakMemory, stage: StageGraph, piece: Piece) -> tuple[PeakMemory, Piece]:
-    """The piece as the graph of a stage runs it, token-wise regions in chunks; and what runs that graph."""
+    """The piece as the graph of a stage runs it; and what runs that graph.
+
+    Token-wise regions are run in chunks. Attention outputs that are offloaded leave with the piece's
+    boundary, and those that are loaded come in with its values.
+    """
     module = stage.graph_module
     module.meta["symbols"] = memory.capture.graph_module.meta.get("symbols", {})
     for region in module.modules():
@@ -111,6 +116,11 @@ def tiled_piece(memory: PeakMemory, stage: StageGraph, piece: Piece) -> tuple[Pe
             # What a region makes is its own, even where it was rematerialised before.
             apart = node.op == "call_module" or not set(nodes).isdisjoint(node.all_input_nodes)
             (shared if node.name in names and not apart else nodes).append(node)
+    kept = tuple(name for names in stage.keeps.values() for name in names)
+    if kept and stage.stage.kind is StageKind.F:
+        piece = replace(piece, boundary=(*piece.boundary, *kept))
+    elif kept:
+        piece = replace(piece, values=(*piece.values, *kept))
     tiled = replace(piece, nodes=tuple(nodes), rematerialised=tuple(shared))
     capture = replace(memory.capture, graph_module=module)
     return PeakMemory(capture, memory.bindings, memory.kernels), tiled

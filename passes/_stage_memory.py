@@ -123,9 +123,12 @@ class MemoryRows:
             edge = layout.look_up("first forward", [*tables.first_forward, 0], slot.low)
             inner, margins = tables.inner_forward, (-1, 0)
         else:
-            base = layout.look_up("base", [*tables.base_backward, 0], slot.low) - shared
-            edge = layout.look_up("last backward", [0, *tables.last_backward], slot.high)
-            inner, margins = tables.inner_backward, (0, 1)
+            backward = tables.backward[slot.kind]
+            # Stages of both kinds look the same numbers up, unless attention outputs are offloaded.
+            which = " again" if backward is not tables.backward[StageKind.FB] else ""
+            base = layout.look_up(f"base{which}", [*backward.base, 0], slot.low) - shared
+            edge = layout.look_up(f"last backward{which}", [0, *backward.last], slot.high)
+            inner, margins = backward.inner, (0, 1)
             if slot.kind is StageKind.B:
                 base -= layout.share("scratch", (s.state_bytes for s in self._segments), slot)
         layout.model.add(own >= edge - base).only_enforce_if(slot.used)
@@ -152,7 +155,7 @@ class MemoryRows:
     def _load(self, slot: Slot) -> cp_model.LinearExpr:
         total = self.layout.share("inputs", (s.input_bytes for s in self._segments), slot)
         if slot.kind is StageKind.B:
-            total += self._crossing(slot.low)
+            total += self._crossing(slot.low) + self._attention(slot)
         return total + self._handed(slot)[0] if self.costs.gpus > 1 else total
 
     def _store(self, slot: Slot) -> cp_model.LinearExpr:
@@ -161,7 +164,15 @@ class MemoryRows:
         total = _ZERO + (LOSS_BYTES if last else 0)
         for kept in self._kept(slot):
             total += kept
+        if slot.kind is StageKind.F:
+            total += self._attention(slot)
         return total + self._handed(slot)[1] if self.costs.gpus > 1 else total
+
+    def _attention(self, slot: Slot) -> cp_model.LinearExpr:
+        """Attention outputs that its segments offload or load."""
+        if not any(segment.offloads for segment in self._segments):
+            return _ZERO
+        return self.layout.share("attention", (s.kept_bytes for s in self._segments), slot)
 
     def _handed(self, slot: Slot) -> tuple[cp_model.IntVar, cp_model.IntVar]:
         """What comes from the stage before, and what goes to the next."""

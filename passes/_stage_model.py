@@ -70,6 +70,7 @@ class StageModel:
         self._horizon = self._ticks(self.horizon_s) + 1  # the float may have been rounded down
         self._forward = [self._ticks(s.forward_s) for s in segments]
         self._both = [self._ticks(s.forward_s) + self._ticks(s.backward_s) for s in segments]
+        self._again = [self._ticks(s.recompute_s) + self._ticks(s.backward_s) for s in segments]
 
     def solve(self, time_limit_s: float, work_limit: float, seed: int) -> Answer:
         """Run CP-SAT until it has proved its answer or a limit is reached.
@@ -128,7 +129,7 @@ class StageModel:
 
     def _one_microbatch(self, start: int) -> tuple[int, int]:
         """Ticks of one microbatch outside and inside a fused stage that begins here."""
-        outside = sum(self._forward[:start]) + sum(self._both[self._first_backward : start])
+        outside = sum(self._forward[:start]) + sum(self._again[self._first_backward : start])
         return outside, sum(self._both[start:])
 
     def _longest_compute(self, starts: Sequence[int]) -> int:
@@ -166,7 +167,7 @@ class StageModel:
                 kept += self.costs.crossing[last + 1]
         for first in range(self._first_backward, self._n - 1):
             for last in range(first, self._n - 1):
-                if sum(self._both[first : last + 1]) > longest:
+                if sum(self._again[first : last + 1]) > longest:
                     break
                 costs[StageKind.B].append(self.costs.of(Stage(0, StageKind.B, first, last)))
         return {kind: StageCost(*map(max, zip(*some, strict=True))) for kind, some in costs.items()}
@@ -184,6 +185,8 @@ class StageModel:
             upload_end, start, end = (model.new_int_var(0, self._horizon, "") for _ in range(3))
             compute = model.new_int_var(0, longest, "")
             name, ticks = ("forward", self._forward) if slot.kind is StageKind.F else ("both", self._both)
+            if slot.kind is StageKind.B and self._again != self._both:
+                name, ticks = "again", self._again
             model.add(compute == layout.share(name, ticks, slot))
             upload = self._upload(layout, slot)
             model.add(upload_end >= upload)

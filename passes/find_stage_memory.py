@@ -11,6 +11,7 @@ from rpcompile.ir import Partition, StageKind
 from rpcompile.passes._segment_memory import SegmentMemories, tiled_piece
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.random_streams import microbatch_seed
+from rpcompile.stage_bytes import kept_bytes
 
 if TYPE_CHECKING:
     from rpcompile.ir import Capture, SegmentChain, Stage, StageGraph
@@ -56,10 +57,11 @@ class _Finder:
         if stage.kind is StageKind.F:
             piece = replace(piece, boundary=self._results(stage))
             has_buffers = sum(self._chain.segments[cut].boundary_bytes for cut in self._emits(stage))
+            has_buffers += sum(kept_bytes(self._chain, stage).values())
         elif stage.first:
             has_buffers = self._chain.segments[stage.first - 1].boundary_gradient_bytes
-        tiles = tuple(segment.tiles for segment in segments)
-        key = stage.kind is StageKind.F, tiles, self._segments.peak.key(piece)
+        tiles = tuple((segment.tiles, segment.offloads) for segment in segments)
+        key = stage.kind, tiles, self._segments.peak.key(piece)
         if key not in self._known:
             self._known[key] = self._run(stage, piece)
         nbytes = self._known[key] - has_buffers
@@ -81,7 +83,8 @@ class _Finder:
 
     def _run(self, stage: Stage, piece: Piece) -> int:
         memory = self._segments.peak
-        if any(self._chain.segments[index].tiles > 1 for index in stage.segments):
+        segments = [self._chain.segments[index] for index in stage.segments]
+        if any(segment.tiles > 1 or segment.offloads for segment in segments):
             memory, piece = tiled_piece(memory, self._graphs[stage.index], piece)
         with microbatch_seed(0):  # which the random operators of an extracted stage ask for
             return memory.peak_bytes(piece, train=stage.kind is not StageKind.F)

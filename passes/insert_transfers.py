@@ -219,7 +219,7 @@ class _Copies:
                 loads.append((source, buffer))
                 continue
             maker = self.actions[self.value_makers[self._value(buffer)]].job
-            saved = name.kind == "x" and step.op is Op.RECOMPUTE
+            saved = name.kind == "kept" or (name.kind == "x" and step.op is Op.RECOMPUTE)
             (loads if saved else receives).append((_on_host(name, maker), buffer))
         if loads:
             yield self._copy(step, Op.LOAD, loads, microbatch=step.microbatch)
@@ -228,7 +228,7 @@ class _Copies:
 
     def _outgoing(self, step: Action) -> Iterator[Action]:
         """What the next job waits for goes first; that copy serves a later backward as well."""
-        offloads: list[Action] = []
+        offloads: dict[int | None, list[tuple[str, str]]] = defaultdict(list)  # by segment
         for buffer in step.writes:
             name = self.names[buffer]
             if name.microbatch is None or name.kind == "tape":
@@ -236,13 +236,13 @@ class _Copies:
             readers = self.readers[self._value(buffer)]
             pair = (buffer, _on_host(name, step.job))
             if name.kind == "loss":
-                offloads.append(self._copy(step, Op.OFFLOAD, [pair], microbatch=step.microbatch))
+                offloads[None].append(pair)
             elif any(name.kind == "dx" or reader in (Op.FORWARD, Op.FUSED) for reader in readers):
                 yield self._copy(step, Op.HANDOFF, [pair], microbatch=step.microbatch)
             elif readers:
-                offload = self._copy(step, Op.OFFLOAD, [pair], microbatch=step.microbatch, part=name.segment)
-                offloads.append(offload)
-        yield from offloads
+                offloads[name.segment].append(pair)
+        for segment, pairs in offloads.items():
+            yield self._copy(step, Op.OFFLOAD, pairs, microbatch=step.microbatch, part=segment)
 
     def _downloads(self, step: Action) -> Iterator[Action]:
         """What a job leaves behind. Changed buffers go first, for their weights hold a prefetch slot."""
@@ -296,6 +296,8 @@ def _on_host(name: buffers.BufferName, maker: int) -> str:
     assert name.segment is not None
     if name.kind == "x":
         return buffers.boundary(buffers.HOST, name.segment, name.microbatch)
+    if name.kind == "kept":
+        return buffers.kept(buffers.HOST, name.segment, name.microbatch)
     return buffers.boundary_gradient(buffers.HOST, name.segment, name.microbatch, maker)
 
 
@@ -317,7 +319,7 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     groups: dict[_Group, list[str]] = defaultdict(list)
     for buffer, number in last_use.items():
         name = names[buffer]
-        if name.space == buffers.HOST and name.kind not in ("x", "dx"):
+        if name.space == buffers.HOST and name.kind not in ("x", "kept", "dx"):
             continue
         last = emitted[number]
         part = _PARTS[copied_down.get(buffer, last.stream)]

@@ -301,6 +301,8 @@ class _JobLayout:
             below = stage.first - 1
             owner = job if stage.kind is StageKind.B else source
             found[buffers.boundary(space, below, microbatch, owner)] = segments[below].boundary_bytes
+        if stage.kind is StageKind.B:
+            found |= self._kept(microbatch)
         if op is Op.BACKWARD:
             size = segments[stage.last].boundary_gradient_bytes
             found[buffers.boundary_gradient(space, stage.last, microbatch, source)] = size
@@ -319,6 +321,8 @@ class _JobLayout:
             cuts = self.saved.intersection(stage.segments) | (set() if self.is_last else {stage.last})
             for cut in sorted(cuts):
                 found[buffers.boundary(space, cut, microbatch, job)] = segments[cut].boundary_bytes
+            if self.options.mode != "forward":
+                found |= self._kept(microbatch)
         elif stage.first > 0 and segments[stage.first - 1].needs_backward:
             below = stage.first - 1
             size = segments[below].boundary_gradient_bytes
@@ -326,6 +330,12 @@ class _JobLayout:
         if stage.kind is StageKind.FB or (self.options.mode == "forward" and self.is_last):
             found[buffers.loss(space, microbatch)] = _LOSS_BYTES
         return found
+
+    def _kept(self, microbatch: int) -> dict[str, int]:
+        """Attention outputs, which go to the host from forward stages and come back to backward stages."""
+        space, job = buffers.gpu(self.job.gpu), self.job.index
+        sizes = stage_bytes.kept_bytes(self.options.chain, self.stage)
+        return {buffers.kept(space, index, microbatch, job): size for index, size in sizes.items()}
 
     def _tape(self, microbatch: int) -> dict[str, int]:
         name = buffers.tape(buffers.gpu(self.job.gpu), microbatch, self.job.index)

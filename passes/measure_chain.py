@@ -49,8 +49,9 @@ class MeasureChain:
 
     A segment runs alone on made-up tensors of the right shapes, so the model may be on the meta device.
     Its forward is timed without autograd; its backward is the difference between recompute with backward
-    and that forward. Segments that run the same operators on the same shapes are timed once, and once
-    for all on one machine: times are kept on disk.
+    and that forward. The part of a forward that is attention stays as it was estimated. Segments that run
+    the same operators on the same shapes are timed once, and once for all on one machine: times are kept on
+    disk.
 
     Args:
         capture: The graph that the chain's segments are of.
@@ -80,7 +81,7 @@ class MeasureChain:
         for index in tqdm(range(len(chain.segments)), "measure", delay=2, leave=False, disable=disable):
             forward_s, backward_s = bench.times(index)
             segment = chain.segments[index]
-            segments.append(replace(segment, forward_s=forward_s, backward_s=backward_s, source="measured"))
+            segments.append(segment.timed(forward_s, backward_s, "measured"))
         return replace(chain, segments=tuple(segments))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rpcompile.attention_choice import check_attention
 from rpcompile.compiled import Compiled, Executable, Makers, TrainingOptions, cast_floats
 from rpcompile.errors import (
     BatchError,
@@ -18,6 +19,7 @@ from rpcompile.errors import (
     PartitionError,
     PlanMismatch,
 )
+from rpcompile.host_memory import installed_bytes
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.mixed_gpus import Box, box_of
 from rpcompile.model_loss import ModelWithLoss
@@ -67,6 +69,7 @@ def compile(
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
+    attention: str = "auto",
     effort: str | None = "fast",
     max_traffic: float | None = None,
     solver_time_s: float = 3.0,
@@ -119,6 +122,11 @@ def compile(
             backward (the LM head with its loss, norms, projections, MLPs and experts). "auto": as few
             as let each segment fit, and the loss in an eighth of a GPU's memory; "loss": the loss only; 1:
             none, so that every sum is taken in the order of plain PyTorch.
+        attention: "auto": attention outputs, with their log-sum-exps, go to the host in the forward and come
+            back for the backward, instead of being recomputed, where a plan with that is simulated to be
+            faster; the host's memory is a limit if the model's weights are in it. "recompute": never.
+            "offload": wherever it is possible. Results are the same bit for bit where the forward's kernel is
+            the recompute's.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
             summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so
@@ -157,7 +165,10 @@ def compile(
     if compute_dtype is not None:
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)
-    options = PlanOptions(gpus, parts, mode, solver_time_s, seed, effort, max_traffic, hardware.links)
+    check_attention(attention)
+    search = (solver_time_s, seed, effort, max_traffic)
+    host_bytes = None if _is_on_meta(module) else installed_bytes()
+    options = PlanOptions(gpus, parts, mode, *search, hardware.links, attention, host_bytes)
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
         captured = capture_model(module, example, bar, compute_dtype)
@@ -187,6 +198,10 @@ def compile(
 
     makers = Makers(with_outputs, evaluation)
     return Compiled(model, module, training, makers, TrainingOptions(mode, compute_dtype, grad_scaler))
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
 # ------------------------------------------------------------------- running

@@ -6,6 +6,7 @@ tensors that cross the cut behind it. `j` is a job, `m` a microbatch.
     host:weights.s4        parameters and buffers of segment 4, as the model holds them
     host:inputs.m0         the caller's tensors for microbatch 0
     host:x.s6.m0           boundary 6, kept for recompute or handed on
+    host:kept.s4.m0        attention outputs and log-sum-exps of segment 4, kept for its backward
     host:dx.s6.j9.m0       gradient of boundary 6, handed on by job 9
     host:gradients.j9.s4   job 9's gradient of segment 4's parameters
     host:state.j2.s4       segment 4's buffers as job 2's forward left them
@@ -15,6 +16,7 @@ tensors that cross the cut behind it. `j` is a job, `m` a microbatch.
     gpu1:weights.j2.s4     job 2's copy of segment 4's weights
     gpu1:inputs.j2.m0      job 2's copy of the caller's tensors
     gpu1:x.s6.j2.m0        boundary 6 as job 2 made or received it
+    gpu1:kept.s4.j2.m0     attention outputs of segment 4 as job 2 made or loaded them
     gpu1:dx.s6.j9.m0       gradient of boundary 6 as job 9 made or received it
     gpu1:tape.j9.m0        what job 9's recompute keeps for its backward, and what the two need besides
     gpu1:gradients.j9.s4   gradient accumulated over job 9's microbatches
@@ -35,7 +37,8 @@ HOST = "host"
 class BufferName(NamedTuple):
     """A buffer's name taken apart; what a name does not say is None.
 
-    `kind` is "weights", "inputs", "x", "dx", "tape", "gradients", "state", "updated", "norm" or "loss".
+    `kind` is "weights", "inputs", "x", "kept", "dx", "tape", "gradients", "state", "updated", "norm" or
+    "loss".
     """
 
     space: str
@@ -46,7 +49,7 @@ class BufferName(NamedTuple):
 
 
 _PATTERN = re.compile(
-    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|dx|tape|gradients|state|updated|norm|loss)"
+    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|kept|dx|tape|gradients|state|updated|norm|loss)"
     r"(?P<parts>(?:\.[sjm]\d+)*)"
 )
 
@@ -105,6 +108,11 @@ def inputs(space: str, microbatch: int, job: int | None = None) -> str:
 def boundary(space: str, segment: int, microbatch: int, job: int | None = None) -> str:
     middle = "" if job is None else f".j{job}"
     return f"{space}:x.s{segment}{middle}.m{microbatch}"
+
+
+def kept(space: str, segment: int, microbatch: int, job: int | None = None) -> str:
+    middle = "" if job is None else f".j{job}"
+    return f"{space}:kept.s{segment}{middle}.m{microbatch}"
 
 
 def boundary_gradient(space: str, segment: int, microbatch: int, job: int) -> str:

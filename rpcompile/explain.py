@@ -12,6 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rpcompile import variations
+from rpcompile.activations import activations
+from rpcompile.attention_choice import AS_IS
 from rpcompile.errors import RpcompileError
 from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, OTHER_UPLOAD, PHRASES, UPLOAD, Gap, gaps
 from rpcompile.ir import Stage, StageKind
@@ -84,6 +86,7 @@ class Explanation:
 
     Attributes:
         cut: Why these stages, in sentences.
+        activations: What is divided into chunks of tokens, and whether attention outputs are kept, and why.
         idle: Where the GPUs' idle time goes, in sentences.
         stages: A note on each stage.
         variations: What was tried, the most helpful first.
@@ -91,6 +94,7 @@ class Explanation:
     """
 
     cut: tuple[str, ...]
+    activations: tuple[str, ...]
     idle: tuple[str, ...]
     stages: tuple[StageNote, ...]
     variations: tuple[Variation, ...]
@@ -102,6 +106,7 @@ class Explanation:
     def __str__(self) -> str:
         parts = {
             "Why these stages": self.cut,
+            "Activations": self.activations,
             "Where the idle time goes (simulated)": self.idle,
             "Stage by stage": tuple(note.text for note in self.stages),
             "What was tried (simulated)": tuple(map(str, self.variations)),
@@ -125,6 +130,7 @@ def explain(plan: Plan, replan: bool = True) -> Explanation:
     tried = sorted(asked.variations(replan), key=lambda found: found.change)
     return Explanation(
         cut=tuple(_cut(plan)),
+        activations=tuple(activations(plan)),
         idle=tuple(_idle(plan, asked.run)),
         stages=tuple(asked.notes),
         variations=tuple(tried),
@@ -357,6 +363,7 @@ class _Question:
             solver_time_s=SOLVER_S,
             effort=effort,
             links=plan.links,
+            attention=AS_IS,
         )
         # What is added to different GPUs are the first of them once more.
         kind_of = (

@@ -176,7 +176,10 @@ class _Search:
     def _plan(self, size: int) -> str | None:
         chain = self.chain(size)
         gpus = self.gpus if chain.kinds else min(self.gpus, len(chain.segments))
-        options = PlanOptions(gpus, self.microbatches, solver_time_s=SOLVER_S, effort=None)
+        # Offloaded attention outputs save time and take memory: what fits with them fits without.
+        options = PlanOptions(
+            gpus, self.microbatches, solver_time_s=SOLVER_S, effort=None, attention="recompute"
+        )
         try:
             plan = self.captured.plan(chain, options, progress=False)
         except PartitionError as error:

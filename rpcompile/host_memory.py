@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ class HostMemory:
         boundary_bytes: Activations kept for recompute or handed from GPU to GPU, all microbatches' at once.
         input_bytes: The batch.
         copy_bytes: In mode "async", the trainable weights of before the update that is under way.
+        attention_bytes: Attention outputs kept for the backward, all microbatches' at once.
     """
 
     weight_bytes: int
@@ -34,13 +36,19 @@ class HostMemory:
     boundary_bytes: int
     input_bytes: int
     copy_bytes: int = 0
+    attention_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it: the peak, at the optimizer's step."""
         parts = self.weight_bytes, self.gradient_bytes, self.master_bytes
         rest = self.optimizer_bytes, self.boundary_bytes, self.input_bytes, self.copy_bytes
-        return sum(parts) + sum(rest)
+        return sum(parts) + sum(rest) + self.attention_bytes
+
+
+def installed_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def host_memory(
@@ -82,4 +90,5 @@ def host_memory(
         input_bytes=sum(size for name, size in host if name.kind == "inputs"),
         # As large as the gradients, for they are of the same tensors and dtype.
         copy_bytes=gradients if schedule.mode == "async" else 0,
+        attention_bytes=sum(size for name, size in host if name.kind == "kept"),
     )

@@ -11,7 +11,7 @@ The text form of one action, e.g. `2F0`, is described at `ActionId`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -214,6 +214,29 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class AttentionOutputs:
+    """What it takes to offload a segment's attention outputs, with log-sum-exps, and not to recompute them.
+
+    Attributes:
+        nodes: The attention nodes that can be kept.
+        nbytes: Their outputs and log-sum-exps, of one microbatch.
+        forward_s: Seconds of their forward, which the recompute saves.
+        saved_bytes: As the segment's, in a backward stage that loads them; they themselves are not counted.
+        peak_bytes: The same of the segment's `peak_bytes`.
+        forward_peak_bytes: The same of the segment's, in a forward stage that offloads them.
+        refused: Why the segment's other attention nodes are recomputed in any case, one reason a kind.
+    """
+
+    nodes: tuple[str, ...]
+    nbytes: int
+    forward_s: float
+    saved_bytes: int
+    peak_bytes: int
+    forward_peak_bytes: int
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """The graph between two neighbouring cuts; the smallest piece that a stage can be made of.
 
@@ -251,6 +274,9 @@ class Segment:
             them.
         reruns: Whether its backward runs all of its forward itself, tile by tile: where it is the last of a
             backward stage, the recompute leaves it out.
+        attention: What offloading its attention outputs takes; None where it has no attention node with a
+            backward.
+        offloads: Whether a forward stage offloads them and a backward stage loads them.
     """
 
     name: str
@@ -279,6 +305,30 @@ class Segment:
     saved_input_bytes: int = 0
     rematerialised_bytes: int = 0
     reruns: bool = False
+    attention: AttentionOutputs | None = None
+    offloads: bool = False
+
+    def timed(self, forward_s: float, backward_s: float, source: str) -> Segment:
+        """With other seconds; its attention takes the same part of the forward as before."""
+        attention = self.attention
+        if attention is not None and self.forward_s:
+            attention = replace(attention, forward_s=attention.forward_s * forward_s / self.forward_s)
+        return replace(self, forward_s=forward_s, backward_s=backward_s, source=source, attention=attention)
+
+    @property
+    def kept(self) -> AttentionOutputs | None:
+        """What is offloaded of its attention; None where all of it is recomputed."""
+        return self.attention if self.offloads else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that are offloaded in the forward and loaded for the backward, of one microbatch."""
+        return self.kept.nbytes if self.kept else 0
+
+    @property
+    def recompute_s(self) -> float:
+        """Forward time in a backward stage."""
+        return self.forward_s - (self.kept.forward_s if self.kept else 0.0)
 
 
 @dataclass(frozen=True)
@@ -351,6 +401,11 @@ class SegmentChain:
             kind = self.kinds[self.kind_of[gpu]]
             return kind.forward_s[segment], kind.backward_s[segment]
         return self.segments[segment].forward_s, self.segments[segment].backward_s
+
+    def recompute_s_on(self, gpu: int, segment: int) -> float:
+        """Forward seconds of one segment in a backward stage on one GPU."""
+        own, (forward_s, _) = self.segments[segment], self.seconds_on(gpu, segment)
+        return forward_s * (own.recompute_s / own.forward_s) if own.kept and own.forward_s else forward_s
 
     @property
     def first_backward(self) -> int:
@@ -445,14 +500,14 @@ class Op(StrEnum):
     """What an action does; the value is its letter in the text form."""
 
     PREFETCH = "P"  # weights: weights and buffers of one segment, for a job
-    LOAD = "L"  # h2d: user inputs and the saved stage input of one microbatch
+    LOAD = "L"  # h2d: user inputs, the saved stage input and attention outputs of one microbatch
     RECEIVE = "V"  # h2d: a handed-off activation or gradient of one microbatch
     FORWARD = "F"  # compute: forward without autograd
     RECOMPUTE = "R"  # compute: forward of a backward stage under autograd, right before its BACKWARD
     BACKWARD = "B"  # compute: backward through what RECOMPUTE kept; it alone needs the gradient
     FUSED = "FB"  # compute: forward, loss and backward at once
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
-    OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
+    OFFLOAD = "O"  # d2h: a stage input kept for recompute, attention outputs, a loss, or changed buffers
     GRADIENT = "G"  # gradients: weight gradients of one segment, after a job's last microbatch
     SUM = "S"  # host: jobs' gradients of one segment are added to those of the jobs before
     UPDATE = "U"  # host: optimizer update
@@ -641,6 +696,8 @@ class StageGraph:
         outputs: Names of the nodes returned.
         emits: Segment -> names of the values that cross the cut behind it.
         gradients_in: The members of the last cut's values whose gradient comes in.
+        keeps: Segment -> names of its attention outputs and log-sum-exps that leave with `outputs` of a
+            forward stage, and come in with `values` of a backward stage.
         autocast: Dtype of the autocast that the graph runs under, or None.
     """
 
@@ -658,6 +715,7 @@ class StageGraph:
     emits: Mapping[int, tuple[str, ...]]
     gradients_in: tuple[str, ...]
     autocast: torch.dtype | None = None
+    keeps: Mapping[int, tuple[str, ...]] = field(default_factory=dict[int, "tuple[str, ...]"])
 
 
 @dataclass(frozen=True)

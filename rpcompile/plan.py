@@ -92,6 +92,7 @@ class Plan:
         prediction: What the simulator says about it.
         provenance: Versions that made it.
         links: What its transfers and host work share; None for an idle machine, where nothing is shared.
+        attention: What was found when it was decided whether to offload attention outputs, in a sentence.
     """
 
     model_name: str
@@ -106,6 +107,7 @@ class Plan:
     prediction: Prediction
     provenance: dict[str, str]
     links: SharedLinks | None = None
+    attention: str = ""
 
     @property
     def id(self) -> str:
@@ -306,6 +308,7 @@ def _host(host: HostMemory) -> str:
         "masters": host.master_bytes,
         "optimizer": host.optimizer_bytes,
         "boundaries": host.boundary_bytes,
+        "attention": host.attention_bytes,
         "inputs": host.input_bytes,
         "copy": host.copy_bytes,
     }
@@ -313,6 +316,8 @@ def _host(host: HostMemory) -> str:
 
 
 def _header(plan: Plan) -> list[tuple[str, str]]:
+    from rpcompile.activations import in_brief  # which prints as this module does
+
     predicted, partition = plan.prediction, plan.partition
     sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
     rate = "" if predicted.tokens_per_s is None else f" · {predicted.tokens_per_s:,.0f} tok/s"
@@ -332,6 +337,7 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
         ),
         *_iterations(plan),
         *([("Host", _host(predicted.host))] if predicted.host else []),
+        *([("Memory", brief)] if (brief := in_brief(plan)) else []),
         (
             "Solver",
             f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "

@@ -52,6 +52,13 @@ def _small_numbers(plan: Plan) -> str | None:
     for segment in plan.chain.segments:
         if segment.forward_s < 0 or segment.backward_s < 0 or segment.weight_bytes < 0:
             return f"segment {segment.name!r} takes negative time or bytes"
+        kept = segment.attention
+        if kept is not None and not (0 <= kept.forward_s <= segment.forward_s and kept.nbytes >= 0):
+            return (
+                f"the attention of segment {segment.name!r} takes more than all of it, or less than nothing"
+            )
+        if kept is not None and not set(kept.nodes) <= set(segment.nodes):
+            return f"segment {segment.name!r} has no such attention as {kept.nodes}"
     if plan.prediction.iteration_s < 0 or min(plan.prediction.gpu_peak_bytes) < 0:
         return "it predicts a negative time or size"
     return None

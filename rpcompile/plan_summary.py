@@ -8,6 +8,7 @@ import msgspec
 
 from rpcompile import stage_bytes
 from rpcompile.ir import DOWN_STREAMS, UP_STREAMS, StageKind
+from rpcompile.simulate_dispatch import stage_time
 
 if TYPE_CHECKING:
     from rpcompile.ir import Hardware, Stage
@@ -22,7 +23,8 @@ def summary(plan: Plan) -> dict[str, Any]:
     alone, which takes `alone_s`; the next one is shifted by `rotate` GPUs.
 
     `source` says that the times are simulated. `stages[].upload_s` is one upload of the stage's weights at
-    the link's full rate; `compute_s` is one microbatch; `actions` is `rpcompile/action_table.py`'s table.
+    the link's full rate; `compute_s` is one microbatch, and so are the bytes of
+    `activations.offloaded_attention`; `actions` is `rpcompile/action_table.py`'s table.
     """
     predicted, partition, chain = plan.prediction, plan.partition, plan.chain
     return {
@@ -60,6 +62,16 @@ def summary(plan: Plan) -> dict[str, Any]:
             "gap": partition.gap,
             "solve_s": partition.solve_s,
         },
+        "activations": {
+            "tiles": {segment.name: segment.tiles for segment in plan.chain.segments if segment.tiles > 1},
+            "offloaded_attention": {
+                plan.chain.segments[index].name: nbytes
+                for stage in partition.stages
+                if stage.kind is StageKind.B
+                for index, nbytes in stage_bytes.kept_bytes(plan.chain, stage).items()
+            },
+            "why": plan.attention,
+        },
         "stages": [_stage(plan, stage) for stage in partition.stages],
         "actions": msgspec.to_builtins(plan.actions()),
         "provenance": plan.provenance,
@@ -79,9 +91,7 @@ def compute_s(plan: Plan, stage: Stage, gpu: int | None = None) -> float:
         runs = sum(len(job.microbatches) for job in jobs)
         total_s = sum(len(job.microbatches) * compute_s(plan, stage, job.gpu) for job in jobs)
         return total_s / runs if runs else 0.0
-    each = [plan.chain.seconds_on(gpu or 0, index) for index in stage.segments]
-    backward_s = 0.0 if stage.kind is StageKind.F else sum(seconds for _, seconds in each)
-    return sum(seconds for seconds, _ in each) + backward_s
+    return stage_time(plan.chain, stage, gpu or 0).seconds
 
 
 def upload_s(plan: Plan, stage: Stage) -> float:

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
+from rpcompile.attention_choice import Means, check_attention, choose_attention, over
 from rpcompile.cost_file import CostFile
-from rpcompile.errors import InvalidArgument, PlanMismatch
+from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.host_memory import host_memory
 from rpcompile.mixed_gpus import Box, box_of, with_ratios, with_speeds
 from rpcompile.passes.bind_chain import BindChain
@@ -30,9 +31,10 @@ from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.measure_chain import MeasureChain
+from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
-from rpcompile.scheduling import Found, PlanOptions, find_schedule, traffic_of
+from rpcompile.scheduling import Found, PlanOptions, find_schedule, on_its_stages, traffic_of
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
@@ -101,7 +103,7 @@ class CapturedModel:
             return with_ratios(chain, hardware, self._ratios(hardware, chain.bindings))
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
-        chain = ChooseTiles(self.costed, tiles).run(chain)
+        chain = PriceAttention(self.costed).run(ChooseTiles(self.costed, tiles).run(chain))
         if seconds == "estimated":
             _report(unknown_shares(self.costed, bindings, hardware))
             return chain
@@ -149,6 +151,11 @@ class CapturedModel:
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
         chain = self.bind(box_of(plan.chain, plan.gpus), {**plan.chain.bindings, **sizes})
+        pairs = zip(chain.segments, plan.chain.segments, strict=True)
+        chain = replace(
+            chain,
+            segments=tuple(replace(new, offloads=bool(old.kept and new.attention)) for new, old in pairs),
+        )
         partition = FindStageMemory(self.capture, chain).run(plan.partition)
         rebound = laid_out_again(replace(plan, chain=chain, partition=partition))
         rebound.verify()
@@ -261,10 +268,14 @@ def plan_chain(
         PartitionError: Nothing fits.
     """
     started = time.perf_counter()
-    found = find_schedule(chain, options, bar, capture)
+    check_attention(options.attention)
+    chain, found, why = _with_attention(chain, options, model.dtype, bar, capture)
     announce(bar, "verify")
     verify_schedule(found.schedule, chain, found.partition)
     prediction = _prediction(chain, found, model.dtype)
+    excess = over(prediction.host_peak_bytes, options.host_bytes)
+    if excess and any(segment.offloads for segment in chain.segments):
+        raise PartitionError(f"with attention outputs offloaded the host {excess}; use attention='recompute'")
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -278,8 +289,31 @@ def plan_chain(
         schedule=found.schedule,
         prediction=prediction,
         provenance=_provenance(options),
+        attention=why,
         links=options.links,
     )
+
+
+def _with_attention(
+    chain: SegmentChain,
+    options: PlanOptions,
+    dtype: str,
+    bar: tqdm[Any] | None,
+    capture: Capture | None,
+) -> tuple[SegmentChain, Found, str]:
+    """The chain with its attention outputs offloaded or not, its plan, and why."""
+    # One plan of each is enough to compare; only the chain that is chosen is searched on.
+    quick = replace(options, effort=None)
+    means = Means(
+        lambda trial: find_schedule(trial, quick, bar, capture),
+        lambda trial, found, bound_s: on_its_stages(trial, found, quick, bound_s, capture),
+        lambda trial, schedule: over(host_memory(trial, schedule, dtype).total_bytes, options.host_bytes),
+    )
+    asked = "recompute" if options.mode == "forward" else options.attention
+    choice = choose_attention(chain, asked, means)
+    if choice.found is None or options.effort is not None:
+        return choice.chain, find_schedule(choice.chain, options, bar, capture), choice.why
+    return choice.chain, choice.found, choice.why
 
 
 def laid_out_again(plan: Plan) -> Plan:
@@ -348,7 +382,7 @@ def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
             f"{_names(names)}; make one with `rpcompile profile`"
         )
     segments = tuple(
-        replace(own, forward_s=other.forward_s, backward_s=other.backward_s, source="given")
+        own.timed(other.forward_s, other.backward_s, "given")
         for own, other in zip(chain.segments, given, strict=True)
     )
     return replace(chain, segments=segments)

@@ -103,7 +103,8 @@ class StageCost(NamedTuple):
         weight_bytes: Weights and buffers; a tensor tied inside the stage counts once.
         gradient_bytes: Weight gradients it makes, by the same rule.
         lingering_bytes: Weights of segments whose changed buffers are copied down after the job.
-        load_bytes: Copied up: user inputs, a boundary kept for recompute, what the stage before hands on.
+        load_bytes: Copied up: user inputs, a boundary kept for recompute, attention outputs, what the stage
+            before hands on.
         store_bytes: Copied down, but for boundaries inside the stage that are kept for recompute.
         memory_bytes: All that one job of the stage can have on its GPU, those boundaries left out.
     """
@@ -139,6 +140,8 @@ class StageCosts:
         self.sets = min(2, microbatches)
         self._forward_s = list(accumulate((s.forward_s for s in segments), initial=0.0))
         self._backward_s = list(accumulate((s.backward_s for s in segments), initial=0.0))
+        self._kept_s = list(accumulate((s.forward_s - s.recompute_s for s in segments), initial=0.0))
+        self._kept = list(accumulate((s.kept_bytes for s in segments), initial=0))
         self._weights = list(accumulate((s.weight_bytes for s in segments), initial=0))
         self._gradients = list(accumulate((s.gradient_bytes for s in segments), initial=0))
         changed = (s.weight_bytes if s.state_bytes else 0 for s in segments)
@@ -169,7 +172,10 @@ class StageCosts:
                 gradients -= duplicates(tied, low, high) * tied.gradient_bytes
         if kind is StageKind.B:
             # Its recompute runs on scratch copies of the buffers, and changes none.
-            load, lingering = load + self.crossing[low], 0
+            load, lingering = load + self.crossing[low] + self._kept[high] - self._kept[low], 0
+            compute_s -= self._kept_s[high] - self._kept_s[low]
+        elif kind is StageKind.F:
+            store += self._kept[high] - self._kept[low]
         if self.gpus > 1:
             load, store = load + into, store + out
         else:

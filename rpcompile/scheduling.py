@@ -17,9 +17,10 @@ from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.propose_partitions import ProposePartitions
+from rpcompile.round_robin_time import StageCosts
 from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import Timeline, simulate, simulate_steady
-from rpcompile.variations import lay_out
+from rpcompile.variations import dispatch_of, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +58,10 @@ class PlanOptions:
         max_traffic: Most uploads of weights in an iteration, in units of `SearchedSchedule.traffic`; None
             for no limit.
         links: What transfers and host work share; None for an idle machine, where nothing is shared.
+        attention: "auto": attention outputs are offloaded and loaded where a plan with that is simulated to
+            be faster than one that recomputes them; "recompute": never; "offload": wherever it is possible;
+            "as is": as the chain's segments say.
+        host_bytes: What the host has, for attention outputs to fit in; None if that is not known.
     """
 
     gpus: int
@@ -67,6 +72,8 @@ class PlanOptions:
     effort: str | None = "fast"
     max_traffic: float | None = None
     links: SharedLinks | None = None
+    attention: str = "auto"
+    host_bytes: int | None = None
 
 
 class Found(NamedTuple):
@@ -113,6 +120,27 @@ def find_schedule(
     if options.mode == "forward" or (options.effort is None and options.mode == "sync" and not chain.kinds):
         return finding.fitting(finding.round_robin)
     return finding.searched()
+
+
+def on_its_stages(
+    chain: SegmentChain, found: Found, options: PlanOptions, bound_s: float, capture: Capture | None = None
+) -> Found | None:
+    """The stages and the order of a schedule that was found for another chain; None if they do not fit.
+
+    Args:
+        chain: The same segments, priced otherwise.
+        found: The schedule.
+        options: What it was found for.
+        bound_s: A lower bound on what any stages of `chain` take.
+        capture: As for `find_schedule`.
+    """
+    costs = StageCosts(chain, options.gpus, options.microbatches)
+    objective_s = costs.iteration_s([costs.of(stage) for stage in found.partition.stages])
+    partition = replace(found.partition, objective_s=objective_s, bound_s=bound_s, status="FEASIBLE")
+    try:
+        return _Finding(chain, options, None, capture)._fit(partition, dispatch_of(found.schedule))
+    except _DoesNotFit:
+        return None
 
 
 def traffic_of(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> float:

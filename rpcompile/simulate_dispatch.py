@@ -81,21 +81,24 @@ class StageTime(NamedTuple):
 def stage_time(chain: SegmentChain, stage: Stage, gpu: int = 0) -> StageTime:
     """What one microbatch of a stage costs on a GPU.
 
-    A backward stage recomputes its segments, but for the chain's last one: where that has a forward of
-    its own (no fused stage), its few activations are kept, as published schedules do. Where the last of
-    its segments is one whose backward runs all of the forward in tiles, that forward is not ahead.
+    A backward stage recomputes its segments, without attention that is offloaded, but for the chain's last
+    one: where that has a forward of its own (no fused stage), its few activations are kept, as published
+    schedules do. Where the last of its segments is one whose backward runs all of the forward in tiles, that
+    forward is not ahead.
     """
     each = [chain.seconds_on(gpu, index) for index in stage.segments]
     forward_s = sum(seconds for seconds, _ in each)
     if stage.kind is StageKind.F:
         return StageTime(0.0, forward_s)
-    last_s, _ = each[-1]
-    if stage.kind is StageKind.B and stage.last == len(chain.segments) - 1:
-        forward_s -= last_s
     backward_s = sum(seconds for _, seconds in each)
-    if stage.kind is StageKind.B and chain.segments[stage.last].reruns:
-        return StageTime(forward_s - last_s, last_s + backward_s)
-    return StageTime(forward_s, backward_s)
+    if stage.kind is StageKind.FB:
+        return StageTime(forward_s, backward_s)
+    again = [chain.recompute_s_on(gpu, index) for index in stage.segments]
+    if chain.segments[stage.last].reruns:
+        return StageTime(sum(again[:-1]), again[-1] + backward_s)
+    if stage.last == len(chain.segments) - 1:
+        return StageTime(sum(again[:-1]), backward_s)
+    return StageTime(sum(again), backward_s)
 
 
 def simulate_dispatch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile.ir import StageKind
 
@@ -45,6 +45,22 @@ def upload_unit_bytes(chain: SegmentChain, gpus: int, microbatches: int) -> floa
     return max(1.0, microbatches / gpus) * (sum(weights) + backward)
 
 
+def kept_bytes(chain: SegmentChain, stage: Stage) -> dict[int, int]:
+    """Attention outputs that one microbatch of a training stage offloads (F) or loads (B), by segment."""
+    if stage.kind is StageKind.FB:
+        return {}
+    sizes = {segment: chain.segments[segment].kept_bytes for segment in stage.segments}
+    return {segment: size for segment, size in sizes.items() if size}
+
+
+class BackwardTables(NamedTuple):
+    """By segment, a_i of `Workspaces`: of an inner segment, of a stage's last one, and what lies below it."""
+
+    inner: list[int]
+    last: list[int]
+    base: list[int]
+
+
 class Workspaces:
     """Device memory that one microbatch of a stage needs besides its buffers, from tables.
 
@@ -57,6 +73,7 @@ class Workspaces:
     Buffers are left out: of a stage low <= i < high, the values in front of it and the gradients behind it
     while the segment next to them runs, and its results from the beginning on. What a stage shares is
     counted once: results of rematerialised nodes, and values that several segments hold for their backwards.
+    Attention outputs that are offloaded have buffers too: F and B have tables of their own for them.
 
     This bounds a stage's need from above, for those that choose stages. Too much: values that only pass by a
     segment of a model whose cuts are several tensors wide, and values in front of a segment that a forward
@@ -72,21 +89,32 @@ class Workspaces:
         self.crossing = [0, *(s.boundary_bytes for s in segments[:-1]), 0]
         self.crossing_gradients = [0, *(s.boundary_gradient_bytes for s in segments[:-1]), 0]
         around = map(sum, pairwise(self.crossing))
-        self.inner_forward = [s.forward_peak_bytes + b for s, b in zip(segments, around, strict=True)]
+        self.inner_forward = [
+            (s.kept or s).forward_peak_bytes + b for s, b in zip(segments, around, strict=True)
+        ]
         self.first_forward = [e - b for e, b in zip(self.inner_forward, self.crossing, strict=False)]
-        saved = list(accumulate((s.saved_bytes + s.saved_input_bytes for s in segments), initial=0))
-        around = map(sum, pairwise(self.crossing_gradients))
-        self.inner_backward = [
-            after + s.peak_bytes + d for after, s, d in zip(saved[1:], segments, around, strict=True)
-        ]
-        behind = self.crossing_gradients[1:]
-        self.last_backward = [a - d for a, d in zip(self.inner_backward, behind, strict=True)]
-        self.base_backward = [
-            before + s.saved_input_bytes + d
-            for before, s, d in zip(saved, segments, self.crossing_gradients, strict=False)
-        ]
+        fused = again = self._backward([(s.saved_bytes, s.peak_bytes) for s in segments])
+        if any(s.offloads for s in segments):
+            needs = (s.kept or s for s in segments)
+            again = self._backward([(need.saved_bytes, need.peak_bytes) for need in needs])
+        self.backward = {StageKind.FB: fused, StageKind.B: again}
         self.rematerialised = [s.rematerialised_bytes for s in segments]
         self._states = list(accumulate((s.state_bytes for s in segments), initial=0))
+
+    def _backward(self, sizes: list[tuple[int, int]]) -> BackwardTables:
+        """The tables of one kind of stage, from what each of its segments saves and needs on top."""
+        inputs = [segment.saved_input_bytes for segment in self._chain.segments]
+        saved = list(
+            accumulate((size + own for (size, _), own in zip(sizes, inputs, strict=True)), initial=0)
+        )
+        around = map(sum, pairwise(self.crossing_gradients))
+        inner = [after + peak + d for after, (_, peak), d in zip(saved[1:], sizes, around, strict=True)]
+        behind = self.crossing_gradients[1:]
+        return BackwardTables(
+            inner=inner,
+            last=[a - d for a, d in zip(inner, behind, strict=True)],
+            base=[b + own + d for b, own, d in zip(saved, inputs, self.crossing_gradients, strict=False)],
+        )
 
     def planned(self, stage: Stage) -> int:
         """What a plan counts for a stage: its need if that was found, else the bound on it."""
@@ -103,8 +131,8 @@ class Workspaces:
             inner = max(self.inner_forward[low + 1 : high], default=0)
             own = max(inner, self.first_forward[low]) - self.crossing[high]
         else:
-            inner = max(self.inner_backward[low : high - 1], default=0)
-            own = max(inner, self.last_backward[high - 1]) - self.base_backward[low]
+            tables = self.backward[stage.kind]
+            own = max(max(tables.inner[low : high - 1], default=0), tables.last[high - 1]) - tables.base[low]
             for tied in self._chain.tied:
                 own += duplicates(tied, low, high) * tied.gradient_bytes
         if stage.kind is StageKind.B:

@@ -31,10 +31,10 @@ _KINDS = {
 # What each copy may carry: kind of the source -> kind of the target.
 _CARRIES = {
     Op.PREFETCH: {("weights", "weights")},
-    Op.LOAD: {("inputs", "inputs"), ("x", "x")},
+    Op.LOAD: {("inputs", "inputs"), ("x", "x"), ("kept", "kept")},
     Op.RECEIVE: {("x", "x"), ("dx", "dx")},
     Op.HANDOFF: {("x", "x"), ("dx", "dx")},
-    Op.OFFLOAD: {("x", "x"), ("loss", "loss"), ("weights", "state")},
+    Op.OFFLOAD: {("x", "x"), ("kept", "kept"), ("loss", "loss"), ("weights", "state")},
     Op.GRADIENT: {("gradients", "gradients")},
 }
 
@@ -209,6 +209,11 @@ def _check_operands(
         # A boundary may lie under the name of the job that made it here, or of this one.
         if below:
             reads.append(BufferName(space, "x", stage.first - 1, None, microbatch))
+        kept = [BufferName(space, "kept", i, job, microbatch) for i in stage_bytes.kept_bytes(chain, stage)]
+        if stage.kind is StageKind.B:
+            reads += kept
+        elif schedule.mode != "forward":
+            writes += kept
         tape = BufferName(space, "tape", None, job, microbatch)
         if action.op is Op.RECOMPUTE:
             writes.append(tape)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rpcompile.ir import (
     Action,
+    AttentionOutputs,
     Hardware,
     Op,
     Partition,
@@ -73,6 +74,11 @@ def segment(index: int, **changes: object) -> Segment:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
+def attention(nbytes: int = 3, forward_s: float = 0.5) -> AttentionOutputs:
+    """Attention outputs of an attention that takes part of its segment's forward."""
+    return AttentionOutputs((), nbytes, forward_s, 4, 6, 5)
+
+
 def chain(
     length: int, changes: dict[int, dict[str, object]] | None = None, tied: tuple[TiedWeight, ...] = ()
 ):
@@ -115,7 +121,10 @@ def compiled(
 
 @st.composite
 def problems(draw: st.DrawFn, max_segments: int = 6, mode: str | None = None):
-    """Random (chain, partition, gpus, microbatches, mode): frozen prefix, state, inputs and tied weights."""
+    """Random (chain, partition, gpus, microbatches, mode).
+
+    With a frozen prefix, state, inputs, tied weights and offloaded attention outputs.
+    """
     length = draw(st.integers(1, max_segments))
     mode = mode or draw(st.sampled_from(["sync", "sync", "forward"]))
     frozen = draw(st.integers(0, length))
@@ -132,8 +141,12 @@ def problems(draw: st.DrawFn, max_segments: int = 6, mode: str | None = None):
             "state_bytes": draw(st.sampled_from([0, 0, 1])) if weights else 0,
             "boundary_bytes": draw(st.integers(1, 5)),
             "needs_backward": live,
-            "forward_s": draw(st.sampled_from([0.0, 1.0, 2.5])),
+            "forward_s": (forward_s := draw(st.sampled_from([0.0, 1.0, 2.5]))),
             "backward_s": draw(st.sampled_from([1.0, 4.0])) if live else 0.0,
+            "attention": attention(draw(st.integers(1, 4)), forward_s / 2)
+            if live and draw(st.booleans())
+            else None,
+            "offloads": draw(st.booleans()),
         }
     tied: tuple[TiedWeight, ...] = ()
     owners = [index for index in range(length) if changes[index]["weight_bytes"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +16,10 @@ from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.find_stage_memory import FindStageMemory
+from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.runtime import batches
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
-from rpcompile.stage_bytes import Workspaces
+from rpcompile.stage_bytes import Workspaces, kept_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +33,12 @@ def hardware(device: str) -> Hardware:
     return Hardware(device, 2**34, 2**34, 1e12, 1e11, 1e10, 1e10, 0.0, {})
 
 
+def offload_all(chain: SegmentChain) -> SegmentChain:
+    """The chain with every attention output offloaded that can be."""
+    segments = (replace(s, offloads=bool(s.attention and s.attention.nodes)) for s in chain.segments)
+    return replace(chain, segments=tuple(segments))
+
+
 class Measured:
     """One model on one microbatch: runs any stage of it and compares.
 
@@ -39,14 +47,19 @@ class Measured:
         captured: Its graph.
         device: "cpu" or "cuda".
         tiles: Chunks of every token-wise region.
+        offload: Whether attention outputs are offloaded.
     """
 
-    def __init__(self, case: Case, captured: Capture, device: str = "cpu", tiles: int = 1) -> None:
+    def __init__(
+        self, case: Case, captured: Capture, device: str = "cpu", tiles: int = 1, offload: bool = False
+    ) -> None:
         self.captured, self.device = captured, torch.device(device)
         sizes = dict(captured.example_sizes)
         costed = EstimateCosts().run(captured)
         self.chain: SegmentChain = BindChain(sizes, hardware(device)).run(costed)
         self.chain = ChooseTiles(costed, tiles).run(self.chain)
+        if offload:
+            self.chain = offload_all(PriceAttention(costed).run(self.chain))
         self.workspaces = Workspaces(self.chain)
         model = case.model.to(device)
         self._host = {
@@ -74,7 +87,7 @@ class Measured:
     def _with_results(self, stage: Stage, nbytes: int) -> int:
         segments = self.chain.segments
         if stage.kind is StageKind.F:
-            return nbytes + segments[stage.last].boundary_bytes
+            return nbytes + segments[stage.last].boundary_bytes + self._kept_bytes(stage)
         return nbytes + (segments[stage.first - 1].boundary_gradient_bytes if stage.first else 0)
 
     def given_bytes(self, stage: Stage) -> int:
@@ -84,7 +97,11 @@ class Measured:
         nbytes += self.chain.segments[stage.first - 1].boundary_bytes if stage.first else 0
         if stage.kind is not StageKind.F:
             nbytes += sum(segment.gradient_bytes for segment in segments)
+        nbytes += self._kept_bytes(stage) if stage.kind is StageKind.B else 0
         return nbytes + (segments[-1].boundary_gradient_bytes if stage.kind is StageKind.B else 0)
+
+    def _kept_bytes(self, stage: Stage) -> int:
+        return sum(kept_bytes(self.chain, stage).values())
 
     def measured_bytes(self, stage: Stage) -> int:
         """The same as `predicted_bytes`, measured on a microbatch that is not the first."""

@@ -141,6 +141,8 @@ def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> t
         weights.append(sum(s.weight_bytes for s in inside) - sum(t.weight_bytes * k for t, k in again))
         upload.append(weights[-1] / hw.h2d_bytes_per_s + hw.latency_s)
         compute.append(sum(s.forward_s + (0 if kind is F else s.backward_s) for s in inside))
+        kept = [s.attention for s in inside if s.offloads and s.attention]
+        compute[-1] -= sum(a.forward_s for a in kept) if kind is B else 0
         made = sum(s.gradient_bytes for s in inside) - sum(t.gradient_bytes * k for t, k in again)
         gradients.append(0 if kind is F else made)
         lingering.append(0 if kind is B else sum(s.weight_bytes for s in inside if s.state_bytes))
@@ -154,8 +156,10 @@ def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> t
         hop.append(hop_s if gpus > 1 else 0.0)
 
         load.append(sum(s.input_bytes for s in inside) + (x_in if kind is B else 0))
+        load[-1] += sum(a.nbytes for a in kept) if kind is B else 0
         store.append(4 if last == n - 1 else 0)
         if kind is F:
+            store[-1] += sum(a.nbytes for a in kept)
             store[-1] += sum(
                 segments[s - 1].boundary_bytes for s in range(first + 1, last + 1) if s in backward_starts
             )
@@ -184,15 +188,16 @@ def own_bytes(segments: Sequence[Segment], kind: StageKind, first: int, last: in
     x = [*(s.boundary_bytes for s in segments[:-1]), 0, 0]  # x[-1] is in front of the first segment
     dx = [*(s.boundary_gradient_bytes for s in segments[:-1]), 0, 0]
     stage, moments = range(first, last + 1), []
+    needs = [s.attention if kind is not FB and s.offloads and s.attention else s for s in segments]
     for now in stage:
         if kind is F:
             there = x[now - 1] if now > first else 0
-            moments.append(there + segments[now].forward_peak_bytes + x[now] - x[last])
+            moments.append(there + needs[now].forward_peak_bytes + x[now] - x[last])
             continue
-        saved = sum(segments[i].saved_bytes for i in stage if i <= now)
+        saved = sum(needs[i].saved_bytes for i in stage if i <= now)
         saved += sum(segments[i].saved_input_bytes for i in stage if first < i <= now)
         made = dx[now - 1] - dx[first - 1]
-        moments.append(saved + segments[now].peak_bytes + made + (dx[now] if now < last else 0))
+        moments.append(saved + needs[now].peak_bytes + made + (dx[now] if now < last else 0))
     total = max(moments) + max(segments[i].rematerialised_bytes for i in stage)
     return max(0, total + (sum(segments[i].state_bytes for i in stage) if kind is B else 0))
 

@@ -139,6 +139,7 @@ def forward_backward(
         for i, part in enumerate(parts)
     ]
     saved: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in parts]
+    kept: list[dict[str, torch.Tensor]] = [{} for _ in parts]
     incoming: list[dict[str, torch.Tensor]] = [{} for _ in parts]
     total = torch.zeros(())
     for graph in extract.run(stages):
@@ -148,11 +149,13 @@ def forward_backward(
         names = list(dict.fromkeys(name for segment in stage.segments for name in weights[segment]))
         copies = [{name: host[name].detach().clone() for name in names}]
         for index, part in enumerate(parts):
-            values = saved[index].get(stage.first - 1, {})
+            values = {**saved[index].get(stage.first - 1, {}), **kept[index]}
             if stage.kind is StageKind.F:
                 outputs = runner.forward(copies, part, values, facts[index])
                 for segment, names in graph.emits.items():
                     saved[index][segment] = sent({name: outputs[name] for name in names})
+                for names in graph.keeps.values():
+                    kept[index] |= sent({name: outputs[name] for name in names})
             elif stage.kind is StageKind.FB:
                 outputs, gradients = runner.fused(copies, part, values, facts[index])
                 incoming[index] = sent(gradients)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
-from rpcompile.ir import Segment, SegmentChain, TiedWeight
+from rpcompile.ir import AttentionOutputs, Segment, SegmentChain, TiedWeight
 from rpcompile.passes._stage_search import StageSearch
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.round_robin_time import StageCosts
@@ -42,10 +42,14 @@ def chains(draw: st.DrawFn, most: int = 5) -> SegmentChain:
     for index in range(n):
         live = index >= frozen
         boundary = 0 if index == n - 1 else draw(small)
+        forward_s, attention = float(draw(small)), None
+        if live and index < n - 1 and draw(st.booleans()):
+            saved_s = float(draw(st.integers(0, int(forward_s))))
+            attention = AttentionOutputs(("a",), draw(small), saved_s, *(draw(small) for _ in range(3)))
         segments.append(
             segment(
                 f"s{index}",
-                float(draw(small)),
+                forward_s,
                 float(draw(small)) if live else 0.0,
                 weight_bytes=draw(medium),
                 gradient_bytes=draw(medium) if live else 0,
@@ -59,6 +63,8 @@ def chains(draw: st.DrawFn, most: int = 5) -> SegmentChain:
                 input_bytes=draw(st.sampled_from((0, 0, 5))),
                 state_bytes=draw(st.sampled_from((0, 0, 3))),
                 needs_backward=live,
+                attention=attention,
+                offloads=draw(st.booleans()),
             )
         )
     users = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=3))

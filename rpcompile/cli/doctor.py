@@ -64,12 +64,12 @@ def _versions() -> dict[str, str | None]:
 def _host() -> dict[str, Any]:
     import os
 
-    from rpcompile.cli.planning import host_memory_bytes
+    from rpcompile.host_memory import installed_bytes
 
     return {
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": host_memory_bytes(),
+        "memory_bytes": installed_bytes(),
         "free_disk_bytes": shutil.disk_usage(".").free,
     }
 

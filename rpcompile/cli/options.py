@@ -78,6 +78,13 @@ Tiles = Annotated[
     typer.Option("--tiles", help="Chunks of tokens: auto, loss (the loss only), or a number; 1 for none."),
 ]
 
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention", help="Attention outputs: auto, recompute, or offload (to the host and back)."
+    ),
+]
+
 
 def show(text: str, data: Any, as_json: bool) -> None:
     """Prints one of the two forms of a result."""

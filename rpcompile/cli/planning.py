@@ -33,6 +33,11 @@ def plan(
     effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
+    attention: options.Attention = "auto",
+    host_gb: Annotated[
+        float | None,
+        typer.Option("--host-gb", min=0, help="Host memory in GB, for attention outputs (default: enough)."),
+    ] = None,
     solver_time: options.SolverTime = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the solver and the search.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Save the plan here.")] = None,
@@ -49,9 +54,11 @@ def plan(
     check_one_source(model, profile)
     box, number = find_box(gpu, gpus)
     level = None if effort == "none" else effort
+    host_bytes = None if host_gb is None else int(host_gb * 1e9)
 
     def asked(count: int) -> PlanOptions:
-        return PlanOptions(number, count, mode, solver_time, seed, level, max_traffic, box.links)
+        search = (solver_time, seed, level, max_traffic)
+        return PlanOptions(number, count, mode, *search, box.links, attention, host_bytes)
 
     if profile is not None:
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
@@ -96,6 +103,7 @@ def fit(
 ) -> int:
     """Find the largest microbatch, or the longest sequence, whose plan fits GPU and host."""
     from rpcompile.fit import largest_that_fits
+    from rpcompile.host_memory import installed_bytes
 
     assert model is not None
     if (batch is None) == (seq is None):
@@ -112,7 +120,7 @@ def fit(
         {name: size for name, size in fixed.items() if size is not None},
         gpus=number,
         microbatches=microbatches,
-        host_bytes=host_memory_bytes() if host_gb is None else int(host_gb * 1e9),
+        host_bytes=installed_bytes() if host_gb is None else int(host_gb * 1e9),
     )
     options.show(str(found), found.as_dict(), as_json)
     return 0 if found.size else 1
@@ -187,13 +195,6 @@ def sizes_of(captured: CapturedModel, rows: int, sequence: int | None) -> dict[s
     elif "sequence" in captured.capture.symbols:
         sizes["sequence"] = captured.capture.example_sizes["sequence"]
     return sizes
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine."""
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _refuse_sizes(**given: Any) -> None:

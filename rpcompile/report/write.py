@@ -125,6 +125,7 @@ def _cards(plan: Plan) -> str:
 def _words(explanation: Explanation) -> str:
     parts = {
         "Why these stages": explanation.cut,
+        "Activations": explanation.activations,
         "Where the idle time goes": explanation.idle,
         "What was tried": tuple(map(str, explanation.variations)),
         "What would help": explanation.advice,
@@ -132,7 +133,9 @@ def _words(explanation: Explanation) -> str:
     items = {
         title: "".join(f"<li>{html.escape(line)}</li>" for line in lines) for title, lines in parts.items()
     }
-    return "".join(f"<section><h3>{title}</h3><ul>{text}</ul></section>" for title, text in items.items())
+    return "".join(
+        f"<section><h3>{title}</h3><ul>{text}</ul></section>" for title, text in items.items() if text
+    )
 
 
 def _stage_table(plan: Plan, explanation: Explanation) -> str:

@@ -95,8 +95,9 @@ class _Layout:
 class HostSlots:
     """The memory behind a program's host buffers.
 
-    Boundary activations, and their gradients, of one segment share an arena with a slot a microbatch; a
-    slot belongs to one buffer for good, so that no copy can meet another iteration's or microbatch's.
+    Boundary activations, their gradients, and attention outputs, of one segment share an arena each, with a
+    slot a microbatch; a slot belongs to one buffer for good, so that no copy can meet another iteration's or
+    microbatch's.
     A job's weight gradients of one segment have an arena that is used again once nobody holds a tensor
     in it any more: the caller may keep gradients as long as it likes. What goes to the caller otherwise
     (losses, outputs, changed buffers) is allocated anew.
@@ -112,7 +113,7 @@ class HostSlots:
         self._counts: dict[tuple[str, int | None], int] = defaultdict(int)
         for buffer in sorted(names):
             name = buffers.parse(buffer)
-            if name.space == buffers.HOST and name.kind in ("x", "dx"):
+            if name.space == buffers.HOST and name.kind in ("x", "kept", "dx"):
                 self._numbers[buffer] = self._counts[name.kind, name.segment]
                 self._counts[name.kind, name.segment] += 1
         self._slots: dict[str, torch.Tensor] = {}
@@ -135,7 +136,7 @@ class HostSlots:
     def empty_like(self, buffer: str, tensors: Tensors) -> Tensors:
         """Host tensors for a buffer, to copy `tensors` into."""
         kind = buffers.parse(buffer).kind
-        if kind not in ("x", "dx", "gradients"):
+        if kind not in ("x", "kept", "dx", "gradients"):
             return {
                 name: torch.empty_like(tensor, device="cpu", pin_memory=self._pin)
                 for name, tensor in tensors.items()

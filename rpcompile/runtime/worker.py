@@ -150,6 +150,8 @@ class Worker:
                 kind = buffers.parse(name).kind
                 if kind == "x":
                     self._store[name] = _pick(outputs, runner.graph.emits[buffers.segment_of(name)])
+                elif kind == "kept":
+                    self._store[name] = _pick(outputs, runner.graph.keeps[buffers.segment_of(name)])
                 elif kind == "loss":
                     self._store[name] = outputs
 
@@ -276,6 +278,8 @@ class Worker:
                 weights.append(self._store[name])
             elif kind in merged:
                 merged[kind].update(self._store[name])
+            elif kind == "kept":
+                merged["x"].update(self._store[name])
         return weights, merged["inputs"], merged["x"], merged["dx"]
 
     def _keep_gradients(

@@ -1,0 +1,198 @@
+"""When attention outputs are offloaded: by bytes, seconds, idle links, and memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rpcompile.activations import activations
+from rpcompile.attention_choice import offload, saved_share
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.ir import AttentionOutputs, SegmentChain
+from rpcompile.plan import Plan
+from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
+from tests.chains import HARDWARE, chain
+
+MODEL = ModelDescription("Toy", "f" * 64, "float32")
+
+
+def attention(nbytes: int, forward_s: float = 1.0, **changes: Any) -> AttentionOutputs:
+    return AttentionOutputs(("sdpa",), nbytes, forward_s, 5, 7, 7, **changes)
+
+
+def toy(nbytes: int, layers: int = 6, **changes: Any) -> SegmentChain:
+    """Layers of 2 s forward, half of it attention, and 3 s backward, on links of 10 bytes a second."""
+    fields = {"attention": attention(nbytes), "parameters": (), **changes}
+    found = chain(layers + 1, dict.fromkeys(range(layers), fields))
+    return replace(found, hardware=replace(HARDWARE, h2d_bytes_per_s=10.0, d2h_bytes_per_s=10.0))
+
+
+def planned(given: SegmentChain, asked: str = "auto", **options: Any) -> Plan:
+    return plan_chain(
+        given, PlanOptions(2, 4, attention=asked, solver_time_s=0.3, **{"effort": None, **options}), MODEL
+    )
+
+
+def offloaded(plan: Plan) -> list[int]:
+    return [index for index, found in enumerate(plan.chain.segments) if found.offloads]
+
+
+# --------------------------------------------------------------------- how many, and which
+
+
+def test_outputs_that_save_most_for_their_bytes_go_first_and_are_spread_evenly() -> None:
+    one, two = {"attention": attention(4)}, {"attention": attention(4, 3.0)}
+    found = chain(9, {**dict.fromkeys((0, 2, 4, 6), one), **dict.fromkeys((1, 3, 5, 7), two)})
+    marked = [[i for i, s in enumerate(offload(found, count).segments) if s.offloads] for count in range(9)]
+    assert marked[0] == []
+    assert marked[1] == [1]
+    assert marked[2] == [1, 5]
+    assert marked[4] == [1, 3, 5, 7]
+    assert marked[6] == [0, 1, 3, 4, 5, 7]
+    assert marked[8] == list(range(8))
+
+
+def test_what_is_saved_at_most() -> None:
+    # Seven segments of 2 s forward twice and 3 s backward; six save 1 s.
+    assert saved_share(toy(1)) == 6 / (7 * 7)
+    assert saved_share(chain(3)) == 0.0
+
+
+# --------------------------------------------------------------------- the choice
+
+
+def test_it_is_offloaded_where_links_are_idle() -> None:
+    plan, without = planned(toy(1)), planned(toy(1), "recompute")
+    assert offloaded(plan) == list(range(6))
+    assert plan.prediction.iteration_s < without.prediction.iteration_s
+    assert plan.prediction.host is not None
+    assert plan.prediction.host.attention_bytes > 0
+    assert re.fullmatch(
+        r"With recompute an iteration is simulated at [\d.]+ s, with all outputs offloaded at [\d.]+ s\.",
+        plan.attention,
+    )
+    plan.verify()
+
+
+def test_it_is_recomputed_where_the_link_is_the_bound() -> None:
+    """100 bytes take ten seconds, one way, and save one."""
+    plan = planned(toy(100))
+    assert offloaded(plan) == []
+    assert "with all outputs offloaded at" in plan.attention
+    forced = planned(toy(100), "offload")
+    assert offloaded(forced) == list(range(6))
+    assert forced.prediction.iteration_s > plan.prediction.iteration_s
+    assert forced.attention == "attention='offload' was asked for."
+
+
+def test_as_many_are_offloaded_as_the_links_have_time_for() -> None:
+    """A forward of 2 s a layer hides the copies of some of the layers, which take 3 s each."""
+    options = PlanOptions(4, 8, solver_time_s=0.3, effort=None)
+    plan = plan_chain(toy(30, layers=12), options, MODEL)
+    assert 0 < len(offloaded(plan)) < 12
+    assert re.search(
+        r"with all outputs offloaded at [\d.]+ s, with \d of 12 outputs offloaded at", plan.attention
+    )
+
+
+def test_little_to_save_is_not_looked_into() -> None:
+    plan = planned(toy(1, attention=attention(1, 0.001)))
+    assert offloaded(plan) == []
+    assert plan.attention == "Offloading could save no more than 0.0 % of the compute."
+    assert planned(chain(4)).attention == ""
+
+
+def test_the_host_is_a_limit() -> None:
+    given = toy(1)
+    free = planned(given)
+    limit = free.prediction.host_peak_bytes - 1
+    plan = planned(given, host_bytes=limit)
+    assert offloaded(plan) == []
+    assert re.search(r"offloaded the host needs 0\.0 GB of 0\.0 GB", plan.attention)
+    with pytest.raises(PartitionError, match=r"the host needs .* use attention='recompute'"):
+        planned(given, "offload", host_bytes=limit)
+
+
+def test_so_is_the_gpu() -> None:
+    given = toy(10**4)
+    given = replace(given, hardware=replace(given.hardware, usable_bytes=60))
+    plan = planned(given)
+    assert offloaded(plan) == []
+    assert "with all outputs offloaded no plan fits in the GPUs' memory" in plan.attention
+    with pytest.raises(PartitionError, match="memory"):
+        planned(given, "offload")
+
+
+def test_a_search_goes_on_from_what_was_chosen() -> None:
+    plan = planned(toy(1), effort="fast")
+    assert offloaded(plan) == list(range(6))
+    assert "simulated at" in plan.attention
+
+
+def test_evaluation_offloads_nothing() -> None:
+    plan = planned(toy(1), "offload", mode="forward")
+    assert offloaded(plan) == []
+
+
+# --------------------------------------------------------------------- what is said
+
+
+def explained(plan: Plan) -> str:
+    return "\n".join(activations(plan))
+
+
+def with_nodes(given: SegmentChain) -> SegmentChain:
+    """As a capture's: profiles have no nodes, and say nothing of attention."""
+    segments = (replace(s, nodes=("sdpa",) if s.attention else ("mul",)) for s in given.segments)
+    return replace(given, segments=tuple(segments), bindings={"sequence": 8})
+
+
+def test_it_says_what_is_offloaded_and_why() -> None:
+    plan = planned(with_nodes(toy(1)))
+    text = explained(plan)
+    recomputed = {index for stage in plan.partition.stages if stage.kind == "B" for index in stage.segments}
+    count = len(recomputed & set(offloaded(plan)))
+    names = f"{count} segments (layer0 … layer{count - 1})" if count > 1 else "layer0"
+    assert f"The attention outputs of {names} go to the host in the forward and come back" in text
+    assert f"{count} B a microbatch each way, {4 * count} B of host memory, and {4 * count:.2f} s of" in text
+    assert f"{6 - count} segment" in text
+    assert "more lie in the fused stage, which recomputes nothing." in text
+    assert text.endswith(plan.attention)
+    assert f"Memory     attention outputs of {count} of {count} recomputed segments offloaded" in str(plan)
+    assert plan.explain().activations == tuple(activations(plan))
+    assert "Nothing is divided into chunks of tokens" in text
+
+
+def test_it_says_why_nothing_is() -> None:
+    mask = "it has a mask, and CUDA's flash attention takes none"
+    refused = toy(1, attention=AttentionOutputs((), 0, 0.0, 5, 7, 7, (mask,)))
+    text = explained(planned(with_nodes(refused)))
+    assert f"6 segments recompute attention in any case: {mask}." in text
+    assert "Attention is recomputed for every backward." in text
+    eager = explained(planned(with_nodes(chain(3))))
+    assert "scaled_dot_product_attention is not in what is recomputed (eager attention writes" in eager
+    assert explained(planned(chain(3))) == ""  # a profile's
+    assert "attention='recompute' was asked for." in explained(planned(with_nodes(toy(1)), "recompute"))
+
+
+def test_it_says_what_is_tiled() -> None:
+    given = with_nodes(toy(1))
+    segments = [
+        replace(s, tiles=(4 if i in (1, 2) else 16 if i == 6 else 1)) for i, s in enumerate(given.segments)
+    ]
+    plan = planned(replace(given, segments=tuple(segments)), "recompute")
+    assert (
+        "in 2 segments (layer1 … layer2) runs in 4 chunks of tokens: so one of them needs 12 B"
+        in explained(plan)
+    )
+    assert "in layer6 runs in 16 chunks" in explained(plan)
+    assert "Memory     2 segments (layer1 … layer2) in 4 chunks of tokens · layer6 in 16 chunks" in str(plan)
+
+
+def test_other_words_are_refused() -> None:
+    message = "attention='always'; it must be 'auto', 'recompute', 'offload'"
+    with pytest.raises(InvalidArgument, match=re.escape(message)):
+        planned(toy(1), "always")
