@@ -243,6 +243,7 @@ class Segment:
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
         tiles: In how many chunks of tokens its token-wise regions run; 1: at once.
+        head_groups: In how many groups of heads its attention runs backward; 1: at once.
         forward_peak_bytes: As `peak_bytes`, of a forward without autograd; below 0 where some of what goes
             out is what came in.
         saved_input_bytes: Values that came in and that its backward is the first of all to hold.
@@ -275,6 +276,7 @@ class Segment:
     forward_peak_bytes: int = 0
     saved_input_bytes: int = 0
     rematerialised_bytes: int = 0
+    head_groups: int = 1
 
 
 @dataclass(frozen=True)
