@@ -48,7 +48,9 @@ class Kernels:
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operator as the device would, as far as the tensors that autograd keeps go."""
         if target is attention_by_groups:
-            return attention_by_groups(*args, **kwargs, attention=_attention if self.kind == "cuda" else _SDPA)
+            return attention_by_groups(
+                *args, **kwargs, attention=_attention if self.kind == "cuda" else _SDPA
+            )
         if self.kind == "cuda" and target is _SDPA:
             return _attention(*args, **kwargs)
         if self.kind == "cuda" and target is _ATEN.dropout.default and args[2] and args[1] > 0:

@@ -102,6 +102,7 @@ class CapturedModel:
         seconds: str | Profile = "estimated",
         device: str = "cpu",
         tiles: str | int = "auto",
+        head_groups: str | int = "auto",
         progress: bool | None = None,
     ) -> SegmentChain:
         """Prices the segments for one size of microbatch on one kind of GPU. Nothing is captured again.
@@ -116,6 +117,8 @@ class CapturedModel:
             device: What measures, e.g. "cpu" or "cuda:0".
             tiles: In how many chunks of tokens token-wise regions run. "auto": as few as let each
                 segment, and a loss in an eighth of the memory, fit; "loss": the loss only; 1: none.
+            head_groups: Into how many groups of heads attention's backward is divided. "auto": as few as
+                let a segment fit; 1: none.
             progress: Show a progress bar while measuring; default: if standard error is a terminal.
 
         Raises:
@@ -125,7 +128,7 @@ class CapturedModel:
         """
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
-        chain = ChooseTiles(self.costed, tiles).run(chain)
+        chain = ChooseTiles(self.costed, tiles, head_groups).run(chain)
         if seconds == "estimated":
             _report(unknown_shares(self.costed, bindings, hardware))
             return chain

@@ -269,9 +269,8 @@ class _Sums:
         assert dim is not None
         if low == 0:
             for whole, where in zip(self._incoming, self._region.output_dims, strict=False):
-                if whole is not None and where == dim and whole.shape == self._inputs[index].shape:
-                    if _is_part(gradient, whole, dim, low):
-                        self._passed[index] = whole
+                if where == dim and whole is not None and _is_part(gradient, whole, dim, low):
+                    self._passed[index] = whole
         passed, whole = self._passed.get(index), self._found[index]
         if passed is not None and _is_part(gradient, passed, dim, low):
             return
@@ -293,6 +292,7 @@ def _is_part(piece: torch.Tensor, whole: torch.Tensor, dim: int, low: int) -> bo
     """Whether the piece is, in memory, the tokens from `low` on of the whole."""
     return (
         piece.untyped_storage()._cdata == whole.untyped_storage()._cdata
+        and piece.shape[:dim] + piece.shape[dim + 1 :] == whole.shape[:dim] + whole.shape[dim + 1 :]
         and piece.storage_offset() == whole.storage_offset() + low * whole.stride(dim)
         and piece.stride() == whole.stride()
         and piece.dtype == whole.dtype
