@@ -38,14 +38,17 @@ class Measured:
         captured: Its graph.
         device: "cpu" or "cuda".
         tiles: Chunks of every token-wise region.
+        head_groups: Groups of heads of every attention.
     """
 
-    def __init__(self, case: Case, captured: Capture, device: str = "cpu", tiles: int = 1) -> None:
+    def __init__(
+        self, case: Case, captured: Capture, device: str = "cpu", tiles: int = 1, head_groups: int = 1
+    ) -> None:
         self.captured, self.device = captured, torch.device(device)
         sizes = dict(captured.example_sizes)
         costed = EstimateCosts().run(captured)
         self.chain: SegmentChain = BindChain(sizes, hardware(device)).run(costed)
-        self.chain = ChooseTiles(costed, tiles).run(self.chain)
+        self.chain = ChooseTiles(costed, tiles, head_groups).run(self.chain)
         self.workspaces = Workspaces(self.chain)
         model = case.model.to(device)
         self._host = {
