@@ -31,7 +31,7 @@ _LEAST_TOKENS = 256
 # backward run together, and the memory that it leaves makes larger stages.
 _LOSS_SHARE = 0.125
 # What a segment's own need may take of the memory that its weights, gradients and boundaries leave.
-_SHARE = 0.9
+_SHARE = 0.95
 # Where that is not to be had: more chunks are not worth their time for less than this part of the need.
 _WORTH = 0.1
 _NAMED = ("auto", "loss")
@@ -138,10 +138,13 @@ class _Chooser:
         """What the segment's own need may be for it to be a stage of its own."""
         chain = self._chain
         own, before = chain.segments[index], chain.segments[index - 1] if index else None
-        copied = own.input_bytes + own.boundary_gradient_bytes
-        copied += before.boundary_bytes + before.boundary_gradient_bytes if before else 0
-        # Each twice: what the GPU's neighbouring jobs and microbatches have there at the same time.
-        taken = 2 * (own.weight_bytes + own.gradient_bytes + copied)
+        around = chain.segments[max(0, index - 1) : index + 2]
+        # Beside it are a neighbour's weights, on their way up, and gradients, on their way down,
+        taken = own.weight_bytes + max(other.weight_bytes for other in around) + own.rematerialised_bytes
+        taken += own.gradient_bytes + max(other.gradient_bytes for other in around)
+        # and what two microbatches copy.
+        taken += 2 * (own.input_bytes + own.boundary_gradient_bytes)
+        taken += 2 * (before.boundary_bytes + before.boundary_gradient_bytes) if before else 0
         return _SHARE * (chain.hardware.usable_bytes - taken)
 
     def _goal(self, index: int) -> float:
