@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.rpcompile-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint gpu-bench clean
+.PHONY: help setup demo test lint gpu-bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -114,7 +114,7 @@ class _Gpu:
         self.names = names
         self.weights = _Leaving(stays)
         self.gradients = _Leaving(stays)
-        self.inputs: list[str] = []  # what ends the input of each compute action
+        self.inputs: list[str] = []  # what ends the input of each microbatch's last compute action
         self.outputs: list[str | None] = []  # what ends its output's way down, if it has one
 
     def admit(self, action: Action) -> tuple[str, ...]:
@@ -125,6 +125,8 @@ class _Gpu:
         elif action.op in (Op.LOAD, Op.RECEIVE):
             if len(self.inputs) >= self.slots:
                 after.append(self.inputs[-self.slots])
+        elif action.op is Op.RECOMPUTE:
+            pass  # what it was given and what it makes stay for its BACKWARD
         elif action.op in COMPUTE_OPS:
             if len(self.outputs) >= self.slots:
                 after.append(self.outputs[-self.slots])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import sympy
 
@@ -18,6 +18,20 @@ if TYPE_CHECKING:
 _FP32 = 4
 
 
+class TileCost(NamedTuple):
+    """What chunks cost a segment more.
+
+    Attributes:
+        forward_s: Seconds of its forward.
+        backward_s: Seconds of its backward.
+        reruns: As `ir.Segment.reruns`.
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    reruns: bool = False
+
+
 class TileCosts:
     """Prices chunks by the roofline that prices segments (`rpcompile/roofline.py`).
 
@@ -31,8 +45,8 @@ class TileCosts:
         self._weights = {spec.placeholder: spec for spec in costed.capture.parameters if spec.trainable}
         self._known: dict[tuple[sympy.Expr, int], float] = {}
 
-    def of(self, index: int, regions: list[TokenRegion], tiles: int) -> tuple[float, float]:
-        """What one segment's forward and backward take more at so many chunks.
+    def of(self, index: int, regions: list[TokenRegion], tiles: int) -> TileCost:
+        """What one segment takes more at so many chunks.
 
         Each operator of a region at the tokens of a chunk, so many times, less what it takes at once:
         a chunk that is too short to hide the reading of weights takes longer. A weight's gradient is
@@ -40,7 +54,7 @@ class TileCosts:
         the regions (attention), the backward runs them once more.
         """
         if tiles == 1:
-            return 0.0, 0.0
+            return TileCost()
         forward = backward = again = 0.0
         for region in regions:
             names = [node.name for node in (*region.members, *([region.loss] if region.loss else []))]
@@ -49,7 +63,9 @@ class TileCosts:
             forward += chunks[0] - whole[0]
             backward += chunks[1] - whole[1] + tiles * self._sum_s(region)
             again += chunks[0]
-        return forward, backward + (again if self._has_more(index, regions) else 0.0)
+        if self._has_more(index, regions):
+            return TileCost(forward, backward + again)
+        return TileCost(forward, backward, reruns=True)
 
     def _seconds(self, names: Iterable[str], counted: str, tiles: int) -> tuple[float, float]:
         bindings = {**self._chain.bindings, counted: max(1, self._chain.bindings[counted] // tiles)}

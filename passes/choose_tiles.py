@@ -9,7 +9,7 @@ from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Partition, SegmentChain, Stage, StageKind
 from rpcompile.passes._segment_memory import SegmentMemories
-from rpcompile.passes._tile_costs import TileCosts
+from rpcompile.passes._tile_costs import TileCost, TileCosts
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.group_heads import key_heads
@@ -46,7 +46,8 @@ class ChooseTiles:
     most groups, from one chunk on, until what the segment needs fits; then the fewest groups that do are
     taken. `backward_s` holds the time of the chunks and of what runs twice: a segment that mixes tokens
     somewhere (attention) runs its regions twice in the backward when it is tiled. One that is token-wise
-    throughout runs its forward only once if it is the last of its stage; elsewhere that time is not priced.
+    throughout (`reruns`) runs its forward only once, in the backward, if it is the last of its stage;
+    elsewhere that time is not priced.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -84,14 +85,14 @@ class ChooseTiles:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What dividing makes of one kind of segment; `more_s` is what it adds to the forward and backward."""
+    """What dividing makes of one kind of segment; `more` is what that costs."""
 
     tiles: int
     head_groups: int
     saved_bytes: int
     peak_bytes: int
     forward_peak_bytes: int
-    more_s: tuple[float, float] = (0.0, 0.0)
+    more: TileCost = TileCost()
 
     @property
     def need_bytes(self) -> int:
@@ -128,8 +129,9 @@ class _Chooser:
             saved_bytes=choice.saved_bytes,
             peak_bytes=choice.peak_bytes,
             forward_peak_bytes=choice.forward_peak_bytes,
-            forward_s=segment.forward_s + choice.more_s[0],
-            backward_s=segment.backward_s + choice.more_s[1],
+            forward_s=segment.forward_s + choice.more.forward_s,
+            backward_s=segment.backward_s + choice.more.backward_s,
+            reruns=choice.more.reruns,
         )
 
     # ------------------------------------------------------------------ what fits
@@ -179,7 +181,7 @@ class _Chooser:
                 break
         if (found.tiles, found.head_groups) == (1, 1):
             return None
-        return replace(found, more_s=self._costs.of(index, regions, found.tiles))
+        return replace(found, more=self._costs.of(index, regions, found.tiles))
 
     def _chunks(self, index: int, regions: list[TokenRegion]) -> Iterator[int]:
         """Numbers of chunks to try, ascending."""

@@ -195,13 +195,15 @@ class _Copies:
             name = self.names[buffer]
             if name.microbatch is None or buffer in self.makers:
                 continue
+            if step.op is Op.BACKWARD and name.kind != "dx":
+                continue  # it came for the RECOMPUTE
             if name.kind == "inputs":
                 source = buffers.inputs(buffers.HOST, name.microbatch)
                 self.nbytes[source] = sum(segment.input_bytes for segment in self.chain.segments)
                 loads.append((source, buffer))
                 continue
             maker = self.actions[self.value_makers[self._value(buffer)]].job
-            saved = name.kind == "x" and step.op is Op.BACKWARD
+            saved = name.kind == "x" and step.op is Op.RECOMPUTE
             (loads if saved else receives).append((_on_host(name, maker), buffer))
         if loads:
             yield self._copy(step, Op.LOAD, loads, microbatch=step.microbatch)
@@ -213,13 +215,13 @@ class _Copies:
         offloads: list[Action] = []
         for buffer in step.writes:
             name = self.names[buffer]
-            if name.microbatch is None:
+            if name.microbatch is None or name.kind == "tape":
                 continue
             readers = self.readers[self._value(buffer)]
             pair = (buffer, _on_host(name, step.job))
             if name.kind == "loss":
                 offloads.append(self._copy(step, Op.OFFLOAD, [pair], microbatch=step.microbatch))
-            elif any(name.kind == "dx" or reader is not Op.BACKWARD for reader in readers):
+            elif any(name.kind == "dx" or reader in (Op.FORWARD, Op.FUSED) for reader in readers):
                 yield self._copy(step, Op.HANDOFF, [pair], microbatch=step.microbatch)
             elif readers:
                 offload = self._copy(step, Op.OFFLOAD, [pair], microbatch=step.microbatch, part=name.segment)

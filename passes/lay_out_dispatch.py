@@ -3,6 +3,10 @@
 The result holds compute actions only; `insert-transfers` adds the copies between them. What one job
 hands to the next on the same GPU is read where it was made, if it may wait there; a boundary kept
 for recompute always goes to the host and comes back.
+
+A microbatch of a backward stage is two actions, one right behind the other: RECOMPUTE reads what was saved
+and leaves a tape, BACKWARD reads the tape and the gradient, whose way here the recompute hides. The tape is
+as large as all that the two need besides other buffers, for it is there as long as either runs.
 """
 
 from __future__ import annotations
@@ -13,11 +17,16 @@ from typing import TYPE_CHECKING
 from rpcompile import buffers, stage_bytes
 from rpcompile.errors import InvalidArgument, PartitionError, ScheduleError
 from rpcompile.ir import Action, ActionId, Op, Queue, Schedule, StageKind, Stream
+from rpcompile.simulate_dispatch import stage_time
 
 if TYPE_CHECKING:
     from rpcompile.ir import Dispatch, Job, Partition, SegmentChain, Stage
 
-_OPS = {StageKind.F: Op.FORWARD, StageKind.FB: Op.FUSED, StageKind.B: Op.BACKWARD}
+_OPS = {
+    StageKind.F: (Op.FORWARD,),
+    StageKind.FB: (Op.FUSED,),
+    StageKind.B: (Op.RECOMPUTE, Op.BACKWARD),
+}
 
 # The size of the loss on its way to the host. In evaluation the same buffer carries every output of
 # the model; a chain does not know their sizes, so they are not priced.
@@ -48,7 +57,7 @@ class LayOutDispatch:
     name = "lay-out-dispatch"
 
     def run(self, dispatch: Dispatch) -> Schedule:
-        """Makes one compute action of each microbatch of each job.
+        """Makes the compute actions of each microbatch of each job.
 
         Args:
             dispatch: Jobs, and the order of their microbatches on each GPU.
@@ -89,9 +98,10 @@ class LayOutDispatch:
                     self, stages[job.stage], job, source, saved, index not in begun, workspace
                 )
                 begun.add(index)
-                reads, writes = layout.reads(microbatch), layout.writes(microbatch)
-                nbytes |= reads | writes
-                actions.append(layout.action(microbatch, tuple(reads), tuple(writes)))
+                for op in _OPS[layout.stage.kind]:
+                    reads, writes = layout.reads(op, microbatch), layout.writes(op, microbatch)
+                    nbytes |= reads | writes
+                    actions.append(layout.action(op, microbatch, tuple(reads), tuple(writes)))
             queues += [Queue(gpu, Stream.COMPUTE, tuple(actions))] * bool(actions)
         return Schedule(
             dispatch.policy,
@@ -246,7 +256,7 @@ def _name(stage: Stage) -> str:
 
 @dataclass(frozen=True)
 class _JobLayout:
-    """The buffers, with their bytes, and the compute action of one microbatch of one job.
+    """The buffers, with their bytes, and the compute actions of one microbatch of one job.
 
     `source` is the job under whose name the GPU has what the stage before made of this microbatch.
     """
@@ -263,14 +273,12 @@ class _JobLayout:
     def is_last(self) -> bool:
         return self.stage.index == len(self.options.partition.stages) - 1
 
-    def action(self, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
-        stage, segments = self.stage, self.options.chain.segments
-        seconds = sum(segments[index].forward_s for index in stage.segments)
-        if stage.kind is not StageKind.F:
-            seconds += sum(segments[index].backward_s for index in stage.segments)
+    def action(self, op: Op, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
+        stage, time = self.stage, stage_time(self.options.chain, self.stage)
+        parts = {Op.RECOMPUTE: time.ahead_s, Op.BACKWARD: time.rest_s}
+        seconds = parts.get(op, time.seconds)
         if self.options.relative_speed is not None:
             seconds /= self.options.relative_speed[self.job.gpu]
-        op = _OPS[stage.kind]
         return Action(
             id=str(ActionId(stage.index, op, microbatch)),
             gpu=self.job.gpu,
@@ -282,10 +290,10 @@ class _JobLayout:
             seconds=seconds,
             reads=reads,
             writes=writes,
-            workspace_bytes=self.workspace_bytes,
+            workspace_bytes=0 if stage.kind is StageKind.B else self.workspace_bytes,
         )
 
-    def reads(self, microbatch: int) -> dict[str, int]:
+    def reads(self, op: Op, microbatch: int) -> dict[str, int]:
         stage, job, space = self.stage, self.job.index, buffers.gpu(self.job.gpu)
         segments, source = self.options.chain.segments, self.source.index
         found = self._weights()
@@ -296,14 +304,17 @@ class _JobLayout:
             below = stage.first - 1
             owner = job if stage.kind is StageKind.B else source
             found[buffers.boundary(space, below, microbatch, owner)] = segments[below].boundary_bytes
-        if stage.kind is StageKind.B:
+        if op is Op.BACKWARD:
             size = segments[stage.last].boundary_gradient_bytes
             found[buffers.boundary_gradient(space, stage.last, microbatch, source)] = size
-        if not self.begins:
+            found |= self._tape(microbatch)
+        if not self.begins and op is not Op.RECOMPUTE:
             found |= self._gradients()
         return found
 
-    def writes(self, microbatch: int) -> dict[str, int]:
+    def writes(self, op: Op, microbatch: int) -> dict[str, int]:
+        if op is Op.RECOMPUTE:
+            return self._tape(microbatch)
         stage, job, space = self.stage, self.job.index, buffers.gpu(self.job.gpu)
         segments = self.options.chain.segments
         found = self._gradients() | self._changed_weights()
@@ -318,6 +329,10 @@ class _JobLayout:
         if stage.kind is StageKind.FB or (self.options.mode == "forward" and self.is_last):
             found[buffers.loss(space, microbatch)] = _LOSS_BYTES
         return found
+
+    def _tape(self, microbatch: int) -> dict[str, int]:
+        name = buffers.tape(buffers.gpu(self.job.gpu), microbatch, self.job.index)
+        return {name: self.workspace_bytes}
 
     def _weights(self) -> dict[str, int]:
         space, chain = buffers.gpu(self.job.gpu), self.options.chain

@@ -18,6 +18,7 @@ METHODS = {
     Op.LOAD: "load",
     Op.RECEIVE: "receive",
     Op.FORWARD: "forward",
+    Op.RECOMPUTE: "recompute",
     Op.BACKWARD: "backward",
     Op.FUSED: "fused",
     Op.HANDOFF: "handoff",

@@ -2,7 +2,16 @@
 
 It is part of every plan file (`actions`) and of `--json` output. From it and the weights of the segments
 follow makespan (the largest `end_s`), bubble (1 - computing / (GPUs x makespan)) and upload traffic (each
-entry of `jobs` uploads its segments once).
+entry of `jobs` uploads its segments once). Each entry is the kind of work that it says and no waiting:
+
+    F    forward
+    R    recompute: the forward of a backward stage; it needs what the forward saved, but no gradient
+    B    backward, right behind its R; it needs the gradient of the stage before. Without an R in front of it
+         (comparison policies only), nothing is recomputed
+    FB   forward and backward at once
+
+Seconds of a stage are the sums over its segments: `forward_s` for F and R, `backward_s` for B, both for FB.
+(Where a backward stage ends in a segment with `reruns`, that segment's `forward_s` is in its B, not its R.)
 """
 
 from __future__ import annotations
@@ -10,12 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile.ir import COMPUTE_OPS, Stream
+from rpcompile.ir import COMPUTE_OPS, StageKind, Stream
+from rpcompile.simulate_dispatch import stage_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcompile.ir import Dispatch, Job, Partition, Schedule
+    from rpcompile.ir import Dispatch, Job, Partition, Schedule, SegmentChain
     from rpcompile.simulate import Timeline
     from rpcompile.simulate_dispatch import DispatchTimeline
 
@@ -26,7 +36,7 @@ class ComputeEntry:
 
     Attributes:
         stage: Index of the stage.
-        kind: "F" forward, "B" recompute and backward, "FB" both at once.
+        kind: "F", "R", "B" or "FB"; see the module's text.
         microbatch: The microbatch.
         job: Index of the job in `ActionTable.jobs`.
         start_s: Simulated start.
@@ -47,7 +57,7 @@ class JobEntry:
 
     Attributes:
         stage: Index of the stage.
-        kind: "F", "B" or "FB".
+        kind: "F", "B" (R and B of the compute actions) or "FB".
         first: First segment of the stage.
         last: Last segment of the stage, included.
         round: Accumulation round.
@@ -97,18 +107,22 @@ def schedule_table(partition: Partition, schedule: Schedule, timeline: Timeline)
     return ActionTable(tuple(gpus), _jobs(partition, schedule.jobs))
 
 
-def dispatch_table(partition: Partition, dispatch: Dispatch, timeline: DispatchTimeline) -> ActionTable:
+def dispatch_table(
+    chain: SegmentChain, partition: Partition, dispatch: Dispatch, timeline: DispatchTimeline
+) -> ActionTable:
     """The table of a dispatch with its compute-only timeline."""
-
-    def entry(action: tuple[int, int], start_s: float, end_s: float) -> ComputeEntry:
-        stage = dispatch.jobs[action[0]].stage
-        return ComputeEntry(stage, partition.stages[stage].kind.value, action[1], action[0], start_s, end_s)
-
-    gpus = tuple(
-        tuple(map(entry, order, starts, ends))
-        for order, starts, ends in zip(dispatch.order, timeline.start_s, timeline.end_s, strict=True)
-    )
-    return ActionTable(gpus, _jobs(partition, dispatch.jobs))
+    gpus: list[tuple[ComputeEntry, ...]] = []
+    for order, starts, ends in zip(dispatch.order, timeline.start_s, timeline.end_s, strict=True):
+        found: list[ComputeEntry] = []
+        for (job, microbatch), start_s, end_s in zip(order, starts, ends, strict=True):
+            stage = partition.stages[dispatch.jobs[job].stage]
+            ahead_s = stage_time(chain, stage).ahead_s if stage.kind is StageKind.B else 0.0
+            if ahead_s:
+                found.append(ComputeEntry(stage.index, "R", microbatch, job, start_s, start_s + ahead_s))
+            kind = stage.kind.value
+            found.append(ComputeEntry(stage.index, kind, microbatch, job, start_s + ahead_s, end_s))
+        gpus.append(tuple(found))
+    return ActionTable(tuple(gpus), _jobs(partition, dispatch.jobs))
 
 
 def _jobs(partition: Partition, jobs: Sequence[Job]) -> tuple[JobEntry, ...]:

@@ -16,6 +16,7 @@ tensors that cross the cut behind it. `j` is a job, `m` a microbatch.
     gpu1:inputs.j2.m0      job 2's copy of the caller's tensors
     gpu1:x.s6.j2.m0        boundary 6 as job 2 made or received it
     gpu1:dx.s6.j9.m0       gradient of boundary 6 as job 9 made or received it
+    gpu1:tape.j9.m0        what job 9's recompute keeps for its backward, and what the two need besides
     gpu1:gradients.j9.s4   gradient accumulated over job 9's microbatches
     gpu1:loss.m0           the loss on the device
 """
@@ -34,7 +35,7 @@ HOST = "host"
 class BufferName(NamedTuple):
     """A buffer's name taken apart; what a name does not say is None.
 
-    `kind` is "weights", "inputs", "x", "dx", "gradients", "state", "updated", "norm" or "loss".
+    `kind` is "weights", "inputs", "x", "dx", "tape", "gradients", "state", "updated", "norm" or "loss".
     """
 
     space: str
@@ -45,7 +46,7 @@ class BufferName(NamedTuple):
 
 
 _PATTERN = re.compile(
-    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|dx|gradients|state|updated|norm|loss)"
+    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|dx|tape|gradients|state|updated|norm|loss)"
     r"(?P<parts>(?:\.[sjm]\d+)*)"
 )
 
@@ -108,6 +109,10 @@ def boundary(space: str, segment: int, microbatch: int, job: int | None = None) 
 
 def boundary_gradient(space: str, segment: int, microbatch: int, job: int) -> str:
     return f"{space}:dx.s{segment}.j{job}.m{microbatch}"
+
+
+def tape(space: str, microbatch: int, job: int) -> str:
+    return f"{space}:tape.j{job}.m{microbatch}"
 
 
 def gradients(space: str, segment: int, job: int) -> str:

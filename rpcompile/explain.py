@@ -318,7 +318,8 @@ class _Question:
         from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 
         plan = self.plan
-        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S)
+        effort = "fast" if plan.schedule.policy == "searched" else None
+        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S, effort=effort)
         try:
             other = plan_chain(
                 plan.chain, options, ModelDescription(plan.model_name, plan.fingerprint, plan.dtype)

@@ -119,8 +119,8 @@ def palette(microbatches: int) -> list[tuple[float, float, float]]:
 
 
 def tone(bar: Bar, colours: Sequence[tuple[float, float, float]]) -> tuple[float, float, float, float]:
-    """Red, green, blue and opacity of a bar: by microbatch; forward paler than backward, weights gray."""
+    """Red, green, blue and opacity of a bar: by microbatch; forward palest, recompute next, weights gray."""
     if bar.microbatch is None:
         return (0.50, 0.54, 0.60, 0.9) if bar.op is Op.PREFETCH else (0.62, 0.52, 0.42, 0.9)
-    opacity = {Op.FORWARD: 0.60, Op.BACKWARD: 1.0, Op.FUSED: 1.0}.get(bar.op, 0.75)
+    opacity = {Op.FORWARD: 0.60, Op.RECOMPUTE: 0.80, Op.BACKWARD: 1.0, Op.FUSED: 1.0}.get(bar.op, 0.75)
     return (*colours[bar.microbatch % len(colours)], opacity)

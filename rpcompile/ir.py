@@ -226,7 +226,7 @@ class Segment:
         inputs: Names of the user inputs it reads, also through rematerialised nodes.
         boundary: Values that cross the cut behind this segment; empty for the last one.
         boundary_gradients: The members of `boundary` that carry a gradient back.
-        forward_s: Forward time.
+        forward_s: Forward time, with or without autograd.
         backward_s: Backward time without recompute; 0 where no gradient flows.
         forward_flops: Forward FLOPs.
         backward_flops: Backward FLOPs without recompute.
@@ -249,6 +249,8 @@ class Segment:
         saved_input_bytes: Values that came in and that its backward is the first of all to hold.
         rematerialised_bytes: Results of rematerialised nodes that it reads; the segments of a stage share
             them.
+        reruns: Whether its backward runs all of its forward itself, tile by tile: where it is the last of a
+            backward stage, the recompute leaves it out.
     """
 
     name: str
@@ -276,6 +278,7 @@ class Segment:
     forward_peak_bytes: int = 0
     saved_input_bytes: int = 0
     rematerialised_bytes: int = 0
+    reruns: bool = False
     head_groups: int = 1
 
 
@@ -396,7 +399,8 @@ class Op(StrEnum):
     LOAD = "L"  # h2d: user inputs and the saved stage input of one microbatch
     RECEIVE = "V"  # h2d: a handed-off activation or gradient of one microbatch
     FORWARD = "F"  # compute: forward without autograd
-    BACKWARD = "B"  # compute: recompute, then backward
+    RECOMPUTE = "R"  # compute: forward of a backward stage under autograd, right before its BACKWARD
+    BACKWARD = "B"  # compute: backward through what RECOMPUTE kept; it alone needs the gradient
     FUSED = "FB"  # compute: forward, loss and backward at once
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
     OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
@@ -405,7 +409,7 @@ class Op(StrEnum):
     FREE = "X"  # any stream: buffers whose life ends
 
 
-COMPUTE_OPS = frozenset({Op.FORWARD, Op.BACKWARD, Op.FUSED})
+COMPUTE_OPS = frozenset({Op.FORWARD, Op.RECOMPUTE, Op.BACKWARD, Op.FUSED})
 
 
 @dataclass(frozen=True)
@@ -423,7 +427,7 @@ class ActionId:
     job: int | None = None
     part: int | None = None
 
-    _PATTERN = re.compile(r"(\d+)(FB|[PLVFBHOGUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
+    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
 
     def __str__(self) -> str:
         text = f"{self.stage}{self.op.value}"
@@ -467,7 +471,7 @@ class Dispatch:
         jobs: In dispatch order; `Job.index` is the position.
         order: By GPU, its compute actions in order, each as (job, microbatch).
         recompute_ahead: Whether a backward's recompute may run before the gradient is there, once its
-            saved input is.
+            saved input is. Asked by `simulate_dispatch` alone: a schedule's RECOMPUTE always may.
         rotate: GPUs by which each of chained iterations is shifted against the one before: job j of
             iteration i runs on GPU (jobs[j].gpu + i * rotate) mod `gpus`.
     """
@@ -609,7 +613,7 @@ class Program:
     Attributes:
         graphs: One GraphModule a GPU; it takes the GPU's worker as `gpu` and calls it once per
             instruction, record and wait.
-        stages: What FORWARD, BACKWARD and FUSED of each stage run, by stage index.
+        stages: What FORWARD, RECOMPUTE, BACKWARD and FUSED of each stage run, by stage index.
         weights: Segment -> qualified names of the parameters and buffers to upload for it.
         states: Segment -> the buffers among them that its forward changes.
         capture: The graph the stages were cut from.

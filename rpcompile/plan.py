@@ -25,12 +25,12 @@ from rich.table import Table
 
 from rpcompile import stage_bytes
 from rpcompile.action_table import ActionTable, schedule_table
-from rpcompile.errors import PlanFileError, ScheduleError
+from rpcompile.errors import PlanFileError, RpcompileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
 from rpcompile.plan_checks import plan_problem
-from rpcompile.plan_versions import VERSION, known, upgrade
+from rpcompile.plan_versions import SCHEDULED_SINCE, VERSION, known, upgrade
 from rpcompile.simulate import Timeline, simulate
 from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
@@ -227,6 +227,8 @@ def _decode(source: Path, data: bytes, verify: bool) -> Plan:
     problem = plan_problem(plan)
     if problem is not None:
         raise PlanFileError(f"{source} is damaged: {problem}")
+    if header.version < SCHEDULED_SINCE:
+        plan = _scheduled_again(source, plan)
     if not verify:
         return plan
     try:
@@ -243,6 +245,16 @@ def _read(data: bytes, version: int) -> Plan:
     return msgspec.convert(
         {**file, "version": VERSION, "plan": upgrade(file.get("plan"), version)}, _PlanFile
     ).plan
+
+
+def _scheduled_again(source: Path, plan: Plan) -> Plan:
+    """The plan with a schedule as they are made now, of the same jobs in the same order."""
+    from rpcompile.planner import laid_out_again  # which makes plans
+
+    try:
+        return laid_out_again(plan)
+    except RpcompileError as error:
+        raise PlanFileError(f"{source} is damaged: its schedule cannot be laid out again: {error}") from error
 
 
 @contextmanager

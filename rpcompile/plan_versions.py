@@ -1,7 +1,8 @@
 """Versions of the plan file, and how an old one becomes a new one.
 
 To change the file: raise `VERSION`, and add a function that turns the JSON of the version before into that
-of the new one. Files are upgraded step by step, so each function knows two versions only.
+of the new one. Files are upgraded step by step, so each function knows two versions only. Where schedules
+have become different, raise `SCHEDULED_SINCE`, too: those of older files are laid out again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from rpcompile.errors import PlanFileError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VERSION = 2
+VERSION = 3
+SCHEDULED_SINCE = 3
+"""Version from which on schedules are as they are now: RECOMPUTE is an action of its own."""
 
 
 def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +24,12 @@ def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "chain": {**plan["chain"], "op_classes": []}}
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(plan: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 has other schedules, and says which segments run again in tiles; before, none did."""
+    return plan
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """Version -> what makes its `plan` one of the next version."""
 
 

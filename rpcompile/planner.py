@@ -165,10 +165,9 @@ class CapturedModel:
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
         chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
-        schedule = lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
-        verify_schedule(schedule, chain, plan.partition)
-        prediction = _prediction(chain, schedule, simulate(schedule), plan.dtype)
-        return replace(plan, chain=chain, schedule=schedule, prediction=prediction)
+        rebound = laid_out_again(replace(plan, chain=chain))
+        rebound.verify()
+        return rebound
 
     def save_costs(self, path: str | PathLike[str]) -> None:
         """Writes the FLOP and byte expressions of every operator; `rpcompile/cost_file.py` has the format."""
@@ -276,6 +275,17 @@ def plan_chain(
         prediction=prediction,
         provenance=_provenance(options),
     )
+
+
+def laid_out_again(plan: Plan) -> Plan:
+    """A plan with a new schedule and prediction for its chain: same stages, jobs and order; not verified.
+
+    Raises:
+        ScheduleError, PartitionError: The plan contradicts itself.
+    """
+    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    prediction = _prediction(plan.chain, schedule, simulate(schedule), plan.dtype)
+    return replace(plan, schedule=schedule, prediction=prediction)
 
 
 def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:

@@ -247,14 +247,22 @@ def _idle(
     ends: list[float],
     makespan_s: float,
 ) -> IdleTime:
-    ops = [[events.actions[number % len(events.actions)].op for number in order] for order in compute]
-    return divide_idle(
-        [[starts[number] for number in order] for order in compute],
-        [[ends[number] for number in order] for order in compute],
-        [[op is not Op.FORWARD for op in found] for found in ops],
-        makespan_s,
-        whole_warm_up=False,
-    )
+    """A recompute counts as if it ended where its backward starts: their wait lies before both."""
+    begin: list[list[float]] = [[] for _ in compute]
+    end: list[list[float]] = [[] for _ in compute]
+    backward: list[list[bool]] = [[] for _ in compute]
+    for gpu, order in enumerate(compute):
+        ahead_s = 0.0
+        for number in order:
+            op = events.actions[number % len(events.actions)].op
+            if op is Op.RECOMPUTE:
+                ahead_s = ends[number] - starts[number]
+                continue
+            begin[gpu].append(starts[number] - ahead_s)
+            end[gpu].append(ends[number])
+            backward[gpu].append(op is not Op.FORWARD)
+            ahead_s = 0.0
+    return divide_idle(begin, end, backward, makespan_s, whole_warm_up=False)
 
 
 def _critical_path(

@@ -65,25 +65,37 @@ class SteadyState:
 
 
 class StageTime(NamedTuple):
-    """Seconds of one microbatch of a stage; the first `ahead_s` of them need no gradient."""
+    """Seconds of one microbatch of a stage: `ahead_s`, which need no gradient, then `rest_s`.
 
-    seconds: float
+    Of a backward stage the two are RECOMPUTE and BACKWARD.
+    """
+
     ahead_s: float
+    rest_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ahead_s + self.rest_s
 
 
 def stage_time(chain: SegmentChain, stage: Stage) -> StageTime:
     """What one microbatch of a stage costs.
 
     A backward stage recomputes its segments, but for the chain's last one: where that has a forward of
-    its own (no fused stage), its few activations are kept, as published schedules do.
+    its own (no fused stage), its few activations are kept, as published schedules do. Where the last of
+    its segments is one whose backward runs all of the forward in tiles, that forward is not ahead.
     """
     segments = [chain.segments[index] for index in stage.segments]
     forward_s = sum(segment.forward_s for segment in segments)
     if stage.kind is StageKind.F:
-        return StageTime(forward_s, 0.0)
+        return StageTime(0.0, forward_s)
     if stage.kind is StageKind.B and stage.last == len(chain.segments) - 1:
         forward_s -= segments[-1].forward_s
-    return StageTime(forward_s + sum(segment.backward_s for segment in segments), forward_s)
+    backward_s = sum(segment.backward_s for segment in segments)
+    if stage.kind is StageKind.B and segments[-1].reruns:
+        ahead_s = sum(segment.forward_s for segment in segments[:-1])
+        return StageTime(ahead_s, segments[-1].forward_s + backward_s)
+    return StageTime(forward_s, backward_s)
 
 
 def simulate_dispatch(
@@ -272,7 +284,7 @@ class _Run:
         """Runs an action; or returns one whose result it lacks."""
         job, microbatch = action
         stage = self.dispatch.jobs[job].stage
-        seconds, ahead_s = self.times[stage]
+        seconds, ahead_s = self.times[stage].seconds, self.times[stage].ahead_s
         start_s = self.free_s[gpu]
         for source_stage, early in self._sources(stage):
             if (source_stage, microbatch) not in self.owner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rpcompile.ir import COMPUTE_OPS, Dispatch, Stream
+from rpcompile.ir import COMPUTE_OPS, Dispatch, Op, Stream
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
@@ -24,9 +24,11 @@ def dispatch_of(schedule: Schedule) -> Dispatch:
             order[queue.gpu] = tuple(
                 (action.job, action.microbatch)
                 for action in queue.actions
-                if action.op in COMPUTE_OPS and action.microbatch is not None
+                if action.op in COMPUTE_OPS and action.op is not Op.RECOMPUTE
+                if action.microbatch is not None
             )
-    return Dispatch(schedule.policy, schedule.gpus, schedule.microbatches, schedule.jobs, tuple(order))
+    counts = schedule.gpus, schedule.microbatches
+    return Dispatch(schedule.policy, *counts, schedule.jobs, tuple(order), recompute_ahead=True)
 
 
 def lay_out(chain: SegmentChain, partition: Partition, dispatch: Dispatch, mode: str) -> Schedule:

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 _STREAMS = {
     **dict.fromkeys((Op.PREFETCH, Op.LOAD, Op.RECEIVE), Stream.H2D),
-    **dict.fromkeys((Op.FORWARD, Op.BACKWARD, Op.FUSED), Stream.COMPUTE),
+    **dict.fromkeys(COMPUTE_OPS, Stream.COMPUTE),
     **dict.fromkeys((Op.HANDOFF, Op.OFFLOAD, Op.GRADIENT), Stream.D2H),
     Op.UPDATE: Stream.HOST,
 }
-_KINDS = {Op.FORWARD: StageKind.F, Op.BACKWARD: StageKind.B, Op.FUSED: StageKind.FB}
+_KINDS = {
+    Op.FORWARD: StageKind.F,
+    Op.RECOMPUTE: StageKind.B,
+    Op.BACKWARD: StageKind.B,
+    Op.FUSED: StageKind.FB,
+}
 # What each copy may carry: kind of the source -> kind of the target.
 _CARRIES = {
     Op.PREFETCH: {("weights", "weights")},
@@ -40,6 +45,7 @@ def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition,
     """
     _check_queues(schedule, partition)
     _check_coverage(schedule, chain, partition)
+    _check_recomputes(schedule)
     _check_operands(schedule, chain, partition, names)
     _check_copies(schedule, names)
 
@@ -124,6 +130,8 @@ def _check_coverage(schedule: Schedule, chain: SegmentChain, partition: Partitio
         stage = partition.stages[action.stage]
         if _KINDS[action.op] is not stage.kind:
             raise ScheduleError(f"{action.id} runs stage {stage.index}, which is of kind {stage.kind}")
+        if action.op is Op.RECOMPUTE:
+            continue  # `_check_recomputes` counts them
         positions[action.job].append(action)
         for segment in stage.segments:
             if action.op is not Op.BACKWARD:
@@ -149,6 +157,31 @@ def _check_coverage(schedule: Schedule, chain: SegmentChain, partition: Partitio
             raise ScheduleError(f"job {job.index} runs {len(runs)} microbatches of {job.microbatches}")
 
 
+def _check_recomputes(schedule: Schedule) -> None:
+    """Right before every BACKWARD its RECOMPUTE, and no other: two tapes would need memory for two."""
+    for queue in schedule.queues:
+        before: Action | None = None
+        for action in queue.actions:
+            if action.op not in COMPUTE_OPS:
+                continue
+            if (before is not None and before.op is Op.RECOMPUTE) or action.op is Op.BACKWARD:
+                _check_pair(before, action)
+            before = action
+        if before is not None and before.op is Op.RECOMPUTE:
+            raise ScheduleError(f"{before.id} recomputes for no backward: nothing comes behind it")
+
+
+def _check_pair(before: Action | None, action: Action) -> None:
+    if action.op is not Op.BACKWARD:
+        assert before is not None
+        raise ScheduleError(f"{before.id} recomputes for no backward: {action.id} comes right behind it")
+    recomputed = before is not None and before.op is Op.RECOMPUTE
+    if before is None or not recomputed or (before.job, before.microbatch) != (action.job, action.microbatch):
+        found = "nothing" if before is None else before.id
+        own = ActionId(action.stage, Op.RECOMPUTE, action.microbatch)
+        raise ScheduleError(f"right before {action.id} comes {found}; its recompute {own} must")
+
+
 def _check_operands(
     schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames
 ) -> None:
@@ -167,16 +200,19 @@ def _check_operands(
             reads += [weights] if chain.segments[index].weight_bytes else []
             if stage.kind is not StageKind.B and schedule.mode != "forward":
                 writes += [weights] if chain.segments[index].state_bytes else []
-            if stage.kind is not StageKind.F and chain.segments[index].gradient_bytes:
+            if action.op in (Op.FUSED, Op.BACKWARD) and chain.segments[index].gradient_bytes:
                 writes.append(BufferName(space, "gradients", index, job))
         if any(chain.segments[index].inputs for index in stage.segments):
             reads.append(BufferName(space, "inputs", None, job, microbatch))
         # A boundary may lie under the name of the job that made it here, or of this one.
         if below:
             reads.append(BufferName(space, "x", stage.first - 1, None, microbatch))
-        if stage.kind is StageKind.B:
-            reads.append(BufferName(space, "dx", stage.last, None, microbatch))
-        if below and below.needs_backward and stage.kind is not StageKind.F:
+        tape = BufferName(space, "tape", None, job, microbatch)
+        if action.op is Op.RECOMPUTE:
+            writes.append(tape)
+        if action.op is Op.BACKWARD:
+            reads += [BufferName(space, "dx", stage.last, None, microbatch), tape]
+        if below and below.needs_backward and action.op in (Op.FUSED, Op.BACKWARD):
             writes.append(BufferName(space, "dx", stage.first - 1, job, microbatch))
         if stage.last == len(chain.segments) - 1 and stage.kind is not StageKind.B:
             writes.append(BufferName(space, "loss", None, None, microbatch))
@@ -192,11 +228,18 @@ def _check_operands(
         # Gradients are read to be added to; how often, the checks of their writers say.
         found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
         found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
-        if action.workspace_bytes != workspaces[stage.index]:
+        # A backward stage's workspace is a buffer, the tape, that stays between its two actions.
+        needed = 0 if stage.kind is StageKind.B else workspaces[stage.index]
+        if action.workspace_bytes != needed:
             raise ScheduleError(
-                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; "
-                f"its stage needs {workspaces[stage.index]:,}"
+                f"{action.id} has a workspace of {action.workspace_bytes:,} bytes; it needs {needed:,}"
             )
+        for name in action.writes if action.op is Op.RECOMPUTE else ():
+            if names[name].kind == "tape" and schedule.buffers[name] != workspaces[stage.index]:
+                raise ScheduleError(
+                    f"{action.id} leaves {name} of {schedule.buffers[name]:,} bytes; its stage needs "
+                    f"{workspaces[stage.index]:,}"
+                )
         _compare(action, "read", reads, found_reads)
         _compare(action, "write", writes, found_writes)
 

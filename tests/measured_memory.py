@@ -91,7 +91,7 @@ class Measured:
                 return runner.forward(weights, self._part, values, self._facts)
             if stage.kind is StageKind.FB:
                 return runner.fused(weights, self._part, values, self._facts)
-            return runner.backward(weights, self._part, values, gradients, self._facts)
+            return runner.backward(runner.recompute(weights, self._part, values, self._facts), gradients)
 
         return (cuda_peak if self.device.type == "cuda" else cpu_peak)(run)
 

@@ -158,7 +158,8 @@ def forward_backward(
                 incoming[index] = sent(gradients)
                 total += outputs[captured.outputs[0]] / microbatches
             else:
-                gradients = runner.backward(copies, part, values, incoming[index], facts[index])
+                tape = runner.recompute(copies, part, values, facts[index])
+                gradients = runner.backward(tape, incoming[index])
                 incoming[index] = sent(gradients)
         for gradients in runner.weight_gradients(copies):
             for name, gradient in gradients.items():

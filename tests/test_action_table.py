@@ -49,6 +49,7 @@ def test_a_plan_file_holds_all_it_takes(problem, tmp_path):
         assert uploaded == timeline.weight_bytes
     done = {(a["stage"], a["kind"], a["microbatch"]) for gpu in table["gpus"] for a in gpu}
     stages = [(s.index, s.kind.value) for s in plan.partition.stages]
+    stages += [(s.index, "R") for s in plan.partition.stages if s.kind is StageKind.B]
     assert done == {(*stage, m) for stage in stages for m in range(plan.microbatches)}
 
 
@@ -56,7 +57,7 @@ def test_the_table_of_a_dispatch_by_hand():
     stages = partition("F0-1", "FB2-2", "B0-1")
     dispatch = DispatchRoundRobin(2, 2, rounds=2).run(stages)
     timeline = simulate_dispatch(chain(3), stages, dispatch, hop_s=1)
-    table = msgspec.to_builtins(dispatch_table(stages, dispatch, timeline))
+    table = msgspec.to_builtins(dispatch_table(chain(3), stages, dispatch, timeline))
     assert table["gpus"][0][0] == {
         "stage": 0, "kind": "F", "microbatch": 0, "job": 0, "start_s": 0.0, "end_s": 4.0,
     }  # fmt: skip
@@ -64,6 +65,11 @@ def test_the_table_of_a_dispatch_by_hand():
         "stage": 1, "kind": "FB", "first": 2, "last": 2,
         "round": 1, "replica": 0, "gpu": 0, "microbatches": (1,),
     }  # fmt: skip
+    # The recompute (4 s) and the backward (6 s) of stage 2 are entries of their own.
+    backward = [
+        entry for gpu in table["gpus"] for entry in gpu if entry["job"] == 2 and not entry["microbatch"]
+    ]
+    assert [(entry["kind"], entry["end_s"] - entry["start_s"]) for entry in backward] == [("R", 4), ("B", 6)]
     found = recomputed(table, [4, 4, 4])
     assert found == (
         timeline.makespan_s,

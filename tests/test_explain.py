@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from rpcompile import variations
 from rpcompile.explain import explain
 from rpcompile.idle import COPY, DRAIN, OTHER_STAGE, QUEUED, UPLOAD, gaps
 from rpcompile.ir import Op
+from rpcompile.planner import PlanOptions, plan_profile
+from rpcompile.profile import Profile
 from rpcompile.simulate import simulate
 from tests.chains import chain, compiled, partition
 from tests.test_plan import plan_of
@@ -158,3 +161,11 @@ def test_replanning_for_one_gpu_more() -> None:
     found = [v for v in plan.explain().variations if v.what == "2 GPUs in place of 1"]
     assert found
     assert found[0].change < 0
+
+
+def test_a_searched_plan_is_searched_again_for_more_gpus() -> None:
+    profile = Profile.load(Path(__file__).parents[1] / "benchmarks" / "profiles" / "qwen3-1.7b.json")
+    plan = plan_profile(profile, PlanOptions(2, 4, effort="fast"))
+    change = {found.what: found.change for found in explain(plan).variations}
+    # Stages that were not searched for would take longer on twice the GPUs.
+    assert change["4 GPUs in place of 2"] < -0.3

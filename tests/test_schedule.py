@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from rpcompile import buffers
 from rpcompile.errors import InvalidArgument, PartitionError, ScheduleError
-from rpcompile.ir import Dispatch, Job, Op, TiedWeight
+from rpcompile.ir import Dispatch, Job, Op, StageKind, TiedWeight
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from tests.chains import action, chain, computes, ids, partition, problems
@@ -23,7 +23,7 @@ def test_jobs_go_round_the_gpus():
     schedule = computes(chain(3), STAGES, gpus=3, microbatches=2)
     assert schedule.jobs == tuple(Job(j, j, 0, 0, (0, 1), gpu) for j, gpu in enumerate((0, 1, 2, 0)))
     assert [(queue.gpu, queue.stream) for queue in schedule.queues] == [(g, "compute") for g in (0, 1, 2)]
-    assert ids(schedule, 0, "compute") == "0F0 0F1 3B0 3B1"
+    assert ids(schedule, 0, "compute") == "0F0 0F1 3R0 3B0 3R1 3B1"
     assert (schedule.policy, schedule.mode, schedule.gpus, schedule.microbatches) == (
         "round_robin",
         "sync",
@@ -55,12 +55,19 @@ def test_fused_reads_and_writes():
     assert second.writes == ("gpu1:gradients.j1.s2", "gpu1:dx.s1.j1.m1", "gpu1:loss.m1")
 
 
-def test_backward_reads_and_writes():
+def test_recompute_and_backward_read_and_write():
     schedule = computes(chain(3), STAGES, 2, 2)
-    assert action(schedule, "2B0").reads == ("gpu0:weights.j2.s1", "gpu0:x.s0.j2.m0", "gpu0:dx.s1.j2.m0")
-    assert action(schedule, "2B0").writes == ("gpu0:gradients.j2.s1", "gpu0:dx.s0.j2.m0")
+    assert action(schedule, "2R0").reads == ("gpu0:weights.j2.s1", "gpu0:x.s0.j2.m0")
+    assert action(schedule, "2R0").writes == ("gpu0:tape.j2.m0",)
+    backward = action(schedule, "2B0")
+    assert backward.reads == (*action(schedule, "2R0").reads, "gpu0:dx.s1.j2.m0", "gpu0:tape.j2.m0")
+    assert backward.writes == ("gpu0:gradients.j2.s1", "gpu0:dx.s0.j2.m0")
+    assert "gpu0:gradients.j2.s1" in action(schedule, "2B1").reads
+    assert action(schedule, "2R1").reads == ("gpu0:weights.j2.s1", "gpu0:x.s0.j2.m1")
     last = action(schedule, "3B0")
-    assert last.reads == ("gpu1:weights.j3.s0", "gpu1:inputs.j3.m0", "gpu1:dx.s0.j3.m0")
+    inputs = ("gpu1:weights.j3.s0", "gpu1:inputs.j3.m0")
+    assert action(schedule, "3R0").reads == inputs
+    assert last.reads == (*inputs, "gpu1:dx.s0.j3.m0", "gpu1:tape.j3.m0")
     assert last.writes == ("gpu1:gradients.j3.s0",)
 
 
@@ -102,14 +109,23 @@ def test_evaluation_ends_with_the_outputs():
 def test_seconds_and_workspace():
     batch_norm = {1: {"state_bytes": 3, "peak_bytes": 9, "forward_peak_bytes": 9}}
     schedule = computes(chain(3, batch_norm), partition("F0-1", "FB2-2", "B0-1"), 2, 1)
-    assert [action(schedule, id).seconds for id in ("0F0", "1FB0", "2B0")] == [4.0, 5.0, 10.0]
+    assert [action(schedule, id).seconds for id in ("0F0", "1FB0", "2R0", "2B0")] == [4.0, 5.0, 4.0, 6.0]
     # F: the largest transient, with the boundary in front. FB: saved + transient. B: both segments'
-    # saved, the second one's transient with the gradient in front of it, and scratch buffers.
-    assert [action(schedule, id).workspace_bytes for id in ("0F0", "1FB0", "2B0")] == [
+    # saved, the second one's transient with the gradient in front of it, and scratch buffers; it is a buffer.
+    assert [action(schedule, id).workspace_bytes for id in ("0F0", "1FB0", "2R0", "2B0")] == [
         9 + 1,
         5 + 7,
-        5 + 5 + 9 + 1 + 3,
+        0,
+        0,
     ]
+    assert schedule.buffers["gpu0:tape.j2.m0"] == 5 + 5 + 9 + 1 + 3
+
+
+def test_a_last_segment_that_runs_in_tiles_is_not_recomputed_ahead():
+    tiled = {index: {"reruns": True, "forward_s": 1.0 + index} for index in (0, 1)}
+    schedule = computes(chain(3, tiled), partition("F0-1", "FB2-2", "B0-1"), 2, 1)
+    # Of the two, only the last one's result is nobody's but the next stage's.
+    assert [action(schedule, id).seconds for id in ("0F0", "2R0", "2B0")] == [3.0, 1.0, 2.0 + 3.0 + 3.0]
 
 
 def test_sizes_count_a_tied_weight_once_in_a_stage():
@@ -138,10 +154,12 @@ def test_each_gpu_runs_its_jobs_in_order(problem):
     chain, stages, gpus, microbatches, mode = problem
     schedule = computes(chain, stages, gpus, microbatches, mode)
     for queue in schedule.queues:
-        steps = [(action.job, action.microbatch) for action in queue.actions]
+        done = [action for action in queue.actions if action.op is not Op.RECOMPUTE]
+        steps = [(action.job, action.microbatch) for action in done]
         assert all(left < right for left, right in pairwise(steps))
         assert {job % gpus for job, _ in steps} == {queue.gpu}
-    assert sum(len(queue.actions) for queue in schedule.queues) == len(stages.stages) * microbatches
+    actions = sum(2 if stage.kind is StageKind.B else 1 for stage in stages.stages) * microbatches
+    assert sum(len(queue.actions) for queue in schedule.queues) == actions
     used = {name for action in schedule.actions() for name in (*action.reads, *action.writes)}
     assert used == schedule.buffers.keys()
 
@@ -257,7 +275,7 @@ def test_replicas_share_a_stage():
     )
     stages = partition("F0-1", "FB2-2", "B0-1")
     schedule = LayOutDispatch(chain(3), stages).run(dispatch)
-    assert ids(schedule, 0, "compute") == "0F0 1FB0 0F1 2B0 2B1"
+    assert ids(schedule, 0, "compute") == "0F0 1FB0 0F1 2R0 2B0 2R1 2B1"
     # Microbatch 0 stays on its GPU; microbatch 1 goes to the replica's GPU and back.
     assert "gpu0:x.s1.j0.m0" in action(schedule, "1FB0").reads
     assert "gpu1:x.s1.j2.m1" in action(schedule, "1FB1").reads

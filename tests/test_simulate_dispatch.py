@@ -129,16 +129,16 @@ def test_equals_a_full_schedule_whose_links_take_no_time(problem, rounds):
     dispatch = DispatchRoundRobin(gpus, microbatches, min(rounds, microbatches)).run(stages)
     schedule = LayOutDispatch(quick, stages).run(dispatch)
     timeline = simulate(InsertEventWaits().run(InsertTransfers(quick, 1000).run(schedule)))
-    whole = simulate_dispatch(quick, stages, replace(dispatch, recompute_ahead=False), hop_s=0)
-    assert whole.makespan_s == pytest.approx(timeline.makespan_s)
-    assert whole.bubble == pytest.approx(timeline.bubble)
+    ahead = simulate_dispatch(quick, stages, dispatch, hop_s=0)
+    assert ahead.makespan_s == pytest.approx(timeline.makespan_s)
+    assert ahead.bubble == pytest.approx(timeline.bubble)
     for gpu, order in enumerate(dispatch.order):
         for place, (job, m) in enumerate(order):
             stage = stages.stages[dispatch.jobs[job].stage]
-            assert whole.start_s[gpu][place] == pytest.approx(
-                timeline.start_s[f"{stage.index}{stage.kind}{m}"]
-            )
-    ahead = simulate_dispatch(quick, stages, dispatch, hop_s=0)
+            assert ahead.end_s[gpu][place] == pytest.approx(timeline.end_s[f"{stage.index}{stage.kind}{m}"])
+    for part in ("fill_s", "switch_s", "drain_s", "intra_s"):
+        assert getattr(ahead.idle, part) == pytest.approx(getattr(timeline.idle, part))
+    whole = simulate_dispatch(quick, stages, replace(dispatch, recompute_ahead=False), hop_s=0)
     quirks = simulate_dispatch(quick, stages, dispatch, hop_s=0, semantics="published")
     assert quirks.makespan_s <= ahead.makespan_s <= whole.makespan_s
 

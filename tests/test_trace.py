@@ -20,15 +20,17 @@ from tests.chains import act, chain, compiled, partition, problems
 STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
 
 GOLDEN = """\
-gpu0 compute  e6>0F0>e0 0X0.0>e1 e7>0F1>e2 0X1.0>e3 0X@0.0 e8,e12>2B0>e4 2X0.0 e9,e15>2B1>e5 2X1.0 2X@2.0
-gpu0 h2d      0P@0.0 0P@0.1 0L0>e6 2P@2.1 0L1>e7 e1,e11>2L0 e27>2V0>e8 2X0.1 e3,e14>2L1 e29>2V1>e9 2X1.1
-gpu0 d2h      e0>0H0>e10 0O0.0>e11 0X0.2>e12 e2>0H1>e13 0O1.0>e14 0X1.2>e15 \
-e4>2H0>e16 2X0.2 e5>2H1>e17 2X1.2 2G@2.1 2X@2.3
-gpu1 compute  e23>1FB0>e18 1X0.0>e19 e24>1FB1>e20 1X1.0>e21 1X@1.0 \
-e25,e28>3B0 3X0.0 e26,e30>3B1>e22 3X1.0 3X@3.0
-gpu1 h2d      1P@1.2 e10>1V0>e23 1X0.1 3P@3.0 e13>1V1>e24 1X1.1 \
-e19>3L0 e16>3V0>e25 3X0.1 e21>3L1 e17>3V1>e26 3X1.1
-gpu1 d2h      e18>1H0>e27 1O0 1X0.2>e28 e20>1H1>e29 1O1 1X1.2>e30 1G@1.2 1X@1.3 e22>3G@3.0 3X@3.3
+gpu0 compute  e6>0F0>e0 0X0.0>e1 e7>0F1>e2 0X1.0>e3 0X@0.0 e8>2R0 e9,e14>2B0>e4 2X0.0 e10>2R1 \
+e11,e17>2B1>e5 2X1.0 2X@2.0
+gpu0 h2d      0P@0.0 0P@0.1 0L0>e6 2P@2.1 0L1>e7 e1,e13>2L0>e8 e31>2V0>e9 2X0.1 e3,e16>2L1>e10 e33>2V1>e11 \
+2X1.1
+gpu0 d2h      e0>0H0>e12 0O0.0>e13 0X0.2>e14 e2>0H1>e15 0O1.0>e16 0X1.2>e17 e4>2H0>e18 2X0.2 e5>2H1>e19 \
+2X1.2 2G@2.1 2X@2.3
+gpu1 compute  e25>1FB0>e20 1X0.0>e21 e26>1FB1>e22 1X1.0>e23 1X@1.0 e27>3R0 e28,e32>3B0 3X0.0 e29>3R1 \
+e30,e34>3B1>e24 3X1.0 3X@3.0
+gpu1 h2d      1P@1.2 e12>1V0>e25 1X0.1 3P@3.0 e15>1V1>e26 1X1.1 e21>3L0>e27 e18>3V0>e28 3X0.1 e23>3L1>e29 \
+e19>3V1>e30 3X1.1
+gpu1 d2h      e20>1H0>e31 1O0 1X0.2>e32 e22>1H1>e33 1O1 1X1.2>e34 1G@1.2 1X@1.3 e24>3G@3.0 3X@3.3
 """
 
 
@@ -97,7 +99,7 @@ def test_the_trace_says_that_it_is_simulated(trace):
     names = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
     assert names == ["GPU 0 (simulated)", "GPU 1 (simulated)"]
     assert trace["metadata"]["source"] == "rpcompile, simulated"
-    assert trace["metadata"]["runs"][0]["makespan_s"] == 45.0
+    assert trace["metadata"]["runs"][0]["makespan_s"] == 41.0
 
 
 def test_arrows_lead_from_hand_off_to_receive(trace):

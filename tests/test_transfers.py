@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rpcompile import stage_bytes
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.ir import Op, SegmentChain, Stream, TiedWeight
+from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
@@ -39,10 +40,10 @@ def copy(schedule, id):
 def test_queues_of_two_gpus():
     schedule = with_transfers(chain(3), STAGES, gpus=2, microbatches=1)
     assert ids(schedule, 0, "h2d") == "0P@0.0 0P@0.1 0L0 2P@2.1 2L0 2V0 2X0.1"
-    assert ids(schedule, 0, "compute") == "0F0 0X0.0 0X@0.0 2B0 2X0.0 2X@2.0"
+    assert ids(schedule, 0, "compute") == "0F0 0X0.0 0X@0.0 2R0 2B0 2X0.0 2X@2.0"
     assert ids(schedule, 0, "d2h") == "0H0 0O0.0 0X0.2 2H0 2X0.2 2G@2.1 2X@2.3"
     assert ids(schedule, 1, "h2d") == "1P@1.2 1V0 1X0.1 3P@3.0 3L0 3V0 3X0.1"
-    assert ids(schedule, 1, "compute") == "1FB0 1X0.0 1X@1.0 3B0 3X0.0 3X@3.0"
+    assert ids(schedule, 1, "compute") == "1FB0 1X0.0 1X@1.0 3R0 3B0 3X0.0 3X@3.0"
     assert ids(schedule, 1, "d2h") == "1H0 1O0 1X0.2 1G@1.2 1X@1.3 3G@3.0 3X@3.3"
     assert [(queue.gpu, queue.stream) for queue in schedule.queues] == [
         (gpu, stream) for gpu in (0, 1) for stream in ("compute", "h2d", "d2h")
@@ -95,12 +96,12 @@ def test_frees_follow_the_last_reader():
         "1X0.2": ("gpu1:dx.s1.j1.m0", "gpu1:loss.m0"),
         "1X@1.3": ("gpu1:gradients.j1.s2",),
         "2X0.1": ("host:dx.s1.j1.m0", "host:x.s0.m0"),
-        "2X0.0": ("gpu0:dx.s1.j2.m0", "gpu0:x.s0.j2.m0"),
+        "2X0.0": ("gpu0:dx.s1.j2.m0", "gpu0:tape.j2.m0", "gpu0:x.s0.j2.m0"),
         "2X@2.0": ("gpu0:weights.j2.s1",),
         "2X0.2": ("gpu0:dx.s0.j2.m0",),
         "2X@2.3": ("gpu0:gradients.j2.s1",),
         "3X0.1": ("host:dx.s0.j2.m0",),
-        "3X0.0": ("gpu1:dx.s0.j3.m0", "gpu1:inputs.j3.m0"),
+        "3X0.0": ("gpu1:dx.s0.j3.m0", "gpu1:inputs.j3.m0", "gpu1:tape.j3.m0"),
         "3X@3.0": ("gpu1:weights.j3.s0",),
         "3X@3.3": ("gpu1:gradients.j3.s0",),
     }
@@ -161,6 +162,18 @@ def test_a_prefetch_waits_for_the_weights_of_the_job_two_before():
     assert action(schedule, "3P@3.0").after == ("1X@1.0",)
 
 
+def test_a_recompute_waits_for_what_was_saved_and_its_backward_for_the_gradient():
+    schedule = InsertEventWaits().run(with_transfers(chain(3), STAGES, 2, 2))
+    recorder = {event: found.id for found in schedule.actions() for event in found.records}
+
+    def waits(id):
+        return [recorder[event] for event in action(schedule, id).waits]
+
+    assert waits("2R0") == ["2L0"]  # behind its weights on their queue
+    assert waits("2B0") == ["2V0", "0X0.2"]  # and room for its result
+    assert waits("2R1") == ["2L1"]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_activations_wait_for_slots(slots):
     schedule = with_transfers(chain(2), partition("F0-0", "FB1-1", "B0-0"), 2, 4, slots=slots)
@@ -170,7 +183,12 @@ def test_activations_wait_for_slots(slots):
     assert forwards == [()] * slots + [(f"0X{m}.2",) for m in range(4 - slots)]
     # The next job on the GPU goes on where this one ended.
     assert action(schedule, "2V0").after == (f"0X{4 - slots}.0",)
+    assert action(schedule, "2R0").after == ()
     assert action(schedule, "2B0").after == (f"0X{4 - slots}.2",)
+    # A microbatch's gradient and its saved input share a slot, and a gradient can come while another is used.
+    backwards = [action(schedule, f"2V{m}").after for m in range(slots, 4)]
+    assert backwards == [(f"2X{m}.0",) for m in range(4 - slots)]
+    assert backwards == [action(schedule, f"2L{m}").after for m in range(slots, 4)]
 
 
 def test_gradients_wait_for_those_of_the_job_two_before():

@@ -100,6 +100,11 @@ def swapped(schedule: Schedule, left: str, right: str) -> Schedule:
     return rewrite(schedule, lambda a: [second if a is first else first if a is second else a])
 
 
+def moved(schedule: Schedule, id: str, before: str) -> Schedule:
+    found = action(schedule, id)
+    return rewrite(without(schedule, id), lambda a: [found, a] if a.id == before else [a])
+
+
 @pytest.mark.parametrize(
     ("mutant", "message"),
     [
@@ -126,7 +131,39 @@ def swapped(schedule: Schedule, left: str, right: str) -> Schedule:
         ),
         (edit(VALID, "0F0", nbytes=1), "0F0: only copies move bytes, only compute actions have a workspace"),
         (edit(VALID, "0H0", workspace_bytes=1), "0H0: only copies move bytes, only compute actions have a"),
-        (edit(VALID, "0F0", workspace_bytes=1), "0F0 has a workspace of 1 bytes; its stage needs 8"),
+        (edit(VALID, "0F0", workspace_bytes=1), "0F0 has a workspace of 1 bytes; it needs 8"),
+        (edit(VALID, "2B0", workspace_bytes=1), "2B0 has a workspace of 1 bytes; it needs 0"),
+        (
+            replace(VALID, buffers={**VALID.buffers, "gpu0:tape.j2.m0": 1}),
+            "2R0 leaves gpu0:tape.j2.m0 of 1 bytes; its stage needs 13",
+        ),
+        (without(VALID, "2R1"), "right before 2B1 comes 2B0; its recompute 2R1 must"),
+        (swapped(VALID, "2R0", "2B0"), "right before 2B0 comes 0F1; its recompute 2R0 must"),
+        (swapped(VALID, "2R0", "2R1"), "right before 2B0 comes 2R1; its recompute 2R0 must"),
+        (moved(VALID, "2R1", "2B0"), "2R0 recomputes for no backward: 2R1 comes right behind it"),
+        (moved(VALID, "2R0", "0F0"), "2R0 recomputes for no backward: 0F0 comes right behind it"),
+        (
+            rewrite(VALID, lambda a: [replace(a, id="2R0.1"), a] if a.id == "2R0" else [a]),
+            "2R0.1 recomputes for no backward: 2R0 comes right behind it",
+        ),
+        (
+            rewrite(
+                VALID, lambda a: [a, replace(action(VALID, "2R1"), id="2R1.1")] if a.id == "2B1" else [a]
+            ),
+            "2R1.1 recomputes for no backward: nothing comes behind it",
+        ),
+        (
+            edit(VALID, "2B0", reads=action(VALID, "2B0").reads[:-1]),
+            "2B0 must read gpu0:tape (job 2, microbatch 0)",
+        ),
+        (
+            edit(VALID, "2R0", reads=(*action(VALID, "2R0").reads, "gpu0:dx.s1.j2.m0")),
+            "2R0 must not read gpu0:dx (segment 1, microbatch 0)",
+        ),
+        (
+            edit(VALID, "2B0", id="2R0.1", op=Op.RECOMPUTE),
+            "segment 1, microbatch 0 has 0 backwards (no action); it must have one",
+        ),
         (
             replace(
                 edit(VALID, "0O@0.1", writes=("host:state.j1.s1",)),

@@ -1,4 +1,4 @@
-"""Runs one stage's graph on one microbatch: forward, backward with recompute, or both at once."""
+"""Runs one stage's graph on one microbatch: forward, recompute and then backward, or both at once."""
 
 from __future__ import annotations
 
@@ -41,6 +41,26 @@ class Microbatch:
     seed: int
     sizes: Mapping[str, int]
     loss_scale: float
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What a recompute leaves for its backward; dropping it frees the activations.
+
+    Attributes:
+        roots: Where gradients of the outgoing boundary come in, by node name. Edges, not tensors: what the
+            graph returned need not outlive the forward.
+        leaves: The tensors that get a gradient.
+        incoming: The incoming boundary values, cut off from what made them.
+        arguments: What the graph was called with.
+        microbatch: The microbatch.
+    """
+
+    roots: dict[str, GradientEdge]
+    leaves: list[torch.Tensor]
+    incoming: Tensors
+    arguments: tuple[Any, ...]
+    microbatch: Microbatch
 
 
 class StageRunner:
@@ -87,31 +107,33 @@ class StageRunner:
         with torch.no_grad(), self._compiling("forward", microbatch):
             return self._call(arguments, microbatch, self._detect_nan)
 
-    def backward(
-        self,
-        weights: Sequence[Tensors],
-        inputs: Tensors,
-        values: Tensors,
-        gradients: Tensors,
-        microbatch: Microbatch,
-    ) -> Tensors:
-        """Recomputes the forward, then back-propagates `gradients` of the outgoing boundary.
+    def recompute(
+        self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
+    ) -> Tape:
+        """Runs the graph again, under autograd; buffers that it changes stay as they are.
 
-        Weight gradients accumulate in `.grad` of the tensors in `weights`.
+        Args:
+            weights, inputs, values, microbatch: As for `forward`.
+        """
+        named, leaves, incoming = self._prepare(weights, values)
+        arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=False)
+        with torch.enable_grad(), self._compiling("recompute", microbatch):
+            outputs = self._call(arguments, microbatch)
+            made = {name: outputs[name] for name in self.graph.gradients_in}
+            roots = {name: get_gradient_edge(value) for name, value in made.items() if value.requires_grad}
+        return Tape(roots, leaves, incoming, arguments, microbatch)
+
+    def backward(self, tape: Tape, gradients: Tensors) -> Tensors:
+        """Back-propagates `gradients` of the outgoing boundary, by node name.
+
+        Weight gradients accumulate in `.grad` of the tensors that `recompute` was given.
 
         Returns:
             Gradients of the incoming boundary by node name; values no gradient reached are left out.
         """
-        named, leaves, incoming = self._prepare(weights, values)
-        arguments = self._arguments(named, inputs, incoming, microbatch, keep_state=False)
-        with torch.enable_grad(), self._compiling("backward", microbatch):
-            outputs = self._call(arguments, microbatch)
-            wanted = [name for name in self.graph.gradients_in if name in gradients]
-            seeds = {name: gradients[name] for name in wanted if outputs[name].requires_grad}
-            # Edges, not tensors: what the graph returns need not outlive the forward.
-            roots = {name: get_gradient_edge(outputs[name]) for name in seeds}
-            del outputs
-            return self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
+        seeds = {name: gradients[name] for name in tape.roots if name in gradients}
+        with torch.enable_grad(), self._compiling("backward", tape.microbatch):
+            return self._propagate(tape, seeds)
 
     def fused(
         self, weights: Sequence[Tensors], inputs: Tensors, values: Tensors, microbatch: Microbatch
@@ -122,11 +144,10 @@ class StageRunner:
         with torch.enable_grad(), self._compiling("fused", microbatch):
             with expected_loss_gradient(microbatch.loss_scale):
                 outputs = self._call(arguments, microbatch, self._detect_nan)
-            # Edges, not tensors, as above.
             roots = {self._loss: get_gradient_edge(outputs[self._loss])}
             outputs = {name: value.detach() for name, value in outputs.items()}
             seeds = {self._loss: torch.full_like(outputs[self._loss], microbatch.loss_scale)}
-            return outputs, self._propagate(roots, seeds, leaves, incoming, arguments, microbatch)
+            return outputs, self._propagate(Tape(roots, leaves, incoming, arguments, microbatch), seeds)
 
     def weight_gradients(self, weights: Sequence[Tensors]) -> list[Tensors]:
         """What has accumulated, one dict a segment."""
@@ -150,30 +171,24 @@ class StageRunner:
         leaves += [incoming[name].requires_grad_(True) for name in self.graph.gradients_out]
         return named, leaves, incoming
 
-    def _propagate(
-        self,
-        roots: dict[str, GradientEdge],
-        seeds: Tensors,
-        leaves: list[torch.Tensor],
-        incoming: Tensors,
-        arguments: tuple[Any, ...],
-        microbatch: Microbatch,
-    ) -> Tensors:
+    def _propagate(self, tape: Tape, seeds: Tensors) -> Tensors:
+        leaves, incoming = tape.leaves, tape.incoming
         passed: Tensors = {}
         for name in self.graph.gradients_out:
             incoming[name].register_hook(
                 functools.partial(_keep_layout, passed, name, incoming[name].stride())
             )
-        if roots and leaves:
-            torch.autograd.backward(list(roots.values()), list(seeds.values()), inputs=leaves)
+        if seeds and leaves:
+            roots = [tape.roots[name] for name in seeds]
+            torch.autograd.backward(roots, list(seeds.values()), inputs=leaves)
         if self._detect_nan:
             made = {str(number): leaf.grad for number, leaf in enumerate(leaves) if leaf.grad is not None}
             if not blame.all_finite(made):
                 for leaf in leaves:
                     leaf.grad = None
                 run = blame.KeepGradients(self.graph.graph_module)
-                with self._setting(microbatch):
-                    run.run(*arguments)
+                with self._setting(tape.microbatch):
+                    run.run(*tape.arguments)
                 where = blame.first_nonfinite_gradient(run, seeds)
                 raise NonFinite(f"the first gradient that is not finite comes from {where}")
         found = ((name, passed.get(name, incoming[name].grad)) for name in self.graph.gradients_out)

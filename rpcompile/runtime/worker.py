@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rpcompile.ir import Program
     from rpcompile.runtime.host_slots import HostSlots
-    from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
+    from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tape, Tensors
     from rpcompile.runtime.streams import Iteration, Streams
     from rpcompile.runtime.weight_arenas import WeightArenas
 
@@ -55,6 +55,8 @@ class Worker:
         self._slots = slots
         self._arenas = arenas
         self._store: dict[str, Tensors] = {}
+        # A backward takes its tape along, so that autograd lets go of activations as it has used them.
+        self._tapes: dict[str, Tape] = {}
         self._received: set[str] = set()  # the buffers of the store that h2d allocated
         self._iteration: Iteration | None = None
         self._microbatches: Sequence[Microbatch] = ()
@@ -78,6 +80,7 @@ class Worker:
     def clear(self) -> None:
         """Drops what an iteration left behind; to be called when it has drained."""
         self._store.clear()
+        self._tapes.clear()
         self._received.clear()
         self._iteration = None
 
@@ -157,13 +160,26 @@ class Worker:
 
         self._compute(action, reads, task)
 
+    def recompute(
+        self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
+    ) -> None:
+        def task() -> None:
+            weights, inputs, values, _ = self._gather(reads)
+            (tape,) = writes
+            self._tapes[tape] = self.runners[stage].recompute(
+                weights, inputs, values, self._microbatches[microbatch]
+            )
+
+        self._compute(action, reads, task)
+
     def backward(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
     ) -> None:
         def task() -> None:
-            weights, inputs, values, gradients = self._gather(reads)
+            weights, _, _, gradients = self._gather(reads)
             runner = self.runners[stage]
-            result = runner.backward(weights, inputs, values, gradients, self._microbatches[microbatch])
+            (tape,) = (name for name in reads if buffers.parse(name).kind == "tape")
+            result = runner.backward(self._tapes.pop(tape), gradients)
             self._keep_gradients(runner, reads, writes, weights, _own(result, [gradients]))
 
         self._compute(action, reads, task)
@@ -229,6 +245,8 @@ class Worker:
         self._enqueue(Stream.D2H, action, task)
 
     def _free(self, name: str, stream: str) -> None:
+        if buffers.parse(name).kind == "tape":
+            return  # its backward took it
         tensors = self._space(name).pop(name)
         if buffers.space_of(name) == buffers.HOST:
             return
