@@ -27,9 +27,13 @@ class TileCost(NamedTuple):
         reruns: As `ir.Segment.reruns`.
     """
 
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    reruns: bool = False
+    forward_s: float
+    backward_s: float
+    reruns: bool
+
+
+NOTHING = TileCost(0.0, 0.0, reruns=False)
+"""What one chunk costs more."""
 
 
 class TileCosts:
@@ -54,7 +58,7 @@ class TileCosts:
         the regions (attention), the backward runs them once more.
         """
         if tiles == 1:
-            return TileCost()
+            return NOTHING
         forward = backward = again = 0.0
         for region in regions:
             names = [node.name for node in (*region.members, *([region.loss] if region.loss else []))]
@@ -64,7 +68,7 @@ class TileCosts:
             backward += chunks[1] - whole[1] + tiles * self._sum_s(region)
             again += chunks[0]
         if self._has_more(index, regions):
-            return TileCost(forward, backward + again)
+            return TileCost(forward, backward + again, reruns=False)
         return TileCost(forward, backward, reruns=True)
 
     def _seconds(self, names: Iterable[str], counted: str, tiles: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Partition, SegmentChain, Stage, StageKind
 from rpcompile.passes._segment_memory import SegmentMemories
-from rpcompile.passes._tile_costs import TileCost, TileCosts
+from rpcompile.passes._tile_costs import NOTHING, TileCost, TileCosts
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.group_heads import key_heads
@@ -92,7 +92,7 @@ class _Choice:
     saved_bytes: int
     peak_bytes: int
     forward_peak_bytes: int
-    more: TileCost = TileCost()
+    more: TileCost = NOTHING
 
     @property
     def need_bytes(self) -> int:

@@ -65,6 +65,7 @@ def compile(
     plan: Plan | str | PathLike[str] | None = None,
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
+    head_groups: str | int = "auto",
     effort: str | None = None,
     max_traffic: float | None = None,
     solver_time_s: float = 3.0,
@@ -114,6 +115,9 @@ def compile(
             backward (the LM head with its loss, norms, projections, MLPs and experts). "auto": as few
             as let each segment fit, and the loss in an eighth of a GPU's memory; "loss": the loss only; 1:
             none, so that every sum is taken in the order of plain PyTorch.
+        head_groups: Into how many groups of heads attention's backward is divided, one after another, which
+            shrinks the memory that its kernel takes. "auto": as few as let each segment fit; 1: none.
+            Gradients are the same.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
             summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage,
@@ -160,7 +164,14 @@ def compile(
         if loaded is None:
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
-            chain = captured.bind(hardware, seconds=given, device=device, tiles=tiles, progress=progress)
+            chain = captured.bind(
+                hardware,
+                seconds=given,
+                device=device,
+                tiles=tiles,
+                head_groups=head_groups,
+                progress=progress,
+            )
             loaded = plan_chain(chain, options, captured.described(), bar)
         else:
             _check_plan(loaded, captured.capture)

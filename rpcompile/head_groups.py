@@ -10,7 +10,7 @@ The forward is torch's own, whatever kernel its dispatcher picks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -55,6 +55,44 @@ def attention_by_groups(
     return result
 
 
+def gradients_by_groups(
+    backward: Callable[..., _Three],
+    gradient: torch.Tensor,
+    three: _Three,
+    mask: torch.Tensor | None,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    groups: int,
+    overwrite: bool,
+) -> _Three:
+    """Gradients of query, key and value.
+
+    Args:
+        backward: (gradient, query, key, value, mask, output, log-sum-exp) -> the three gradients.
+        gradient: Of the output.
+        three: query, key and value.
+        mask, output, log_sum_exp: As the kernel takes and gave them.
+        groups, overwrite: As for `attention_by_groups`.
+    """
+    # Where a dimension is expanded, numbers share memory.
+    if overwrite and all(_is_dense(tensor) for tensor in three):
+        found = three
+    else:
+        found = torch.empty_like(three[0]), torch.empty_like(three[1]), torch.empty_like(three[2])
+    for group in range(groups):
+        queries, keys = (
+            slice(heads * group // groups, heads * (group + 1) // groups)
+            for heads in (three[0].shape[1], three[1].shape[1])
+        )
+        bias = mask if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask[:, queries]
+        operands = (three[0][:, queries], three[1][:, keys], three[2][:, keys], bias, output[:, queries])
+        made = backward(gradient[:, queries], *operands, log_sum_exp[:, queries])
+        for target, part, piece in zip(found, (queries, keys, keys), made, strict=True):
+            target[:, part].copy_(piece)
+        made = piece = None  # before the next ones are there
+    return found
+
+
 class _ByGroups(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -70,28 +108,20 @@ class _ByGroups(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         leaves, edge, ctx.leaves, ctx.edge = ctx.leaves, ctx.edge, None, None
-        rule = _BACKWARD.get(edge.node.name())
-        saved = None if rule is None else _saved(edge.node)
-        if rule is None or saved is None or _differ(saved, leaves):
+        kernel = _KERNELS.get(edge.node.name())
+        saved = {} if kernel is None else _saved(edge.node)
+        if kernel is None or _differ(saved, leaves):
             # A kernel that is not known here, or one that works on copies: as torch does it.
             return None, None, None, *torch.autograd.grad([edge], leaves, [gradient])
         del edge
-        return None, None, None, *_by_groups(ctx, rule, saved, gradient)
+        three = saved["query"], saved["key"], saved["value"]
+        kept = saved[kernel.mask] if kernel.mask else None, saved["output"], saved[kernel.log_sum_exp]
 
+        def backward(*operands: torch.Tensor | None) -> _Three:
+            return kernel.backward(saved, *operands)
 
-def _by_groups(ctx: Any, rule: Callable[..., Any], saved: dict[str, Any], gradient: torch.Tensor) -> _Three:
-    three = saved["query"], saved["key"], saved["value"]
-    # Where a dimension is expanded, numbers share memory.
-    overwrite = ctx.overwrite and all(_is_dense(tensor) for tensor in three)
-    found = three if overwrite else tuple(torch.empty_like(tensor) for tensor in three)
-    heads = three[0].shape[1], three[1].shape[1], three[2].shape[1]
-    for group in range(ctx.groups):
-        mine = [slice(n * group // ctx.groups, n * (group + 1) // ctx.groups) for n in heads]
-        made = rule(saved, gradient[:, mine[0]], mine[0], mine[1])
-        for target, part, piece in zip(found, mine, made, strict=True):
-            target[:, part].copy_(piece)
-        del made, piece
-    return found  # type: ignore[return-value]
+        found = gradients_by_groups(backward, gradient, three, *kept, ctx.groups, ctx.overwrite)
+        return None, None, None, *found
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -119,70 +149,48 @@ def _differ(saved: dict[str, Any], leaves: list[torch.Tensor]) -> bool:
 # ------------------------------------------------------------------------------ the kernels' backwards
 
 
-def _flash_cpu(saved: dict[str, Any], gradient: torch.Tensor, queries: slice, keys: slice) -> _Three:
-    mask = _mask(saved["attn_mask"], queries)
+class _Kernel(NamedTuple):
+    """A kernel's backward, and the names under which its node keeps mask and log-sum-exp.
+
+    `backward` takes all that the node keeps, then a group's gradient, query, key, value, mask, output and
+    log-sum-exp.
+    """
+
+    backward: Callable[..., _Three]
+    mask: str
+    log_sum_exp: str
+
+
+def _flash_cpu(
+    saved: dict[str, Any], gradient: Any, query: Any, key: Any, value: Any, mask: Any, *results: Any
+) -> _Three:
     return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        gradient,
-        *_part(saved, "logsumexp", queries, keys),
-        0.0,
-        saved["is_causal"],
-        attn_mask=mask,
-        scale=saved["scale"],
+        gradient, query, key, value, *results, 0.0, saved["is_causal"], attn_mask=mask, scale=saved["scale"]
     )
 
 
-def _flash(saved: dict[str, Any], gradient: torch.Tensor, queries: slice, keys: slice) -> _Three:
+def _flash(
+    saved: dict[str, Any], gradient: Any, query: Any, key: Any, value: Any, _mask: Any, *results: Any
+) -> _Three:
     sequences = (saved[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k"))
+    tail = 0.0, saved["is_causal"], saved["rng_state"], saved["unused"]
     return _ATEN._scaled_dot_product_flash_attention_backward.default(
-        gradient,
-        *_part(saved, "logsumexp", queries, keys),
-        *sequences,
-        0.0,
-        saved["is_causal"],
-        saved["rng_state"],
-        saved["unused"],
-        scale=saved["scale"],
+        gradient, query, key, value, *results, *sequences, *tail, scale=saved["scale"]
     )
 
 
-def _efficient(saved: dict[str, Any], gradient: torch.Tensor, queries: slice, keys: slice) -> _Three:
-    query, key, value, output, logsumexp = _part(saved, "log_sumexp", queries, keys)
+def _efficient(
+    saved: dict[str, Any], gradient: Any, query: Any, key: Any, value: Any, mask: Any, *results: Any
+) -> _Three:
+    tail = saved["philox_seed"], saved["philox_offset"], 0.0, [True, True, True, False], saved["is_causal"]
     return _ATEN._scaled_dot_product_efficient_attention_backward.default(
-        gradient,
-        query,
-        key,
-        value,
-        _mask(saved["attn_bias"], queries),
-        output,
-        logsumexp,
-        saved["philox_seed"],
-        saved["philox_offset"],
-        0.0,
-        [True, True, True, False],
-        saved["is_causal"],
-        scale=saved["scale"],
+        gradient, query, key, value, mask, *results, *tail, scale=saved["scale"]
     )[:3]
 
 
-def _part(
-    saved: dict[str, Any], logsumexp: str, queries: slice, keys: slice
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        saved["query"][:, queries],
-        saved["key"][:, keys],
-        saved["value"][:, keys],
-        saved["output"][:, queries],
-        saved[logsumexp][:, queries],
-    )
-
-
-def _mask(mask: torch.Tensor | None, queries: slice) -> torch.Tensor | None:
-    return mask if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask[:, queries]
-
-
-# By the name of autograd's node. The two of CUDA have not been run on a GPU.
-_BACKWARD = {
-    "ScaledDotProductFlashAttentionForCpuBackward0": _flash_cpu,
-    "ScaledDotProductFlashAttentionBackward0": _flash,
-    "ScaledDotProductEfficientAttentionBackward0": _efficient,
+# By the name of autograd's node. The two of CUDA have run on tensors without data only.
+_KERNELS = {
+    "ScaledDotProductFlashAttentionForCpuBackward0": _Kernel(_flash_cpu, "attn_mask", "logsumexp"),
+    "ScaledDotProductFlashAttentionBackward0": _Kernel(_flash, "", "logsumexp"),
+    "ScaledDotProductEfficientAttentionBackward0": _Kernel(_efficient, "attn_bias", "log_sumexp"),
 }

@@ -63,6 +63,10 @@ Tiles = Annotated[
     str,
     typer.Option("--tiles", help="Chunks of tokens: auto, loss (the loss only), or a number; 1 for none."),
 ]
+HeadGroups = Annotated[
+    str,
+    typer.Option("--head-groups", help="Groups of heads in attention's backward: auto, or a number."),
+]
 
 
 def show(text: str, data: Any, as_json: bool) -> None:

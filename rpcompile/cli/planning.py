@@ -32,6 +32,7 @@ def plan(
     effort: options.Effort = None,
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
+    head_groups: options.HeadGroups = "auto",
     solver_time: options.SolverTime = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the solver and the search.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Save the plan here.")] = None,
@@ -46,7 +47,9 @@ def plan(
 
     check_one_source(model, profile)
     if profile is not None:
-        _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
+        divided = {"tiles": tiles, "head_groups": head_groups}
+        chosen = {name: None if value == "auto" else value for name, value in divided.items()}
+        _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, **chosen)
         given = PlanOptions(gpus, microbatches or 2 * gpus, mode, solver_time, seed, effort, max_traffic)
         found = plan_profile(load_profile(profile, gpu), given, profile.stem)
     else:
@@ -54,7 +57,7 @@ def plan(
         rows, count = divide(batch, microbatches, gpus)
         captured = capture(model, dtype, lora)
         given = PlanOptions(gpus, count, mode, solver_time, seed, effort, max_traffic)
-        found = plan_model(captured, rows, seq, gpu, given, int(tiles) if tiles.isdigit() else tiles)
+        found = plan_model(captured, rows, seq, gpu, given, _number(tiles), _number(head_groups))
     if out is not None:
         found.save(out)
     from rpcompile.plan_summary import summary
@@ -153,6 +156,10 @@ def capture(name: str, dtype: str | None = None, lora: int | None = None) -> Cap
         return capture_model(found.module, ExampleInputs.of(example), bar)
 
 
+def _number(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
 def plan_model(
     captured: CapturedModel,
     rows: int,
@@ -160,12 +167,15 @@ def plan_model(
     gpu: str | None,
     given: PlanOptions,
     tiles: str | int = "auto",
+    head_groups: str | int = "auto",
 ) -> Plan:
     """Binds a captured model to its sizes and plans it."""
     from rpcompile.planner import find_hardware
 
     sizes = sizes_of(captured, rows, sequence)
-    return captured.plan(captured.bind(find_hardware(gpu), sizes, tiles=tiles), given)
+    return captured.plan(
+        captured.bind(find_hardware(gpu), sizes, tiles=tiles, head_groups=head_groups), given
+    )
 
 
 def sizes_of(captured: CapturedModel, rows: int, sequence: int | None) -> dict[str, int]:
@@ -203,7 +213,7 @@ def _refuse_sizes(**given: Any) -> None:
     for option, value in given.items():
         if value is not None:
             raise InvalidArgument(
-                f"--{option} {value}: a profile is for one size of microbatch; leave it out"
+                f"--{option.replace('_', '-')} {value}: a profile is for one size of microbatch; leave it out"
             )
 
 
