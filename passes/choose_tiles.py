@@ -92,6 +92,7 @@ class _Choice:
     saved_bytes: int
     peak_bytes: int
     forward_peak_bytes: int
+    rematerialised_bytes: int
     more: TileCost = NOTHING
 
     @property
@@ -129,6 +130,7 @@ class _Chooser:
             saved_bytes=choice.saved_bytes,
             peak_bytes=choice.peak_bytes,
             forward_peak_bytes=choice.forward_peak_bytes,
+            rematerialised_bytes=choice.rematerialised_bytes,
             forward_s=segment.forward_s + choice.more.forward_s,
             backward_s=segment.backward_s + choice.more.backward_s,
             reruns=choice.more.reruns,
@@ -225,6 +227,7 @@ class _Chooser:
             saved_bytes=found.saved_bytes,
             peak_bytes=max(0, found.training_bytes - found.saved_bytes - gradients_out),
             forward_peak_bytes=forward.forward_bytes - sum(map(nbytes, piece.boundary)),
+            rematerialised_bytes=max(found.rematerialised_bytes, forward.rematerialised_bytes),
         )
 
     def _stage(self, index: int, kind: StageKind, tiles: int, groups: int) -> StageGraph:

@@ -17,6 +17,7 @@ from rpcompile.errors import (
     PartitionError,
     PlanMismatch,
 )
+from rpcompile.fit import naming_the_longest
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
@@ -164,15 +165,11 @@ def compile(
         if loaded is None:
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
-            chain = captured.bind(
-                hardware,
-                seconds=given,
-                device=device,
-                tiles=tiles,
-                head_groups=head_groups,
-                progress=progress,
-            )
-            loaded = plan_chain(chain, options, captured.described(), bar)
+            divided: dict[str, Any] = {"tiles": tiles, "head_groups": head_groups}
+            many = {"gpus": gpus, "microbatches": parts}
+            with naming_the_longest(captured, hardware, captured.capture.example_sizes, **many, **divided):
+                chain = captured.bind(hardware, seconds=given, device=device, progress=progress, **divided)
+                loaded = plan_chain(chain, options, captured.described(), bar)
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"

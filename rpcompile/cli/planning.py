@@ -170,12 +170,15 @@ def plan_model(
     head_groups: str | int = "auto",
 ) -> Plan:
     """Binds a captured model to its sizes and plans it."""
+    from rpcompile.fit import naming_the_longest
     from rpcompile.planner import find_hardware
 
     sizes = sizes_of(captured, rows, sequence)
-    return captured.plan(
-        captured.bind(find_hardware(gpu), sizes, tiles=tiles, head_groups=head_groups), given
-    )
+    hardware = find_hardware(gpu)
+    divided: dict[str, Any] = {"tiles": tiles, "head_groups": head_groups}
+    many = {"gpus": given.gpus, "microbatches": given.microbatches}
+    with naming_the_longest(captured, hardware, sizes, **many, **divided):
+        return captured.plan(captured.bind(hardware, sizes, **divided), given)
 
 
 def sizes_of(captured: CapturedModel, rows: int, sequence: int | None) -> dict[str, int]:
