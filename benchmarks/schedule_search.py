@@ -105,7 +105,7 @@ def full_s(chain: SegmentChain, found: SearchedSchedule, search: SearchSchedule)
     links = SharedLinks(host_bytes_per_s=search.host_bytes_per_s)
     if search.mode == "async":
         rotate = found.dispatch.rotate
-        return simulate(schedule, links=links, iterations=20, mode="async", rotate=rotate).period_s
+        return simulate(schedule, links=links, iterations=40, mode="async", rotate=rotate).period_s
     if search.update_s_per_byte:
         return simulate(schedule, links=links, iterations=4).period_s
     return simulate(schedule, links=links).makespan_s

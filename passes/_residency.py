@@ -23,15 +23,12 @@ class Tenure:
         first: Its first compute action.
         behind: Jobs that must have left before this one may come, besides those of tenures before.
         opens: From this position on all that must have left have been computed.
-        closes: The weights are to be uploaded among the positions `opens <= p < closes`, or all at
-            `opens` if there are none.
     """
 
     job: int
     first: int
     behind: tuple[int, ...]
     opens: int
-    closes: int
 
 
 def tenures(jobs: Sequence[int], resident_jobs: int) -> list[Tenure]:
@@ -59,13 +56,9 @@ def tenures(jobs: Sequence[int], resident_jobs: int) -> list[Tenure]:
         while gone <= len(leaving) - resident_jobs and last[leaving[gone]] < first[job]:
             opens = last[leaving[gone]] + 1
             gone += 1
-        found.append(Tenure(job, first[job], tuple(leaving[before:gone]), opens, first[job]))
+        found.append(Tenure(job, first[job], tuple(leaving[before:gone]), opens))
         insort(leaving, job, key=last.__getitem__)
-    following = [tenure.opens for tenure in found[1:]]
-    return [
-        replace(tenure, closes=min(tenure.first, closes))
-        for tenure, closes in zip(found, [*following, len(jobs)], strict=True)
-    ]
+    return found
 
 
 def limit_residency(

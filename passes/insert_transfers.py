@@ -2,9 +2,10 @@
 
 Before -> after, stage 1 of two GPUs, one segment and one microbatch::
 
-    gpu1 compute  1F0              gpu1 compute  1F0 1X0.0 1X@1.0
-                                   gpu1 h2d      1P@1.1 1V0 1X0.1
-                                   gpu1 d2h      1H0 1X0.2
+    gpu1 compute  1F0              gpu1 compute    1F0 1X0.0 1X@1.0
+                                   gpu1 h2d        1V0 1X0.1
+                                   gpu1 weights    1P@1.1
+                                   gpu1 d2h        1H0 1X0.2
 
 Why the result cannot deadlock: all actions are emitted in one order. It follows an order of the
 compute actions in which each comes behind those that make what it reads and behind those before it
@@ -31,7 +32,17 @@ from typing import TYPE_CHECKING
 from rpcompile import buffers, stage_bytes
 from rpcompile.collection import collection_paused
 from rpcompile.errors import InvalidArgument, ScheduleError
-from rpcompile.ir import COMPUTE_OPS, Action, ActionId, Op, Queue, Schedule, Stream
+from rpcompile.ir import (
+    COMPUTE_OPS,
+    DOWN_STREAMS,
+    UP_STREAMS,
+    Action,
+    ActionId,
+    Op,
+    Queue,
+    Schedule,
+    Stream,
+)
 from rpcompile.ordering import ActionGraph
 from rpcompile.passes._residency import Tenure, limit_residency, tenures
 
@@ -42,10 +53,16 @@ if TYPE_CHECKING:
     from rpcompile.ir import SegmentChain
 
 _STREAMS = tuple(Stream)
-# Parts of the ids of FREE actions: the stream's number, and one more for gradients, which leave so
-# much later than changed weights that one FREE for both would hold back the next prefetch.
-_PARTS = {Stream.COMPUTE: 0, Stream.H2D: 1, Stream.D2H: 2}
-_GRADIENTS_PART = 3
+_STREAM_OF = {
+    Op.PREFETCH: Stream.WEIGHTS,
+    Op.LOAD: Stream.H2D,
+    Op.RECEIVE: Stream.H2D,
+    Op.HANDOFF: Stream.D2H,
+    Op.OFFLOAD: Stream.D2H,
+    Op.GRADIENT: Stream.GRADIENTS,
+}
+# Parts of the ids of FREE actions, by stream.
+_PARTS = {Stream.COMPUTE: 0, Stream.H2D: 1, Stream.D2H: 2, Stream.GRADIENTS: 3}
 
 _Group = tuple[int, int | None, int | None, int]
 _Value = tuple[str, int | None, int | None]
@@ -138,16 +155,10 @@ class _Copies:
         prefetches: dict[tuple[int, int], list[Action]] = defaultdict(list)
         for gpu, jobs in stays.items():
             for tenure in jobs:
-                chunks = self._prefetches(first[tenure.job])
-                for number, chunk in enumerate(chunks):
-                    spread = number * (tenure.closes - tenure.opens) // len(chunks)
-                    prefetches[gpu, tenure.opens + spread].append(chunk)
+                prefetches[gpu, tenure.opens] += self._prefetches(first[tenure.job])
         for step in self._in_order():
-            chunks = prefetches[step.gpu, positions[id(step)]]
-            # What this very step needs is large and goes before its activations.
-            yield from (chunk for chunk in chunks if chunk.job == step.job)
+            yield from prefetches[step.gpu, positions[id(step)]]
             yield from self._incoming(step)
-            yield from (chunk for chunk in chunks if chunk.job != step.job)
             yield step
             yield from self._outgoing(step)
             if step is last[step.job]:
@@ -167,6 +178,11 @@ class _Copies:
                     raise ScheduleError(f"{step.id} reads {buffer}, which no action makes")
                 found.append(maker)
             needs.append(found)
+        for number, step in enumerate(self.actions):
+            if step.op is Op.RECOMPUTE:
+                # It stands with its BACKWARD. Else its LOAD could be put before other readers' copies of what
+                # was saved, and the last of those, whose queue frees it, would wait for a LOAD of much later.
+                needs[number] += [source for source in needs[number + 1] if source != number]
         order = ActionGraph.build(self.schedule, needs).execution_order()
         return [self.actions[number] for number in order]
 
@@ -176,7 +192,7 @@ class _Copies:
         return name.kind, name.segment, name.microbatch
 
     def _prefetches(self, step: Action) -> list[Action]:
-        """The weights of a job, from its first step, segment by segment: activations can pass between."""
+        """The weights of a job, from its first step, segment by segment."""
         found: list[Action] = []
         for buffer in step.reads:
             name = self.names[buffer]
@@ -255,12 +271,12 @@ class _Copies:
         for source, target in pairs:
             self.nbytes.setdefault(target, self.nbytes[source])
         nbytes = sum(self.nbytes[target] for _, target in pairs)
-        hardware, upwards = self.chain.hardware, op in (Op.PREFETCH, Op.LOAD, Op.RECEIVE)
-        rate = hardware.h2d_bytes_per_s if upwards else hardware.d2h_bytes_per_s
+        hardware, stream = self.chain.hardware, _STREAM_OF[op]
+        rate = hardware.h2d_bytes_per_s if stream in UP_STREAMS else hardware.d2h_bytes_per_s
         return Action(
             id=str(ActionId(step.stage, op, microbatch, job, part)),
             gpu=step.gpu,
-            stream=Stream.H2D if upwards else Stream.D2H,
+            stream=stream,
             op=op,
             job=step.job,
             stage=step.stage,
@@ -290,25 +306,24 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     freed on that stream, so that compute never waits for a copy in order to free something.
     """
     last_use: dict[str, int] = {}
-    copied_down: set[str] = set()
+    copied_down: dict[str, Stream] = {}
     for number, action in enumerate(emitted):
         for buffer in action.reads:
             last_use[buffer] = number
         for buffer in action.writes:
             last_use[buffer] = number
-        if action.stream is Stream.D2H:
-            copied_down.update(action.reads)
+        if action.stream in DOWN_STREAMS:
+            copied_down |= dict.fromkeys(action.reads, action.stream)
     groups: dict[_Group, list[str]] = defaultdict(list)
     for buffer, number in last_use.items():
         name = names[buffer]
         if name.space == buffers.HOST and name.kind not in ("x", "dx"):
             continue
         last = emitted[number]
-        part = _PARTS[Stream.D2H if buffer in copied_down else last.stream]
+        part = _PARTS[copied_down.get(buffer, last.stream)]
         if name.microbatch is not None:
             groups[last.stage, last.microbatch, None, part].append(buffer)
         else:
-            part = _GRADIENTS_PART if name.kind == "gradients" else part
             groups[last.stage, None, last.job, part].append(buffer)
     behind: dict[int, list[Action]] = defaultdict(list)
     for (stage, microbatch, job, part), freed in groups.items():
@@ -324,7 +339,7 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
 
 
 def _free(group: ActionId, last: Action, freed: tuple[str, ...]) -> Action:
-    stream = next((stream for stream, part in _PARTS.items() if part == group.part), Stream.D2H)
+    stream = next(stream for stream, part in _PARTS.items() if part == group.part)
     return Action(
         id=str(group),
         gpu=last.gpu,

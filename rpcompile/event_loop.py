@@ -6,16 +6,21 @@ Action `number` of iteration `i` of a schedule with n actions has the number `i 
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from rpcompile import buffers
+import numpy as np
+
+from rpcompile import buffers, fluid_rates
 from rpcompile.errors import InvalidArgument, ScheduleError
-from rpcompile.ir import Op, Stream
+from rpcompile.ir import DOWN_STREAMS, UP_STREAMS, Op, Stream
+from rpcompile.ordering import ActionGraph
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from rpcompile.ir import Action, Schedule
     from rpcompile.shared_links import SharedLinks
 
@@ -179,62 +184,20 @@ def _slot_edges(events: Events) -> list[tuple[int, int]]:
     return edges
 
 
-def run_free(events: Events) -> tuple[list[float], list[float]]:
-    """Starts and ends where nobody slows anybody down: each action as soon as what it waits for is over.
-
-    Raises:
-        ScheduleError: A deadlock; the message names a circle.
-    """
-    total = events.iterations * len(events.actions)
-    seconds = [action.seconds for action in events.actions] * events.iterations
-    starts, ends = [0.0] * total, [-1.0] * total
-    position, free = [0] * len(events.order), [0.0] * len(events.order)
-    waiting: dict[int, list[int]] = {}
-    runnable = deque(range(len(events.order)))
-    sources = events.sources
-    while runnable:
-        queue = runnable.popleft()
-        order, now = events.order[queue], free[queue]
-        for place in range(position[queue], len(order)):
-            number = order[place]
-            missing = -1
-            for source in sources[number]:
-                end = ends[source]
-                if end < 0:
-                    missing = source
-                    break
-                if end > now:
-                    now = end
-            if missing >= 0:
-                waiting.setdefault(missing, []).append(queue)
-                position[queue] = place
-                break
-            starts[number] = now
-            now += seconds[number]
-            ends[number] = free[queue] = now
-            if number in waiting:
-                runnable.extend(waiting.pop(number))
-        else:
-            position[queue] = len(order)
-    if waiting:
-        raise_deadlock(events)
-    return starts, ends
-
-
 def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[float]]:
-    """Starts and ends where transfers and host work share what `links` says.
+    """Starts and ends: each action as soon as what it waits for is over.
+
+    Activations slow down weights and gradients that cross the same link in the same direction, by all that
+    they take of it; besides, transfers and host work share what `links` says.
 
     Raises:
         ScheduleError: A deadlock; the message names a circle.
     """
-    import numpy as np
-
-    from rpcompile import fluid_rates
-
     gpus, total = events.schedule.gpus, events.iterations * len(events.actions)
     seconds = np.array([action.seconds for action in events.actions] * events.iterations)
     demand = np.array([_demand(action, links) for action in events.actions] * events.iterations)
     urgent = np.array([action.op in _URGENT for action in events.actions] * events.iterations)
+    line = _lines(events)
     uses = np.full((total, 3), -1)
     for number in np.flatnonzero(demand).tolist():
         action = events.actions[number % len(events.actions)]
@@ -249,6 +212,7 @@ def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[fl
         seconds,
         demand,
         urgent,
+        line,
         uses,
         np.array(links.capacities(gpus)),
         np.bincount(tails, minlength=total),
@@ -260,6 +224,15 @@ def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[fl
     if done < total:
         raise_deadlock(events)
     return starts.tolist(), ends.tolist()
+
+
+def _lines(events: Events) -> NDArray[np.int64]:
+    """By action, which direction of which GPU's link it is on; -1 for none."""
+    ways = {**dict.fromkeys(UP_STREAMS, 0), **dict.fromkeys(DOWN_STREAMS, 1)}
+    way = np.array([ways.get(action.stream, -1) for action in events.actions], np.int64)
+    gpu = np.array([action.gpu for action in events.actions], np.int64)
+    shifted = [(gpu + i * events.rotate) % events.schedule.gpus for i in range(events.iterations)]
+    return np.concatenate([np.where(way < 0, -1, 2 * found + way) for found in shifted])
 
 
 def _demand(action: Action, links: SharedLinks) -> float:
@@ -283,7 +256,4 @@ def raise_deadlock(events: Events) -> None:
 
 def _named_errors(schedule: Schedule) -> None:
     """Raises what is wrong with the order of one iteration, with names."""
-    # Here, for it loads numba, which a simulation without shared links does not need.
-    from rpcompile.ordering import ActionGraph
-
     ActionGraph.from_events(schedule).execution_order()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcompile import variations
 from rpcompile.errors import RpcompileError
-from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, PHRASES, QUEUED, UPLOAD, Gap, gaps
+from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, OTHER_UPLOAD, PHRASES, UPLOAD, Gap, gaps
 from rpcompile.ir import Stage, StageKind
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s
@@ -239,7 +239,7 @@ class _Question:
             f"{seconds(value)} for {reason}"
             for name, reason in (
                 (UPLOAD, "its upload"),
-                (QUEUED, "other stages' uploads in front of it"),
+                (OTHER_UPLOAD, "uploads of stages before"),
                 (COPY, "its activations"),
                 (OTHER_STAGE, "the stage before"),
                 (DOWNLOAD, "downloads to make room"),

@@ -1,7 +1,4 @@
-"""Runs actions that slow one another down: an event loop with shared rates, compiled by numba.
-
-Imported only where something is shared, for numba takes a while to load.
-"""
+"""Runs actions that slow one another down: an event loop with shared rates, compiled by numba."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ def run_shared(
     seconds: Floats,
     demand: Floats,
     urgent: Any,
+    line: Integers,
     uses: Integers,
     capacity: Floats,
     waiting: Integers,
@@ -36,6 +34,8 @@ def run_shared(
         seconds: Time of each action on an idle machine.
         demand: Bytes per second that it moves then; 0 for actions that share nothing.
         urgent: Whether it takes its rate before those that are not urgent share the rest.
+        line: Number of the line that it is on, -1 for none; one urgent action and one that is not may be at a
+            time. The share of its full rate that the urgent one has is what the other one lacks.
         uses: [action, 3] what it draws on, -1 for nothing.
         capacity: Bytes per second of each of those.
         waiting: How many actions each waits for; used up.
@@ -52,6 +52,7 @@ def run_shared(
     left = np.zeros(count)  # seconds left at full rate, since `since`
     since = np.zeros(count)
     share = np.ones(count)  # of the full rate
+    taken = np.zeros(line.max() + 2) if count else np.zeros(1)  # of each line; the last one is no line
     ready = np.empty(count, np.int64)
     active = ready_count = done = 0
     now, changed = 0.0, False
@@ -71,7 +72,9 @@ def run_shared(
         if active == 0:
             return done
         if changed:
-            _share(running[:active], demand, urgent, uses, capacity, share, left, since, end_s, now)
+            _share(
+                running[:active], demand, urgent, line, taken, uses, capacity, share, left, since, end_s, now
+            )
         now, changed = np.inf, False
         for k in range(active):
             now = min(now, float(end_s[running[k]]))
@@ -97,6 +100,8 @@ def _share(
     running: Integers,
     demand: Floats,
     urgent: Any,
+    line: Integers,
+    taken: Floats,
     uses: Integers,
     capacity: Floats,
     share: Floats,
@@ -108,8 +113,16 @@ def _share(
     """Gives the running actions their rates, and moves the ends of those whose rate changes."""
     free = capacity.copy()
     rates = np.zeros(running.shape[0])
-    for kind in (True, False):
-        _fill(running, demand, urgent, kind, uses, free, rates)
+    wanted = demand[running]
+    _fill(running, wanted, urgent, True, uses, free, rates)
+    taken[:] = 0
+    for k in range(running.shape[0]):
+        if rates[k] > 0 and line[running[k]] >= 0:
+            taken[line[running[k]]] = rates[k] / wanted[k]
+    for k in range(running.shape[0]):
+        if not urgent[running[k]]:
+            wanted[k] *= max(0.0, 1.0 - taken[line[running[k]]])
+    _fill(running, wanted, urgent, False, uses, free, rates)
     for k in range(running.shape[0]):
         action = running[k]
         if demand[action] <= 0:
@@ -125,19 +138,19 @@ def _share(
 @numba.njit(cache=True)
 def _fill(
     running: Integers,
-    demand: Floats,
+    wanted: Floats,
     urgent: Any,
     kind: bool,
     uses: Integers,
     free: Floats,
     rates: Floats,
 ) -> None:
-    """Max-min fair rates of the actions of one kind, out of what is free."""
+    """Max-min fair rates of the actions of one kind, out of what is free; none has more than `wanted`."""
     count = running.shape[0]
     is_open = np.zeros(count, np.bool_)
     remaining = 0
     for k in range(count):
-        is_open[k] = demand[running[k]] > 0 and urgent[running[k]] == kind
+        is_open[k] = wanted[k] > 0 and urgent[running[k]] == kind
         remaining += is_open[k]
     users = np.zeros(free.shape[0], np.int64)
     while remaining:
@@ -155,7 +168,7 @@ def _fill(
         smallest = np.inf
         for k in range(count):
             if is_open[k]:
-                smallest = min(smallest, demand[running[k]])
+                smallest = min(smallest, wanted[k])
         content = smallest <= level
         for k in range(count):
             action = running[k]
@@ -164,8 +177,8 @@ def _fill(
             at_bottleneck = False
             for resource in uses[action]:
                 at_bottleneck = at_bottleneck or resource == tight
-            if (content and demand[action] <= level) or (not content and at_bottleneck):
-                rates[k] = min(demand[action], level)
+            if (content and wanted[k] <= level) or (not content and at_bottleneck):
+                rates[k] = min(wanted[k], level)
                 is_open[k] = False
                 remaining -= 1
                 for resource in uses[action]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rpcompile.ir import Schedule
     from rpcompile.simulate import Timeline
 
-LANES: tuple[Stream, ...] = (Stream.COMPUTE, Stream.H2D, Stream.D2H)
+LANES: tuple[Stream, ...] = (Stream.COMPUTE, Stream.H2D, Stream.WEIGHTS, Stream.D2H, Stream.GRADIENTS)
 """The streams that are drawn, from top to bottom."""
 
 

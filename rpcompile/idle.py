@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from rpcompile.ir import Action, Schedule
     from rpcompile.simulate import Timeline
 
-UPLOAD, QUEUED, COPY = "upload", "queued", "copy"
+UPLOAD, OTHER_UPLOAD, COPY = "upload", "another upload", "copy"
 OTHER_STAGE, DOWNLOAD, DRAIN = "another stage", "download", "drain"
-"""What a wait is for. UPLOAD: the job's own weights, on their way up. QUEUED: other jobs' weights, in front
-of it on the link. COPY: an activation or input on its way. OTHER_STAGE: the compute that makes it.
-DOWNLOAD: room that a download makes. DRAIN: nothing; no work is left."""
+"""What a wait is for. UPLOAD: the job's own weights, on their way up. OTHER_UPLOAD: those of a job that this
+one waits for. COPY: an activation or input on its way. OTHER_STAGE: the compute that makes it. DOWNLOAD: room
+that a download makes. DRAIN: nothing; no work is left."""
 PHRASES = {
     UPLOAD: "waiting for weights to arrive",
-    QUEUED: "waiting behind other stages' weights on the link",
+    OTHER_UPLOAD: "waiting for stages that wait for their weights",
     COPY: "waiting for activations to arrive",
     OTHER_STAGE: "waiting for other stages",
     DOWNLOAD: "waiting for downloads to make room",
@@ -122,5 +122,5 @@ def _last_source(graph: ActionGraph, timeline: Timeline, number: int) -> int | N
 
 def _cause(action: Action, job: int) -> str:
     if action.op is Op.PREFETCH:
-        return UPLOAD if action.job == job else QUEUED
+        return UPLOAD if action.job == job else OTHER_UPLOAD
     return _CAUSES.get(action.op, OTHER_STAGE)

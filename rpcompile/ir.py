@@ -384,18 +384,28 @@ class Partition:
 
 
 class Stream(StrEnum):
-    """A queue that runs its actions in order."""
+    """A queue that runs its actions in order.
+
+    H2D and WEIGHTS share a link upwards, D2H and GRADIENTS one downwards: activations take what they need
+    first, the bulk takes what they leave.
+    """
 
     COMPUTE = "compute"
-    H2D = "h2d"
-    D2H = "d2h"
+    H2D = "h2d"  # activations and inputs
+    WEIGHTS = "weights"  # weights and buffers of whole jobs
+    D2H = "d2h"  # activations, losses and changed buffers
+    GRADIENTS = "gradients"  # weight gradients of whole jobs
     HOST = "host"
+
+
+UP_STREAMS = frozenset({Stream.H2D, Stream.WEIGHTS})
+DOWN_STREAMS = frozenset({Stream.D2H, Stream.GRADIENTS})
 
 
 class Op(StrEnum):
     """What an action does; the value is its letter in the text form."""
 
-    PREFETCH = "P"  # h2d: weights and buffers of one segment, for a job
+    PREFETCH = "P"  # weights: weights and buffers of one segment, for a job
     LOAD = "L"  # h2d: user inputs and the saved stage input of one microbatch
     RECEIVE = "V"  # h2d: a handed-off activation or gradient of one microbatch
     FORWARD = "F"  # compute: forward without autograd
@@ -404,7 +414,7 @@ class Op(StrEnum):
     FUSED = "FB"  # compute: forward, loss and backward at once
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
     OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
-    GRADIENT = "G"  # d2h: weight gradients of one segment, after a job's last microbatch
+    GRADIENT = "G"  # gradients: weight gradients of one segment, after a job's last microbatch
     UPDATE = "U"  # host: optimizer update
     FREE = "X"  # any stream: buffers whose life ends
 

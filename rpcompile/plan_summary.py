@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rpcompile import stage_bytes
-from rpcompile.ir import StageKind, Stream
+from rpcompile.ir import DOWN_STREAMS, UP_STREAMS, StageKind
 
 if TYPE_CHECKING:
     from rpcompile.ir import Stage
@@ -70,11 +70,9 @@ def compute_s(plan: Plan, stage: Stage) -> float:
 
 def upload_traffic(plan: Plan) -> tuple[int, int]:
     """Bytes that one iteration moves to the GPUs, and back."""
-    moved = {Stream.H2D: 0, Stream.D2H: 0}
-    for action in plan.schedule.actions():
-        if action.stream in moved:
-            moved[action.stream] += action.nbytes
-    return moved[Stream.H2D], moved[Stream.D2H]
+    up = sum(action.nbytes for action in plan.schedule.actions() if action.stream in UP_STREAMS)
+    down = sum(action.nbytes for action in plan.schedule.actions() if action.stream in DOWN_STREAMS)
+    return up, down
 
 
 def _stage(plan: Plan, stage: Stage) -> dict[str, Any]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rpcompile.plan import Plan
 
 FORMATS = (".png", ".svg", ".pdf")
-_TOPS = dict(zip(LANES, (0.05, 0.58, 0.78), strict=True))
-_HEIGHTS = dict(zip(LANES, (0.50, 0.17, 0.17), strict=True))
+_TOPS = dict(zip(LANES, (0.04, 0.46, 0.58, 0.72, 0.84), strict=True))
+_HEIGHTS = dict(zip(LANES, (0.40, 0.10, 0.10, 0.10, 0.10), strict=True))
 _MOST_LABELS = 400
 
 
@@ -74,7 +74,7 @@ def plot(plan: Plan, path: str | os.PathLike[str] | None = None, *, width: float
             if bar.end_s - bar.start_s > 0.006 * len(bar.label) * timeline.makespan_s:
                 middle = (bar.start_s + bar.end_s) / 2 * scale
                 axes.text(
-                    middle, bar.gpu + 0.31, bar.label, ha="center", va="center", fontsize=5.5, clip_on=True
+                    middle, bar.gpu + 0.25, bar.label, ha="center", va="center", fontsize=5.5, clip_on=True
                 )
     _finish(axes, plan, timeline.makespan_s * scale, unit)
     if path is not None:
@@ -93,7 +93,8 @@ def _finish(axes: Axes, plan: Plan, end: float, unit: str) -> None:
         [gpu + _TOPS[LANES[0]] + _HEIGHTS[LANES[0]] / 2 for gpu in range(plan.gpus)],
         [f"GPU {gpu}" for gpu in range(plan.gpus)],
     )
-    axes.set_xlabel(f"{unit} (simulated); thin rows: uploads, downloads; hatched: idle")
+    rows = "activations and weights up, activations and gradients down"
+    axes.set_xlabel(f"{unit} (simulated); thin rows: {rows}; hatched: idle")
     sizes = " x ".join(map(str, plan.chain.bindings.values()))
     axes.set_title(
         f"{plan.model_name} on {plan.gpus} x {plan.chain.hardware.name}, {plan.microbatches} microbatches"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument
-from rpcompile.ir import Stream
+from rpcompile.ir import DOWN_STREAMS, Stream
 
 if TYPE_CHECKING:
     from rpcompile.hardware import HardwareFile
@@ -20,7 +20,8 @@ class SharedLinks:
     """Capacities that running transfers and host actions divide among themselves; None is no limit.
 
     The bytes of a transfer cross the link of its GPU, its PCIe root and host memory, once each; those of
-    a host action are its traffic with host memory, all of whose bandwidth it uses if it names none.
+    a host action are its traffic with host memory, all of whose bandwidth it uses if it names none. (How
+    activations and weights share one direction of one link is not an option; see `rpcompile/simulate.py`.)
     Copies of activations, of their gradients and of inputs take what they need first; weight uploads,
     weight gradients and host work share the rest. Within either kind rates are max-min fair, and no
     transfer is faster than on an idle machine.
@@ -70,5 +71,5 @@ class SharedLinks:
             return (0, -1, -1)
         for number, root in enumerate(self.roots):
             if gpu in root:
-                return (0, 1 + gpu, 1 + gpus + 2 * number + (action.stream is Stream.D2H))
+                return (0, 1 + gpu, 1 + gpus + 2 * number + (action.stream in DOWN_STREAMS))
         return (0, 1 + gpu, -1)

@@ -1,8 +1,12 @@
 """Predicts when every action of a schedule runs and what memory that takes.
 
 Each queue runs its actions in order; an action starts when the one before it on its queue and the
-actions that record the events it waits for are over. On an idle machine queues do not slow one another
-down; with `links`, transfers and host work share host memory, PCIe roots and both directions of a link.
+actions that record the events it waits for are over. On one direction of a GPU's link activations go first:
+while they move, weights (up) and gradients (down) have what is left of it. `links` says what else transfers
+and host work share: host memory, PCIe roots and both directions of a link.
+
+What that leaves out: a copy that is under way cannot be stopped, so an activation waits for the piece of
+weights in front of it, `CHUNK_BYTES` of `rpcompile/runtime/weight_arenas.py` at most.
 """
 
 from __future__ import annotations
@@ -13,17 +17,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument, ScheduleError
-from rpcompile.event_loop import chain_events, run_free, run_shared
+from rpcompile.event_loop import chain_events, run_shared
 from rpcompile.idle_time import IdleTime, divide_idle, steady_period
 from rpcompile.ir import COMPUTE_OPS, Op, Stream
 from rpcompile.memory_steps import MemorySteps, memory_steps
+from rpcompile.shared_links import SharedLinks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rpcompile.event_loop import Events
     from rpcompile.ir import Action, Schedule
-    from rpcompile.shared_links import SharedLinks
 
 __all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate"]
 
@@ -141,7 +145,7 @@ def simulate(
 
     Args:
         schedule: With events; without them, queues run independently of each other.
-        links: What transfers and host work share; None for an idle machine where nothing is shared.
+        links: What transfers and host work share besides each GPU's link; None for nothing.
         iterations: How many, one behind the other; GPUs do not pause between them.
         mode: How they are chained: "sync" (an upload waits for its segment's UPDATE in the iteration
             before; without UPDATEs, for everything) or "async" (for that of the iteration before the last).
@@ -157,7 +161,7 @@ def simulate(
             without a size.
     """
     events = chain_events(schedule, iterations, mode, rotate)
-    starts, ends = run_free(events) if links is None else run_shared(events, links)
+    starts, ends = run_shared(events, links or SharedLinks(None))
     timeline = _timeline(events, starts, ends)
     return replace(timeline, steps=_critical_path(events, list(timeline.start_s), starts, ends))
 

@@ -187,8 +187,9 @@ def format_schedule(schedule: Schedule) -> str:
 
     Example::
 
-        gpu0 compute  e0>0F0>e1 0X0.0
-        gpu0 h2d      0P@0.0 0L0>e0
+        gpu0 compute    e0,e1>0F0>e2 0X0.0
+        gpu0 h2d        0L0>e0
+        gpu0 weights    0P@0.0>e1
     """
     lines: list[str] = []
     for queue in schedule.queues:
@@ -197,7 +198,7 @@ def format_schedule(schedule: Schedule) -> str:
             before = f"{','.join(action.waits)}>" if action.waits else ""
             behind = f">{','.join(action.records)}" if action.records else ""
             cells.append(f"{before}{action.id}{behind}")
-        lines.append(f"gpu{queue.gpu} {queue.stream.value:<7}  {' '.join(cells)}\n")
+        lines.append(f"gpu{queue.gpu} {queue.stream.value:<9}  {' '.join(cells)}\n")
     return "".join(lines)
 
 

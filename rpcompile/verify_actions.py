@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 from rpcompile import buffers, stage_bytes
 from rpcompile.buffers import BufferName
 from rpcompile.errors import ScheduleError
-from rpcompile.ir import COMPUTE_OPS, ActionId, Op, StageKind, Stream
+from rpcompile.ir import COMPUTE_OPS, DOWN_STREAMS, ActionId, Op, StageKind, Stream
 
 if TYPE_CHECKING:
     from rpcompile.buffers import ParsedNames
     from rpcompile.ir import Action, Partition, Schedule, SegmentChain
 
 _STREAMS = {
-    **dict.fromkeys((Op.PREFETCH, Op.LOAD, Op.RECEIVE), Stream.H2D),
+    Op.PREFETCH: Stream.WEIGHTS,
+    **dict.fromkeys((Op.LOAD, Op.RECEIVE), Stream.H2D),
     **dict.fromkeys(COMPUTE_OPS, Stream.COMPUTE),
-    **dict.fromkeys((Op.HANDOFF, Op.OFFLOAD, Op.GRADIENT), Stream.D2H),
+    **dict.fromkeys((Op.HANDOFF, Op.OFFLOAD), Stream.D2H),
+    Op.GRADIENT: Stream.GRADIENTS,
     Op.UPDATE: Stream.HOST,
 }
 _KINDS = {
@@ -263,7 +265,7 @@ def _check_copies(schedule: Schedule, names: ParsedNames) -> None:
         if len(action.reads) != len(action.writes) or not action.reads:
             raise ScheduleError(f"{action.id} copies {len(action.reads)} buffers into {len(action.writes)}")
         spaces = (buffers.HOST, buffers.gpu(action.gpu))
-        if action.stream is Stream.D2H:
+        if action.stream in DOWN_STREAMS:
             spaces = spaces[::-1]
         for source, target in zip(action.reads, action.writes, strict=True):
             left, right = names[source], names[target]

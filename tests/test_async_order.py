@@ -11,7 +11,7 @@ import torch
 import rpcompile
 from rpcompile import buffers
 from rpcompile.errors import ExecutionError
-from rpcompile.ir import Schedule, Stream
+from rpcompile.ir import Schedule
 from tests import models
 from tests.fake_streams import FakeEngine, Machine
 
@@ -57,17 +57,13 @@ def test_any_order_gives_the_same_bits(
 
 
 def data_waits(schedule: Schedule) -> list[tuple[int, str]]:
-    """(GPU, event) of the waits for an action that made what the waiting one reads.
-
-    Waits for uploads are left out: the worker's own events, which give weights a stream beside h2d, can
-    imply them.
-    """
+    """(GPU, event) of the waits for an action that made what the waiting one reads."""
     recorders = {event: action for action in schedule.actions() for event in action.records}
     return [
         (action.gpu, event)
         for action in schedule.actions()
         for event in action.waits
-        if set(recorders[event].writes) & set(action.reads) and recorders[event].stream is not Stream.H2D
+        if set(recorders[event].writes) & set(action.reads)
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rpcompile import variations
 from rpcompile.explain import explain
-from rpcompile.idle import COPY, DRAIN, OTHER_STAGE, QUEUED, UPLOAD, gaps
+from rpcompile.idle import COPY, DRAIN, OTHER_STAGE, OTHER_UPLOAD, UPLOAD, gaps
 from rpcompile.ir import Op
 from rpcompile.planner import PlanOptions, plan_profile
 from rpcompile.profile import Profile
@@ -57,11 +57,20 @@ def test_waiting_for_the_stage_before_is_told_from_waiting_for_a_copy() -> None:
     assert all(set(gap.causes) == {DRAIN} for gap in last)
 
 
-def test_upload_of_another_job_in_front_is_named_queued() -> None:
+def test_upload_that_another_stage_waits_for_is_told_from_its_own() -> None:
+    changes = {0: {"weight_bytes": 9, "inputs": (), "input_bytes": 0}, 1: {"weight_bytes": 1}}
+    plan = plan_of((chain(2, changes), partition("F0-0", "FB1-1", "B0-0"), 2, 1, "sync"))
+    found = {gap.action: gap for gap in gaps(plan.schedule, plan.simulate())}
+    # Stage 0 has its weights after 9 s and computes for 2 s; a hand-off is 1 s down and 1 s up.
+    assert found["1FB0"].causes == pytest.approx({OTHER_UPLOAD: 9.0, OTHER_STAGE: 2.0, COPY: 2.0})
+
+
+def test_no_activation_waits_behind_weights() -> None:
     plan = one_gpu(microbatches=2, upload=20, input_bytes=2)
     found = {gap.action: gap for gap in gaps(plan.schedule, plan.simulate())}
-    # 0F0 ends at 5 s; the input of 0F1 takes 2 s, behind an upload for the next job until 23 s.
-    assert found["0F1"].causes == pytest.approx({QUEUED: 18.0, COPY: 2.0})
+    # The input of 0F1 comes while 0F0 runs, though the upload for the next stage began before.
+    assert "0F1" not in found
+    assert set(found["1FB0"].causes) == {UPLOAD}
 
 
 @pytest.mark.parametrize(

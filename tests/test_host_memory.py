@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 import rpcompile
+from rpcompile.ir import Op
 from rpcompile.runtime.engine import Engine
 from rpcompile.runtime.host_slots import HostSlots, allocate
-from rpcompile.runtime.weight_arenas import CHUNK_BYTES, WeightArenas
+from rpcompile.runtime.weight_arenas import CHUNK_BYTES, WeightArenas, copy_in_chunks
 from tests import models
 from tests.test_faults import live_bytes
 
@@ -116,12 +118,44 @@ def test_weights_become_views_of_one_arena_a_segment_and_train_as_before() -> No
     assert not torch.equal(up["0.weight"], before["0.weight"])
 
 
+def test_only_bulk_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's copy engine lets other streams' copies in between pieces, and activations must not wait."""
+    case = models.make("mlp")
+    compiled = rpcompile.compile(case.model, example_inputs=case.batch, gpus=1, microbatches=2)
+    monkeypatch.setattr("rpcompile.runtime.weight_arenas.CHUNK_BYTES", 64)
+    copied: dict[str, list[int]] = {}
+    running = threading.local()
+    copy_ = torch.Tensor.copy_
+
+    def counted(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        copied.setdefault(getattr(running, "instruction", ""), []).append(source.nbytes)
+        return copy_(self, source, non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    compiled._training.engine.before_instruction = lambda text: setattr(running, "instruction", text)
+    compiled.forward_backward(**case.batch)
+    actions = {action.id: action for action in compiled.plan.schedule.actions()}
+    moved = {actions[id].op: sizes for id, sizes in copied.items() if id in actions}
+    assert max(moved[Op.PREFETCH]) == max(moved[Op.GRADIENT]) == 64
+    assert max(moved[Op.LOAD]) > 64
+    monkeypatch.undo()
+    compiled.close()
+
+
+def test_pieces_make_up_the_whole() -> None:
+    source = torch.randn(3, CHUNK_BYTES // 8)
+    for tensor in (source, source.T, source[:, ::2], source[0, :5]):
+        target = torch.zeros_like(tensor)
+        copy_in_chunks(target, tensor)
+        assert torch.equal(target, tensor)
+
+
 def test_upload_is_few_large_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(20)))
     arenas = WeightArenas(adopt=True)
     tensors = named(model)
     arenas.refresh([list(tensors)], tensors)
-    monkeypatch.setattr("rpcompile.runtime.weight_arenas.CHUNK_BYTES", CHUNK_BYTES // 8)
+    monkeypatch.setattr("rpcompile.runtime.weight_arenas.CHUNK_BYTES", CHUNK_BYTES // 2)
     copies: list[int] = []
     copy_ = torch.Tensor.copy_
 
@@ -133,7 +167,7 @@ def test_upload_is_few_large_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     up = arenas.upload(tensors, CPU)
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert len(tensors) == 40
-    assert len(copies) == -(-total // (CHUNK_BYTES // 8)) == 3
+    assert len(copies) == -(-total // (CHUNK_BYTES // 2)) == 3
     monkeypatch.undo()
     assert all(torch.equal(up[name], tensor) for name, tensor in tensors.items())
 

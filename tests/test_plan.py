@@ -206,9 +206,9 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan 08c4b58c  Toy · float32 · 2 microbatches of the given size · sync
+Plan 7de3ed38  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
-Simulated  41.00 s/step · bubble 53.7 % · GPU peak 37 B · host peak 32 B
+Simulated  42.00 s/step · bubble 54.8 % · GPU peak 37 B · host peak 32 B
 Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B
 Solver     by hand FEASIBLE · gap 0.0 % · 0.0 s
 stage   kind   gpu   segments          weights   boundary   compute   upload   bound by

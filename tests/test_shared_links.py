@@ -17,9 +17,10 @@ from rpcompile.simulate import Timeline, simulate
 from tests.chains import HARDWARE, act, compiled, hand_made, problems
 
 COMPUTE, H2D, D2H, HOST = Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.HOST
+WEIGHTS, GRADIENTS = Stream.WEIGHTS, Stream.GRADIENTS
 
 
-def copies(links: SharedLinks, *given: tuple[str, int, Stream, int]) -> Timeline:
+def copies(links: SharedLinks | None, *given: tuple[str, int, Stream, int]) -> Timeline:
     """Copies that begin at once, each (id, GPU, stream, bytes); a byte takes a second on an idle link."""
     queues = [
         (gpu, stream, [act(id, ActionId.parse(id).op, nbytes=size, seconds=float(size))])
@@ -39,6 +40,29 @@ def test_host_memory_is_shared_evenly_and_what_is_left_goes_faster():
 def test_activations_go_before_weights():
     timeline = copies(SharedLinks(host_bytes_per_s=1.0), ("0P@0.0", 0, H2D, 10), ("1V0", 1, H2D, 5))
     assert timeline.end_s == {"0P@0.0": 15.0, "1V0": 5.0}
+
+
+def test_activations_have_their_gpus_link_for_themselves():
+    given = ("0P@0.0", 0, WEIGHTS, 10), ("0V0", 0, H2D, 5), ("1P@1.0", 1, WEIGHTS, 10)
+    for links in (None, SharedLinks(None)):
+        timeline = copies(links, *given, ("0G@0.0", 0, GRADIENTS, 3))
+        # The other direction and the other GPU's link do not notice.
+        assert timeline.end_s == {"0P@0.0": 15.0, "0V0": 5.0, "1P@1.0": 10.0, "0G@0.0": 3.0}
+    timeline = copies(None, ("0G@0.0", 0, GRADIENTS, 4), ("0H0", 0, D2H, 6))
+    assert timeline.end_s == {"0G@0.0": 10.0, "0H0": 6.0}
+
+
+def test_weights_have_what_a_slow_activation_leaves_of_the_link():
+    # Host memory lets the two activations have half a byte a second each, so half of each link is free; but
+    # host memory is not, until both are over.
+    given = ("0V0", 0, H2D, 2), ("1V0", 1, H2D, 2), ("0P@0.0", 0, WEIGHTS, 3)
+    assert copies(SharedLinks(1.0), *given).end_s == {"0V0": 4.0, "1V0": 4.0, "0P@0.0": 7.0}
+    # With 1.5 bytes a second each activation has 0.75; a quarter of link 0 is left, and none of host memory.
+    assert copies(SharedLinks(1.5), *given).end_s["0P@0.0"] == pytest.approx(2 / 0.75 + 3)
+    # The root leaves an activation half of its link: the weights have the other half meanwhile.
+    links = SharedLinks(None, roots=((0, 1),), root_bytes_per_s=1.0)
+    root = copies(links, ("0V0", 0, H2D, 2), ("1V0", 1, H2D, 2), ("0G@0.0", 0, GRADIENTS, 3))
+    assert root.end_s == {"0V0": 4.0, "1V0": 4.0, "0G@0.0": 3.0}
 
 
 def test_rates_are_max_min_fair():

@@ -10,39 +10,44 @@ import pytest
 from hypothesis import given, settings
 
 from rpcompile.errors import ScheduleError
-from rpcompile.ir import Schedule, Stream
+from rpcompile.ir import Action, Schedule, Stream
 from rpcompile.simulate import MemorySteps, Timeline, simulate
 from tests.chains import act, chain, compiled, computes, hand_made, partition, problems
 
-COMPUTE, H2D, D2H = Stream.COMPUTE, Stream.H2D, Stream.D2H
+COMPUTE, H2D, WEIGHTS = Stream.COMPUTE, Stream.H2D, Stream.WEIGHTS
+D2H, GRADIENTS = Stream.D2H, Stream.GRADIENTS
 
 
 @pytest.fixture(scope="module")
 def single() -> Timeline:
-    """One segment, one GPU, one microbatch: nothing overlaps."""
+    """One segment, one GPU, one microbatch."""
     return simulate(compiled(chain(1), partition("FB0-0"), gpus=1, microbatches=1))
 
 
 def test_times_by_hand(single):
-    # A byte takes a second: weights 4 s, input 2 s, 2 + 3 s of compute, loss 4 s, gradient 4 s.
-    starts = {"0P@0.0": 0, "0L0": 4, "0FB0": 6, "0O0": 11, "0G@0.0": 15}
-    assert {id: single.start_s[id] for id in starts} == starts
-    assert (single.end_s["0G@0.0"], single.makespan_s) == (19, 19)
-    assert single.busy_s == {(0, COMPUTE): 5, (0, H2D): 6, (0, D2H): 8}
+    # A byte takes a second: weights 4 s, input 2 s, 2 + 3 s of compute, loss 4 s, gradient 4 s. Input and
+    # loss go first, weights and gradient stand still meanwhile.
+    times = {"0P@0.0": (0, 6), "0L0": (0, 2), "0FB0": (6, 11), "0O0": (11, 15), "0G@0.0": (11, 19)}
+    assert {id: (single.start_s[id], single.end_s[id]) for id in times} == times
+    assert single.makespan_s == 19
+    assert single.busy_s == {
+        (0, COMPUTE): 5, (0, H2D): 2, (0, WEIGHTS): 6, (0, D2H): 4, (0, GRADIENTS): 8,
+    }  # fmt: skip
     assert single.bubble == pytest.approx(1 - 5 / 19)
 
 
 def test_memory_by_hand(single):
     # Gradient 4, loss 4 and workspace 5 + 7 join weights and input while 0FB0 runs.
-    assert single.gpu_memory == (MemorySteps((0, 4, 6, 11, 15, 19), (4, 6, 26, 8, 4, 0)),)
+    assert single.gpu_memory == (MemorySteps((0, 6, 11, 15, 19), (6, 26, 8, 4, 0)),)
     assert single.gpu_peak_bytes == (26,)
     # The model's weights are there from the start; loss and gradient come and stay.
-    assert single.host_memory == MemorySteps((0, 11, 15), (4, 8, 12))
+    assert single.host_memory == MemorySteps((0, 11), (4, 12))
     assert single.host_peak_bytes == 12
 
 
 def test_critical_path_by_hand(single):
-    assert single.critical_path == ("0P@0.0", "0L0", "0FB0", "0O0", "0X0.2", "0G@0.0")
+    assert single.critical_path == ("0P@0.0", "0FB0", "0G@0.0")
+    assert [step.wait_s for step in single.steps] == [2, 0, 4]  # behind the input, and behind the loss
 
 
 def test_queues_overlap_and_events_hold():
@@ -76,11 +81,25 @@ def test_a_timeline_is_tight(problem):
         for previous, action in pairwise((None, *queue.actions)):
             sources = [recorders[event] for event in action.waits] + ([previous.id] if previous else [])
             assert timeline.start_s[action.id] == max((timeline.end_s[id] for id in sources), default=0)
-            assert timeline.end_s[action.id] == timeline.start_s[action.id] + action.seconds
+            stands_s = stands_still_s(schedule, timeline, action)
+            end_s = timeline.start_s[action.id] + action.seconds + stands_s
+            assert timeline.end_s[action.id] == (pytest.approx(end_s) if stands_s else end_s)
     path = timeline.critical_path
     assert timeline.start_s[path[0]] == 0
     assert timeline.end_s[path[-1]] == timeline.makespan_s == max(timeline.end_s.values())
     assert all(timeline.end_s[left] == timeline.start_s[right] for left, right in pairwise(path))
+
+
+def stands_still_s(schedule: Schedule, timeline: Timeline, action: Action) -> float:
+    """Seconds in which activations have the link that weights or gradients are on."""
+    first = {WEIGHTS: H2D, GRADIENTS: D2H}.get(action.stream)
+    times = [
+        (timeline.start_s[other.id], timeline.end_s[other.id])
+        for other in schedule.actions()
+        if (other.gpu, other.stream) == (action.gpu, first) and other.nbytes
+    ]
+    begin_s, end_s = timeline.start_s[action.id], timeline.end_s[action.id]
+    return sum(max(0.0, min(end, end_s) - max(begin, begin_s)) for begin, end in times)
 
 
 def memory_at(schedule: Schedule, timeline: Timeline, space: str, time: float) -> int:

@@ -20,17 +20,20 @@ from tests.chains import act, chain, compiled, partition, problems
 STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
 
 GOLDEN = """\
-gpu0 compute  e6>0F0>e0 0X0.0>e1 e7>0F1>e2 0X1.0>e3 0X@0.0 e8>2R0 e9,e14>2B0>e4 2X0.0 e10>2R1 \
-e11,e17>2B1>e5 2X1.0 2X@2.0
-gpu0 h2d      0P@0.0 0P@0.1 0L0>e6 2P@2.1 0L1>e7 e1,e13>2L0>e8 e31>2V0>e9 2X0.1 e3,e16>2L1>e10 e33>2V1>e11 \
-2X1.1
-gpu0 d2h      e0>0H0>e12 0O0.0>e13 0X0.2>e14 e2>0H1>e15 0O1.0>e16 0X1.2>e17 e4>2H0>e18 2X0.2 e5>2H1>e19 \
-2X1.2 2G@2.1 2X@2.3
-gpu1 compute  e25>1FB0>e20 1X0.0>e21 e26>1FB1>e22 1X1.0>e23 1X@1.0 e27>3R0 e28,e32>3B0 3X0.0 e29>3R1 \
-e30,e34>3B1>e24 3X1.0 3X@3.0
-gpu1 h2d      1P@1.2 e12>1V0>e25 1X0.1 3P@3.0 e15>1V1>e26 1X1.1 e21>3L0>e27 e18>3V0>e28 3X0.1 e23>3L1>e29 \
-e19>3V1>e30 3X1.1
-gpu1 d2h      e20>1H0>e31 1O0 1X0.2>e32 e22>1H1>e33 1O1 1X1.2>e34 1G@1.2 1X@1.3 e24>3G@3.0 3X@3.3
+gpu0 compute    e6,e12>0F0>e0 0X0.0>e1 e7>0F1>e2 0X1.0>e3 0X@0.0 e8,e13>2R0 e9,e16>2B0>e4 2X0.0 e10>2R1 \
+e11,e19>2B1>e5 2X1.0 2X@2.0
+gpu0 h2d        0L0>e6 0L1>e7 e1,e15>2L0>e8 e35>2V0>e9 2X0.1 e3,e18>2L1>e10 e37>2V1>e11 2X1.1
+gpu0 weights    0P@0.0 0P@0.1>e12 2P@2.1>e13
+gpu0 d2h        e0>0H0>e14 0O0.0>e15 0X0.2>e16 e2>0H1>e17 0O1.0>e18 0X1.2>e19 e4>2H0>e20 2X0.2 e5>2H1>e21 \
+2X1.2
+gpu0 gradients  e5>2G@2.1 2X@2.3
+gpu1 compute    e27,e33>1FB0>e22 1X0.0>e23 e28>1FB1>e24 1X1.0>e25 1X@1.0 e29,e34>3R0 e30,e36>3B0 3X0.0 \
+e31>3R1 e32,e38>3B1>e26 3X1.0 3X@3.0
+gpu1 h2d        e14>1V0>e27 1X0.1 e17>1V1>e28 1X1.1 e23>3L0>e29 e20>3V0>e30 3X0.1 e25>3L1>e31 e21>3V1>e32 \
+3X1.1
+gpu1 weights    1P@1.2>e33 3P@3.0>e34
+gpu1 d2h        e22>1H0>e35 1O0 1X0.2>e36 e24>1H1>e37 1O1 1X1.2>e38
+gpu1 gradients  e24>1G@1.2 1X@1.3 e26>3G@3.0 3X@3.3
 """
 
 
@@ -88,7 +91,7 @@ def test_every_action_is_in_the_trace_where_it_runs(trace):
 
 def test_slices_carry_times_in_microseconds_and_arguments(trace):
     forward = next(event for event in slices(trace) if event["name"] == "0F1")
-    # Weights 8 s, inputs 2 s, the first chunk for job 2 4 s, the second input 2 s: 16 s, then 4 s.
+    # Two inputs 4 s, weights 8 s, 0F0 4 s: 16 s, then 4 s.
     assert (forward["ph"], forward["ts"], forward["dur"]) == ("X", 16e6, 4e6)
     assert forward["args"] == {"op": "FORWARD", "stage": 0, "job": 0, "segments": [0, 1], "microbatch": 1}
     upload = next(event for event in slices(trace) if event["name"] == "2P@2.1")
@@ -99,7 +102,7 @@ def test_the_trace_says_that_it_is_simulated(trace):
     names = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
     assert names == ["GPU 0 (simulated)", "GPU 1 (simulated)"]
     assert trace["metadata"]["source"] == "rpcompile, simulated"
-    assert trace["metadata"]["runs"][0]["makespan_s"] == 41.0
+    assert trace["metadata"]["runs"][0]["makespan_s"] == 42.0
 
 
 def test_arrows_lead_from_hand_off_to_receive(trace):

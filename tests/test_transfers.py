@@ -39,21 +39,25 @@ def copy(schedule, id):
 
 def test_queues_of_two_gpus():
     schedule = with_transfers(chain(3), STAGES, gpus=2, microbatches=1)
-    assert ids(schedule, 0, "h2d") == "0P@0.0 0P@0.1 0L0 2P@2.1 2L0 2V0 2X0.1"
+    assert ids(schedule, 0, "h2d") == "0L0 2L0 2V0 2X0.1"
+    assert ids(schedule, 0, "weights") == "0P@0.0 0P@0.1 2P@2.1"
     assert ids(schedule, 0, "compute") == "0F0 0X0.0 0X@0.0 2R0 2B0 2X0.0 2X@2.0"
-    assert ids(schedule, 0, "d2h") == "0H0 0O0.0 0X0.2 2H0 2X0.2 2G@2.1 2X@2.3"
-    assert ids(schedule, 1, "h2d") == "1P@1.2 1V0 1X0.1 3P@3.0 3L0 3V0 3X0.1"
+    assert ids(schedule, 0, "d2h") == "0H0 0O0.0 0X0.2 2H0 2X0.2"
+    assert ids(schedule, 0, "gradients") == "2G@2.1 2X@2.3"
+    assert ids(schedule, 1, "h2d") == "1V0 1X0.1 3L0 3V0 3X0.1"
+    assert ids(schedule, 1, "weights") == "1P@1.2 3P@3.0"
     assert ids(schedule, 1, "compute") == "1FB0 1X0.0 1X@1.0 3R0 3B0 3X0.0 3X@3.0"
-    assert ids(schedule, 1, "d2h") == "1H0 1O0 1X0.2 1G@1.2 1X@1.3 3G@3.0 3X@3.3"
+    assert ids(schedule, 1, "d2h") == "1H0 1O0 1X0.2"
+    assert ids(schedule, 1, "gradients") == "1G@1.2 1X@1.3 3G@3.0 3X@3.3"
     assert [(queue.gpu, queue.stream) for queue in schedule.queues] == [
-        (gpu, stream) for gpu in (0, 1) for stream in ("compute", "h2d", "d2h")
+        (gpu, stream) for gpu in (0, 1) for stream in ("compute", "h2d", "weights", "d2h", "gradients")
     ]
 
 
 def test_copies_name_both_sides_and_their_bytes():
     schedule = with_transfers(chain(3), STAGES, gpus=2, microbatches=1)
     h2d, d2h = Stream.H2D, Stream.D2H
-    assert copy(schedule, "2P@2.1") == (0, h2d, ("host:weights.s1",), ("gpu0:weights.j2.s1",), 4)
+    assert copy(schedule, "2P@2.1") == (0, Stream.WEIGHTS, ("host:weights.s1",), ("gpu0:weights.j2.s1",), 4)
     assert copy(schedule, "0L0") == (0, h2d, ("host:inputs.m0",), ("gpu0:inputs.j0.m0",), 2)
     assert copy(schedule, "2L0") == (0, h2d, ("host:x.s0.m0",), ("gpu0:x.s0.j2.m0",), 1)
     assert copy(schedule, "1V0") == (1, h2d, ("host:x.s1.m0",), ("gpu1:x.s1.j1.m0",), 1)
@@ -62,7 +66,8 @@ def test_copies_name_both_sides_and_their_bytes():
     assert copy(schedule, "1H0") == (1, d2h, ("gpu1:dx.s1.j1.m0",), ("host:dx.s1.j1.m0",), 1)
     assert copy(schedule, "0O0.0") == (0, d2h, ("gpu0:x.s0.j0.m0",), ("host:x.s0.m0",), 1)
     assert copy(schedule, "1O0") == (1, d2h, ("gpu1:loss.m0",), ("host:loss.m0",), 4)
-    assert copy(schedule, "2G@2.1") == (0, d2h, ("gpu0:gradients.j2.s1",), ("host:gradients.j2.s1",), 4)
+    gradients = (0, Stream.GRADIENTS, ("gpu0:gradients.j2.s1",), ("host:gradients.j2.s1",), 4)
+    assert copy(schedule, "2G@2.1") == gradients
 
 
 def test_a_load_brings_inputs_and_saved_boundary_together():
@@ -129,10 +134,11 @@ def test_one_gpu_keeps_what_the_next_job_reads():
     assert ids(schedule, 0, "d2h").startswith("0O0.0 0O1.0 1X0.2 1X1.2")
 
 
-def test_changed_buffers_go_down_before_gradients():
+def test_changed_buffers_do_not_wait_for_gradients():
     stages = partition("FB0-1")
     schedule = with_transfers(chain(2, {1: {"state_bytes": 3}}), stages, gpus=1, microbatches=2)
-    assert ids(schedule, 0, "d2h") == "0O0 0X0.2 0O1 0X1.2 0O@0.1 0X@0.2 0G@0.0 0G@0.1 0X@0.3"
+    assert ids(schedule, 0, "d2h") == "0O0 0X0.2 0O1 0X1.2 0O@0.1 0X@0.2"
+    assert ids(schedule, 0, "gradients") == "0G@0.0 0G@0.1 0X@0.3"
     assert copy(schedule, "0O@0.1")[2:] == (("gpu0:weights.j0.s1",), ("host:state.j0.s1",), 3)
     assert action(schedule, "0X@0.0").frees == ("gpu0:weights.j0.s0",)
     assert action(schedule, "0X@0.2").frees == ("gpu0:weights.j0.s1",)
@@ -145,13 +151,14 @@ def test_evaluation_only_sends_outputs_down():
     assert ids(schedule, 1, "d2h") == "1O0 1X0.2 1O1 1X1.2"
 
 
-def test_the_next_jobs_weights_are_spread_over_the_microbatches():
+def test_the_next_jobs_weights_come_while_this_one_computes():
     stages = partition("F0-0", "FB1-3", "B0-0")
-    schedule = with_transfers(chain(4), stages, gpus=1, microbatches=4)
-    # Job 1's three chunks lie behind microbatches 0, 1 and 2 of job 0.
-    assert ids(schedule, 0, "h2d").startswith("0P@0.0 0L0 1P@1.1 0L1 1P@1.2 0L2 1P@1.3 0L3")
-    many = with_transfers(chain(4), stages, gpus=1, microbatches=1)
-    assert ids(many, 0, "h2d").startswith("0P@0.0 0L0 1P@1.1 1P@1.2 1P@1.3")
+    schedule = InsertEventWaits().run(with_transfers(chain(4), stages, gpus=1, microbatches=4))
+    assert ids(schedule, 0, "h2d").startswith("0L0 0L1 0L2 0L3")
+    assert ids(schedule, 0, "weights") == "0P@0.0 1P@1.1 1P@1.2 1P@1.3 2P@2.0"
+    timeline = simulate(schedule)
+    # 2 s of the first input and 4 s of weights; then 12 s more of weights and 6 s of inputs, of one link.
+    assert (timeline.start_s["0F0"], timeline.start_s["1P@1.1"]) == (8, 8)
 
 
 def test_a_prefetch_waits_for_the_weights_of_the_job_two_before():
@@ -169,7 +176,7 @@ def test_a_recompute_waits_for_what_was_saved_and_its_backward_for_the_gradient(
     def waits(id):
         return [recorder[event] for event in action(schedule, id).waits]
 
-    assert waits("2R0") == ["2L0"]  # behind its weights on their queue
+    assert waits("2R0") == ["2L0", "2P@2.1"]
     assert waits("2B0") == ["2V0", "0X0.2"]  # and room for its result
     assert waits("2R1") == ["2L1"]
 

@@ -169,7 +169,7 @@ def anew(schedule):
         ),
         (
             edit(VALID, "1U@1", waits=()),
-            "1U@1 does not wait for 2G@2.1, which writes host:gradients.j2.s1",
+            "1U@1 does not wait for 3G@3.0, which writes host:gradients.j3.s0",
         ),
         (
             edit(VALID, "2U@2.1", writes=("host:loss.m0",)),

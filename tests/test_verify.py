@@ -290,9 +290,7 @@ def test_messages(mutant, message):
 
 
 def test_a_gradient_downloaded_before_its_last_contribution():
-    download = action(VALID, "2G@2.1")
-    early = rewrite(without(VALID, "2G@2.1"), lambda found: [download] * (found.id == "2H1") + [found])
-    message = rejects(early, CHAIN)
+    message = rejects(edit(VALID, "2G@2.1", waits=action(VALID, "2H0").waits), CHAIN)
     assert message == "2G@2.1 does not wait for 2B1, the last to update gpu0:gradients.j2.s1 that it reads"
 
 

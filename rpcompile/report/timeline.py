@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 MOST_BARS = 12_000
 MOST_STEPS = 1_500  # of one GPU's memory
-_HEIGHTS = dict(zip(LANES, (0.46, 0.16, 0.16), strict=True))
-_CENTRES = dict(zip(LANES, (0.26, 0.60, 0.80), strict=True))
-_GPU_PIXELS = 58
+_HEIGHTS = dict(zip(LANES, (0.32, 0.12, 0.12, 0.12, 0.12), strict=True))
+_CENTRES = dict(zip(LANES, (0.19, 0.43, 0.57, 0.73, 0.87), strict=True))
+_GPU_PIXELS = 84
 _BAR_TIP = """<div class="tip"><b>@label</b> @op, stage @stage@part<br>gpu @gpu, @stream<br>
 @left{0,0.000} to @right{0,0.000} ms: <b>@takes{0,0.000} ms</b>@moved</div>"""
 _GAP_TIP = """<div class="tip"><b>idle @takes{0,0.000} ms</b> on gpu @gpu<br>@why</div>"""

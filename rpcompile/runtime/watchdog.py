@@ -46,7 +46,6 @@ def await_all(
 def report(iteration: Iteration, schedule: Schedule) -> str:
     """What every stream is doing, since when; first those that run, then those that wait, and for whom."""
     recorders = {event: action for action in schedule.actions() for event in action.records}
-    actions = {action.id: action for action in schedule.actions()}
     now = time.perf_counter()
     busy: list[str] = []
     waiting: list[str] = []
@@ -59,9 +58,7 @@ def report(iteration: Iteration, schedule: Schedule) -> str:
             source = recorders[event]
             waiting.append(f"{where} has been waiting {for_s} for {event} from {_place(source)}")
         else:
-            owner = event.removeprefix("end of ").removeprefix("turn of ")
-            of = _place(actions[owner]) if owner in actions else owner
-            waiting.append(f"{where} has been waiting {for_s} for {of}")
+            waiting.append(f"{where} has been waiting {for_s} for {event}")
     return "; ".join([*busy, *waiting]) or "No stream is running anything"
 
 

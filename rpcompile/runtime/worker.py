@@ -8,6 +8,7 @@ import torch
 
 from rpcompile import buffers
 from rpcompile.ir import Stream
+from rpcompile.runtime.weight_arenas import copy_in_chunks
 
 if TYPE_CHECKING:
     import threading
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from rpcompile.runtime.streams import Iteration, Streams
     from rpcompile.runtime.weight_arenas import WeightArenas
 
-WEIGHTS = "weights"
-LANES = (Stream.COMPUTE.value, Stream.H2D.value, Stream.D2H.value, WEIGHTS)
-"""The streams of a worker. Weights have one of their own beside h2d, so that an activation, which is on the
-critical path, passes between two chunks of a prefetch instead of waiting for all of it."""
+LANES = tuple(stream.value for stream in Stream if stream is not Stream.HOST)
+"""The streams of a worker."""
 
 
 class Worker:
@@ -60,17 +59,11 @@ class Worker:
         self._received: set[str] = set()  # the buffers of the store that h2d allocated
         self._iteration: Iteration | None = None
         self._microbatches: Sequence[Microbatch] = ()
-        # The stream on which each program stream's last instruction was enqueued.
-        self._lane: dict[str, str] = {}
-        # Prefetched weights that compute has not been made to wait for yet: buffer -> event.
-        self._arriving: dict[str, str] = {}
 
     def start(self, iteration: Iteration, microbatches: Sequence[Microbatch]) -> None:
         """Begins to run the GPU's graph."""
         self._iteration = iteration
         self._microbatches = microbatches
-        self._lane = {lane: lane for lane in LANES}
-        self._arriving.clear()
         self._streams.start(iteration, lambda: self._graph.forward(self))
 
     def drain(self) -> list[threading.Event]:
@@ -98,7 +91,7 @@ class Worker:
         self._streams.wait(self._now, stream, event)
 
     def record(self, stream: str, event: str) -> None:
-        self._streams.record(self._now, self._lane[stream], event)
+        self._streams.record(self._now, stream, event)
 
     def prefetch(
         self, action: str, stage: int, reads: Sequence[str], writes: Sequence[str], **_: Any
@@ -109,17 +102,10 @@ class Worker:
                 moved = {name: tensors[name] for name in self._what_moves(target, stage, tensors)}
                 self._store[target] = self._arenas.upload(moved, self._streams.device)
 
-        # Behind all that the program put before it; what the program puts behind it need not wait.
-        turn = f"turn of {action}"
-        self._streams.record(self._now, Stream.H2D, turn)
-        self._streams.wait(self._now, WEIGHTS, turn)
         for source in reads:
             for event in self._now.updates.get(buffers.segment_of(source), ()):
-                self._streams.wait(self._now, WEIGHTS, event)
-        self._enqueue(Stream.H2D, action, task, WEIGHTS)
-        for target in writes:
-            self._arriving[target] = f"end of {action}"
-        self._streams.record(self._now, WEIGHTS, f"end of {action}")
+                self._streams.wait(self._now, Stream.WEIGHTS, event)
+        self._enqueue(Stream.WEIGHTS, action, task)
 
     def load(self, action: str, **arguments: Any) -> None:
         self._upload(action, **arguments)
@@ -128,13 +114,13 @@ class Worker:
         self._upload(action, **arguments)
 
     def handoff(self, action: str, **arguments: Any) -> None:
-        self._download(action, **arguments)
+        self._download(Stream.D2H, action, **arguments)
 
     def offload(self, action: str, **arguments: Any) -> None:
-        self._download(action, **arguments)
+        self._download(Stream.D2H, action, **arguments)
 
     def gradient(self, action: str, **arguments: Any) -> None:
-        self._download(action, **arguments)
+        self._download(Stream.GRADIENTS, action, **arguments)
 
     def free(self, action: str, stream: str, buffers: Sequence[str]) -> None:
         def task() -> None:
@@ -158,7 +144,7 @@ class Worker:
                 elif kind == "loss":
                     self._store[name] = outputs
 
-        self._compute(action, reads, task)
+        self._enqueue(Stream.COMPUTE, action, task)
 
     def recompute(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
@@ -170,7 +156,7 @@ class Worker:
                 weights, inputs, values, self._microbatches[microbatch]
             )
 
-        self._compute(action, reads, task)
+        self._enqueue(Stream.COMPUTE, action, task)
 
     def backward(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
@@ -182,7 +168,7 @@ class Worker:
             result = runner.backward(self._tapes.pop(tape), gradients)
             self._keep_gradients(runner, reads, writes, weights, _own(result, [gradients]))
 
-        self._compute(action, reads, task)
+        self._enqueue(Stream.COMPUTE, action, task)
 
     def fused(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
@@ -194,7 +180,7 @@ class Worker:
             self._store[buffers.loss(buffers.gpu(self.index), microbatch)] = outputs
             self._keep_gradients(runner, reads, writes, weights, result)
 
-        self._compute(action, reads, task)
+        self._enqueue(Stream.COMPUTE, action, task)
 
     # ------------------------------------------------------------- helpers
 
@@ -203,15 +189,8 @@ class Worker:
         assert self._iteration is not None
         return self._iteration
 
-    def _enqueue(self, stream: str, action: str, task: Callable[[], None], lane: str | None = None) -> None:
-        self._lane[stream] = lane or stream
-        self._streams.enqueue(self._now, lane or stream, action, task)
-
-    def _compute(self, action: str, reads: Sequence[str], task: Callable[[], None]) -> None:
-        for name in reads:
-            if name in self._arriving:
-                self._streams.wait(self._now, Stream.COMPUTE, self._arriving.pop(name))
-        self._enqueue(Stream.COMPUTE, action, task)
+    def _enqueue(self, stream: str, action: str, task: Callable[[], None]) -> None:
+        self._streams.enqueue(self._now, stream, action, task)
 
     def _space(self, buffer: str) -> dict[str, Any]:
         return self._now.host if buffers.space_of(buffer) == buffers.HOST else self._store
@@ -231,7 +210,7 @@ class Worker:
         self._enqueue(Stream.H2D, action, task)
 
     def _download(
-        self, action: str, stage: int, reads: Sequence[str], writes: Sequence[str], **_: Any
+        self, stream: str, action: str, stage: int, reads: Sequence[str], writes: Sequence[str], **_: Any
     ) -> None:
         def task() -> None:
             for source, target in zip(reads, writes, strict=True):
@@ -239,10 +218,13 @@ class Worker:
                 moved = {name: tensors[name].detach() for name in self._what_moves(target, stage, tensors)}
                 made = self._slots.empty_like(target, moved)
                 for name, tensor in moved.items():
-                    made[name].copy_(tensor, non_blocking=True)
+                    if stream is Stream.GRADIENTS:
+                        copy_in_chunks(made[name], tensor)
+                    else:
+                        made[name].copy_(tensor, non_blocking=True)
                 self._space(target)[target] = made
 
-        self._enqueue(Stream.D2H, action, task)
+        self._enqueue(stream, action, task)
 
     def _free(self, name: str, stream: str) -> None:
         if buffers.parse(name).kind == "tape":
@@ -253,7 +235,7 @@ class Worker:
         kind = buffers.parse(name).kind
         made_by: str = Stream.COMPUTE
         if kind == "weights":
-            made_by = WEIGHTS
+            made_by = Stream.WEIGHTS
             for tensor in tensors.values():
                 # Gradients have a buffer, and an end, of their own.
                 tensor.grad = None
