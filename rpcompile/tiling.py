@@ -80,6 +80,11 @@ class TiledRegion(nn.Module):
         self.needs_output = needs_output
 
     @property
+    def places(self) -> tuple[object, ...]:
+        """What tells regions with equal graphs apart."""
+        return self.input_dims, self.output_dims, self.chunks, self.takes_sequence, self.needs_output
+
+    @property
     def is_loss(self) -> bool:
         return None in self.output_dims
 

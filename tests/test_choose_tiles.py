@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 import rpcompile
 from rpcompile.device_kernels import Kernels
-from rpcompile.errors import InvalidArgument
+from rpcompile.errors import InvalidArgument, StageTooLarge
+from rpcompile.fit import naming_the_longest
 from rpcompile.ir import SegmentChain, Stage, StageKind
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.capture_graph import ExampleInputs
 from rpcompile.passes.choose_tiles import ChooseTiles, _Chooser
-from rpcompile.planner import CapturedModel, capture_model
+from rpcompile.planner import CapturedModel, PlanOptions, capture_model
+from rpcompile.round_robin_time import StageCosts, stages_between
 from tests import memory_cases, models, reference, staged
 from tests.measured_memory import Measured
 
@@ -135,6 +138,36 @@ def test_predicted_memory_of_tiled_stages_is_what_the_allocator_gives_out(name: 
         assert abs((found.predicted_bytes(stage) + given) / (measured + given) - 1) <= 0.03, stage
         # LoRA's dropout stands between short regions, whose edges take as much as they save.
         assert name != "Llama" or measured < whole.measured_bytes(stage), stage
+
+
+def test_a_sequence_that_can_never_fit_names_what_it_takes_and_the_longest_that_does(
+    captured: CapturedModel,
+) -> None:
+    hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=4_000_000)
+    sizes, options = {"batch": 1, "sequence": 1 << 16}, PlanOptions(2, 4)
+    with (
+        pytest.raises(StageTooLarge) as error,
+        naming_the_longest(captured, hardware, sizes, gpus=2, microbatches=4),
+    ):
+        captured.plan(captured.bind(hardware, sizes), options, progress=False)
+    text = str(error.value)
+    assert "for weights and gradients," in text
+    assert "for activations and" in text
+    match = re.search(
+        r"The longest that fits is sequence=([\d,]+), predicted for stages of one segment\.$", text
+    )
+    assert match
+    longest = int(match[1].replace(",", ""))
+
+    def excess(sequence: int) -> int:
+        chain = captured.bind(hardware, {"batch": 1, "sequence": sequence})
+        count = len(chain.segments)
+        costs = StageCosts(chain, 2, 4)
+        cuts = [*range(count), *range(count + 1, 2 * count + 1)]
+        stages = [costs.of(stage) for stage in stages_between(cuts, count)]
+        return max(costs.resident_bytes(cuts, stages)) - hardware.usable_bytes
+
+    assert excess(longest) <= 0 < excess(int(1.06 * longest))
 
 
 def test_training_with_tiles_equals_plain_pytorch_but_for_rounding() -> None:
