@@ -3,31 +3,35 @@
 THIS SCRIPT HAS NOT BEEN RUN ON A GPU YET. No figure of it exists.
 
 Qwen3-1.7B and Qwen3-8B (random weights from their published configurations, bfloat16, 2048 tokens a row),
-GPU memory capped to 24 GB. Forward and backward of one batch, gradients on the host at the end, no
-optimizer. rpcompile and `roundpipe` (if it is installed) take turns on the same GPU with the same
-microbatches; each turn is a warm-up run and a timed one. Plain PyTorch with the model on the GPU comes last,
-where it fits. The table shows medians of tokens per second; for rpcompile also predicted against measured
-seconds and peak memory, and the share of transfer time that overlaps with compute. Simulated and recorded
-traces are written beside the JSON result.
+GPU memory capped to 24 GB. Forward and backward of one batch, gradients where the optimizer needs them, no
+optimizer. rpcompile and `roundpipe` take turns on the same GPU with the same microbatches; each turn is a
+warm-up run and a timed one, and the first turn does not count. Plain PyTorch with the model on the GPU
+comes last, where it fits, without and with recompute. The table shows medians of tokens per second; for
+rpcompile also predicted against measured seconds and peak memory, and the share of transfer time that
+overlaps with compute. Recorded and simulated trace are written into one file beside the JSON result.
 
-    python benchmarks/gpu_bench.py [--gpus 1] [--models 1.7B 8B] [--runs 3] [--budget 480] [--output PATH]
+Every loop is a process of its own (`gpu_loops.py`). What fails, or takes too long, is noted in the result,
+and the rest goes on; the result is written after every step. `--dry-run` runs all of it on a tiny model on
+the CPU, to try the script out; its figures mean nothing.
 
-All runs of a model end early once its share of the budget (seconds) is spent.
+    python benchmarks/gpu_bench.py [--gpus 1] [--models Qwen3-1.7B Qwen3-8B] [--runs 3] [--budget 450]
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
-import gc
-import importlib.util
 import json
 import os
 import platform
+import queue
 import statistics
+import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,294 +39,243 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import rpcompile
-from rpcompile.hardware import detect, lookup
-from rpcompile.ir import Hardware, Stream
-from rpcompile.simulate import Timeline, measured, simulate
-from rpcompile.trace import Run, write_trace
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
 SEQUENCE, CAP_BYTES = 2048, 24 * 2**30
-SHAPES = {
-    "1.7B": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    },
-}
+MODELS = ("Qwen3-1.7B", "Qwen3-8B")
+ALONE = ("resident", "resident, recompute")
 
 
-def qwen3(size: str) -> Any:
-    """The model in bfloat16. Weights repeat one block of random numbers, which takes seconds, not minutes."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=151_936,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=size == "1.7B",
-        use_cache=False,
-        dtype=torch.bfloat16,
-        **SHAPES[size],
-    )
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    block = torch.randn(1 << 20).mul_(0.02).to(torch.bfloat16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1)
-                continue
-            for piece in parameter.view(-1).split(block.numel()):
-                piece.copy_(block[: piece.numel()])
-    return model.train()
+class LoopFailed(Exception):
+    """What a loop's process answered, or that it did not."""
 
 
-def rpcompile_loop(
-    model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace, hardware: Hardware
-) -> tuple[Callable[[], object], rpcompile.Compiled]:
-    compiled = rpcompile.compile(
-        model,
-        options.gpus,
-        example_inputs=batch,
-        microbatches=options.microbatches,
-        gpu=hardware,
-        devices=[f"cuda:{index % torch.cuda.device_count()}" for index in range(options.gpus)],
-    )
+class Loop:
+    """The process of one loop.
 
-    def run() -> None:
-        compiled.forward_backward(**batch)
-        model.zero_grad()
+    Args:
+        settings: As `gpu_loops.Settings`.
+    """
 
-    return run, compiled
+    def __init__(self, settings: dict[str, Any]) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("gpu_loops.py")), json.dumps(settings)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
 
+    def answer(self, deadline: float) -> dict[str, Any]:
+        """The next answer.
 
-def roundpipe_loop(
-    model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace
-) -> Callable[[], object]:
-    import roundpipe  # type: ignore[import-not-found]
-
-    wrapped = roundpipe.wrap_model_to_roundpipe(
-        model,
-        use_sequential_preset=True,
-        model_run_config=roundpipe.RoundPipeRunConfig(num_microbatch=options.microbatches),
-    )
-
-    def run() -> None:
-        wrapped.forward_backward(
-            input_kwargs=batch, loss_fn=lambda outputs, _: outputs.loss / options.microbatches
-        )
-        wrapped.synchronize()
-        wrapped.zero_grad()
-
-    return run
-
-
-def resident_loop(
-    model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace
-) -> Callable[[], object]:
-    model = model.to("cuda:0")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def run() -> None:
-        for index in range(options.microbatches):
-            part = {
-                name: value.chunk(options.microbatches)[index].to("cuda:0") for name, value in batch.items()
-            }
-            (model(**part).loss / options.microbatches).backward()
-        model.zero_grad()
-
-    return run
-
-
-def turn(run: Callable[[], object]) -> float:
-    """Seconds of a run, after one that fills the allocator's caches again."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    run()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def measure(size: str, options: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
-    """One model: the loops that offload in turn until the runs or the budget are used up, then the other."""
-    deadline = time.perf_counter() + options.budget / len(options.models)
-    model = qwen3(size)
-    ids = torch.randint(0, 151_936, (options.microbatches, SEQUENCE))
-    batch = {"input_ids": ids, "labels": ids.clone()}
-    seconds: dict[str, list[float]] = {}
-    left_out: dict[str, str] = {}
-
-    def take(name: str, run: Callable[[], object]) -> None:
-        if name in left_out or (seconds.get(name) and time.perf_counter() > deadline):
-            return
+        Raises:
+            LoopFailed: It is an error, or none came before the deadline, or the process has ended.
+        """
         try:
-            seconds.setdefault(name, []).append(turn(run))
-        except (torch.OutOfMemoryError, rpcompile.RpcompileError) as error:
-            left_out[name] = f"{type(error).__name__}: {error}"
+            line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            self.end()
+            raise LoopFailed("not done when its time was up") from None
+        if not line:
+            raise LoopFailed(f"its process ended with {self._process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise LoopFailed(found["error"])
+        return found["found"]
 
-    ours, compiled = rpcompile_loop(copy.deepcopy(model), batch, options, hardware)
-    loops = {"rpcompile": ours}
-    if importlib.util.find_spec("roundpipe"):
-        loops["roundpipe"] = roundpipe_loop(copy.deepcopy(model), batch, options)
-    else:
-        left_out["roundpipe"] = "not installed"
-    for _ in range(options.runs):
-        for name, run in loops.items():
-            take(name, run)
-    loops.clear()
-    result: dict[str, Any] = {"model": f"Qwen3-{size}", "tokens": ids.numel(), "left_out": left_out}
-    if seconds.get("rpcompile"):
-        result["prediction"] = check_prediction(size, compiled, ours, seconds["rpcompile"], options)
-    compiled.close()
-    # Weights and gradients alone; below that, activations decide, and running out of memory is an answer.
-    if 2 * sum(parameter.nbytes for parameter in model.parameters()) < CAP_BYTES:
-        resident = resident_loop(model, batch, options)
-        for _ in range(options.runs):
-            take("resident", resident)
-    else:
-        left_out["resident"] = "weights and gradients do not fit"
-    rates = {name: ids.numel() / statistics.median(found) for name, found in seconds.items()}
-    return {**result, "seconds": seconds, "tokens_per_s": rates}
+    def do(self, command: str, deadline: float) -> dict[str, Any]:
+        """Has a command carried out; raises as `answer` does."""
+        assert self._process.stdin is not None
+        try:
+            print(command, file=self._process.stdin, flush=True)
+        except OSError:
+            raise LoopFailed("its process has ended") from None
+        return self.answer(deadline)
 
+    def end(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
 
-def check_prediction(
-    size: str,
-    compiled: rpcompile.Compiled,
-    run: Callable[[], object],
-    seconds: list[float],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """One recorded run, alone on the GPU, against what the plan said."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    devices = range(min(options.gpus, torch.cuda.device_count()))
-    before = [torch.cuda.memory_allocated(device) for device in devices]
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    engine = compiled._training.engine
-    engine.record_times = True
-    run()
-    engine.record_times = False
-    schedule, prediction = compiled.plan.schedule, compiled.plan.prediction
-    recorded = measured(schedule, engine.times)
-    folder = options.output.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = Run(schedule, recorded, "measured")
-    write_trace(schedule, simulate(schedule), folder / f"gpu_bench_{size}.json", beside)
-    peaks = [torch.cuda.max_memory_allocated(d) - b for d, b in zip(devices, before, strict=True)]
-    return {
-        "predicted_s": prediction.iteration_s,
-        "measured_s": statistics.median(seconds),
-        "predicted_peak_bytes": list(prediction.gpu_peak_bytes),
-        "measured_peak_bytes": peaks,
-        "hidden_transfer_share": hidden_share(compiled, recorded),
-    }
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
 
 
-def hidden_share(compiled: rpcompile.Compiled, timeline: Timeline) -> float:
-    """The share of copying time during which the same GPU computes."""
-    spans: dict[tuple[int, bool], list[tuple[float, float]]] = {}
-    for action in compiled.plan.schedule.actions():
-        key = action.gpu, action.stream is Stream.COMPUTE
-        spans.setdefault(key, []).append((timeline.start_s[action.id], timeline.end_s[action.id]))
-    copying = hidden = 0.0
-    for gpu in range(compiled.plan.gpus):
-        busy = sorted(spans.get((gpu, True), []))
-        for begin, end in spans.get((gpu, False), []):
-            copying += end - begin
-            hidden += sum(max(0.0, min(end, to) - max(begin, since)) for since, to in busy)
-    return hidden / copying if copying else 1.0
+@dataclass
+class Model:
+    """What is found for one model; loops that failed are in `failures`."""
+
+    name: str
+    options: argparse.Namespace
+    deadline: float
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    turns: dict[str, list[dict[str, Any]]] = field(default_factory=dict[str, "list[dict[str, Any]]"])
+    prediction: dict[str, Any] | None = None
+    failures: dict[str, str] = field(default_factory=dict[str, str])
+
+    def measure(self, record: Any) -> None:
+        """The loops that offload in turn, then the others one by one; `record` is called on the way."""
+        offloading = ("rpcompile", "roundpipe")
+        loops = {name: Loop(self._settings(name)) for name in offloading}
+        try:
+            for name, loop in list(loops.items()):
+                with self._noted(name, loops):
+                    self.facts[name] = loop.answer(self.deadline)
+            for number in range(self.options.runs + 1):
+                for name in list(loops):
+                    self._turn(name, loops, record, counts=number > 0)
+            if "rpcompile" in loops:
+                with self._noted("prediction", loops):
+                    self.prediction = loops["rpcompile"].do("predict", self.deadline)
+                with self._noted("waits", loops):
+                    self.facts["rpcompile"] |= loops["rpcompile"].do("waits", self.deadline)
+        finally:
+            for loop in loops.values():
+                loop.end()
+        record()
+        for name in ALONE:
+            alone = {name: Loop(self._settings(name))}
+            with self._noted(name, alone):
+                self.facts[name] = alone[name].answer(self.deadline)
+            for number in range(self.options.runs + 1):
+                self._turn(name, alone, record, counts=number > 0)
+            for loop in alone.values():
+                loop.end()
+
+    def result(self) -> dict[str, Any]:
+        """For the JSON file."""
+        options = self.options
+        tokens = options.microbatches * options.sequence
+        medians = {
+            name: statistics.median(turn["seconds"] for turn in turns) for name, turns in self.turns.items()
+        }
+        return {
+            "model": self.name,
+            "tokens": tokens,
+            "tokens_per_s": {name: tokens / seconds for name, seconds in medians.items()},
+            "median_s": medians,
+            "turns": self.turns,
+            "prediction": self.prediction,
+            "failures": self.failures,
+            "facts": self.facts,
+        }
+
+    def _turn(self, name: str, loops: dict[str, Loop], record: Any, counts: bool) -> None:
+        """One turn; the first does not count: RoundPipe plans by the times of the runs before."""
+        if name in loops:
+            with self._noted(name, loops):
+                found = loops[name].do("turn", self.deadline)
+                if counts:
+                    self.turns.setdefault(name, []).append(found)
+            record()
+
+    @contextmanager
+    def _noted(self, name: str, loops: dict[str, Loop]) -> Iterator[None]:
+        """A loop that fails is left out from here on."""
+        try:
+            yield
+        except LoopFailed as error:
+            self.failures[name] = str(error)
+            if name in loops:
+                loops.pop(name).end()
+
+    def _settings(self, loop: str) -> dict[str, Any]:
+        options = self.options
+        return {
+            "loop": loop,
+            "model": self.name,
+            "sequence": options.sequence,
+            "microbatches": options.microbatches,
+            "gpus": options.gpus,
+            "device": "cpu" if options.dry_run else "cuda",
+            "cap_bytes": CAP_BYTES,
+            "effort": options.effort,
+            "folder": str(options.output.parent),
+        }
 
 
-def gpu_hardware() -> Hardware:
-    """The catalogue's entry for this GPU, its memory capped."""
-    name = detect()
-    if name is None:
-        sys.exit(f"{torch.cuda.get_device_name(0)} is not in the hardware catalogue; pass --hardware NAME")
-    return lookup(name)
-
-
-def show(results: list[dict[str, Any]]) -> None:
-    table = Table(
-        "model", "loop", "tokens/s", "seconds predicted / measured", "peak predicted / measured", "hidden"
-    )
-    for result in results:
+def show(models: list[Model]) -> None:
+    """Prints the table."""
+    table = Table("model", "loop", "tokens/s", "loss", "seconds", "peak", "hidden", "notes")
+    for model in models:
+        result = model.result()
         for name, rate in result["tokens_per_s"].items():
-            cells = [result["model"], name, f"{rate:,.0f}"]
-            found = result.get("prediction")
-            if name == "rpcompile" and found:
+            last = model.turns[name][-1]
+            cells = [f"{result['median_s'][name]:.2f}", f"{max(last['peak_bytes']) / 1e9:.2f} GB", ""]
+            if name == "rpcompile" and model.prediction is not None:
+                found = model.prediction
                 predicted, peak = max(found["predicted_peak_bytes"]), max(found["measured_peak_bytes"])
-                cells.append(f"{found['predicted_s']:.2f} / {found['measured_s']:.2f}")
-                cells.append(f"{predicted / 1e9:.2f} / {peak / 1e9:.2f} GB")
-                cells.append(f"{found['hidden_transfer_share']:.0%}")
-            table.add_row(*cells)
-        for name, reason in result["left_out"].items():
-            table.add_row(result["model"], name, "-", reason)
+                cells = [
+                    f"{result['median_s'][name]:.2f} (predicted {found['predicted_s']:.2f})",
+                    f"{peak / 1e9:.2f} GB (predicted {predicted / 1e9:.2f})",
+                    f"{found['hidden_transfer_share']:.0%}",
+                ]
+            table.add_row(model.name, name, f"{rate:,.0f}", f"{last['loss']:.4f}", *cells, "")
+        for name, reason in model.failures.items():
+            table.add_row(model.name, name, "-", "", "", "", "", reason)
     Console(width=140).print(table)
 
 
-def main() -> None:
+def save(path: Path, models: list[Model], options: argparse.Namespace) -> None:
+    """Writes what there is so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "question": "tokens/s with weights on the host, and how right the plan was",
+        "dry_run": options.dry_run,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+            "memory_cap_bytes": CAP_BYTES,
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "results": [model.result() for model in models],
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--gpus", type=int, default=1, help="logical GPUs; they share the devices there are")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--microbatches", type=int, default=8, help="of one row each")
+    parser.add_argument("--sequence", type=int, default=SEQUENCE, help="tokens of a row")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each loop")
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all models")
-    parser.add_argument("--hardware", help="catalogue name, instead of the detected one")
+    parser.add_argument("--effort", default="fast", help="how long rpcompile searches for its plan")
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds for everything")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_bench.json"))
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit(f"gpu_bench needs a CUDA device; torch {torch.__version__} sees none here.")
-    hardware = lookup(options.hardware) if options.hardware else gpu_hardware()
-    for device in range(torch.cuda.device_count()):
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / total), device)
-    results = [measure(size, options, hardware) for size in options.models]
-    show(results)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(
-        json.dumps(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": {
-                    "gpu": torch.cuda.get_device_name(0),
-                    "gpus": torch.cuda.device_count(),
-                    "memory_cap_bytes": CAP_BYTES,
-                    "cores": os.cpu_count(),
-                    "system": platform.system(),
-                },
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "cuda": torch.version.cuda,
-                },
-                "options": {k: v for k, v in vars(options).items() if k != "output"},
-                "results": results,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="try the script out on the CPU")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        options.models, options.sequence, options.microbatches = ["tiny"], 16, 2
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 if rpcompile could be measured for every model."""
+    options = parse(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        print(f"gpu_bench needs a CUDA device; torch {torch.__version__} sees none here.", file=sys.stderr)
+        return 1
+    end = time.monotonic() + options.budget
+    models: list[Model] = []
+    for number, name in enumerate(options.models):
+        left = len(options.models) - number
+        models.append(Model(name, options, time.monotonic() + (end - time.monotonic()) / left))
+        models[-1].measure(lambda: save(options.output, models, options))
+        save(options.output, models, options)
+    show(models)
+    return 0 if all("rpcompile" in model.turns for model in models) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

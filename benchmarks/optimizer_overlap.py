@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcompile.runtime import optimizer_subsets
 from rpcompile.runtime.updates import Updates
 
 # SmolLM2-135M's config.json.
@@ -39,13 +38,8 @@ def parameters() -> list[list[nn.Parameter]]:
     return made
 
 
-def measure(
-    repeats: int, make: Callable[[Any], torch.optim.Optimizer], pieces: dict[str, int]
-) -> dict[str, dict[str, float]]:
-    """Seconds of each way, the ways taking turns: the least of each, for the machine may be shared.
-
-    `pieces`: name of a way to queue -> elements that a fused update takes at a time.
-    """
+def measure(repeats: int, make: Callable[[Any], torch.optim.Optimizer]) -> dict[str, dict[str, float]]:
+    """Seconds of each way, the ways taking turns: the least of each, for the machine may be shared."""
     segments = parameters()
     everything = [p for segment in segments for p in segment]
     owners = {id(p): index for index, segment in enumerate(segments) for p in segment}
@@ -61,18 +55,16 @@ def measure(
         nn.utils.clip_grad_norm_(everything, 1.0)
         optimizer.step()
         note("plain", "clip and step, all", start)
-        for way, piece in pieces.items():
-            optimizer_subsets.PIECE = piece
-            start = time.perf_counter()
-            updates.clip_grad_norm_(everything, 1.0, 2.0, False)
-            note(way, "norm", start)
-            updates.step(optimizer, owners)
-            first = updates.pending[1]
-            note(way, "norm and queue", start)
-            first.result()
-            note(way, "first layer", start)
-            updates.wait()
-            note(way, "clip and step, all", start)
+        start = time.perf_counter()
+        updates.clip_grad_norm_(everything, 1.0, 2.0, False)
+        note("queued", "norm", start)
+        updates.step(optimizer, owners)
+        first = updates.pending[1]
+        note("queued", "norm and queue", start)
+        first.result()
+        note("queued", "first layer", start)
+        updates.wait()
+        note("queued", "clip and step, all", start)
     updates.close()
     return {way: {what: min(values[1:]) for what, values in found.items()} for way, found in times.items()}
 
@@ -86,14 +78,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     count = sum(p.numel() for segment in parameters() for p in segment)
-    piece = optimizer_subsets.PIECE
     rows = {
-        "AdamW(fused=True)": measure(
-            options.repeats,
-            lambda p: torch.optim.AdamW(p, fused=True),
-            {"queued": piece, "queued, tensors not divided": count},
-        ),
-        "AdamW()": measure(max(1, options.repeats // 3), torch.optim.AdamW, {"queued": piece}),
+        "AdamW(fused=True)": measure(options.repeats, lambda p: torch.optim.AdamW(p, fused=True)),
+        "AdamW()": measure(max(1, options.repeats // 3), torch.optim.AdamW),
     }
     columns = ["norm", "norm and queue", "first layer", "clip and step, all"]
     print(

@@ -5,14 +5,16 @@ bandwidth of 200 GB/s shared by all transfers and sums of partial gradients; str
 are two segments of half the time and bytes each; the head is one, and the only segment in the fused
 stage but in rows marked *, where layers that fit are fused, too, and not computed twice.
 
-    python benchmarks/schedule_search.py [--effort default] [--seed 0] [--output PATH]
+    python benchmarks/schedule_search.py [--effort default] [--seed 0] [--limit-s SECONDS] [--output PATH]
 
 Time and bubble are those of the search's own model (`rpcompile/dispatch_time.py`); the bubble is
 1 - work / (GPUs x time), all ends included: the first upload, the last gradient's way to the host.
 `full` is the bubble of the same dispatch with every copy and event, by `rpcompile.simulate`: chained
-iterations where they are, single ones in plain synchronous rows, where host sums are left out.
+iterations where they are, single ones in plain synchronous rows.
 The rows "optimizer" are at the published batch sizes in microbatches of 4 sequences, with per-segment
 updates at 0.15 ns a parameter behind the global norm; `over async` compares them with work / GPUs.
+`seconds` is the wall time of a search on two threads, `cpu` their processor time. On a busy machine, give
+`--limit-s 1000`, so that moves and not the clock end each search.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import datetime
 import json
 import os
 import platform
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -71,6 +74,7 @@ class Row:
     jobs: int
     rotate: int
     seconds: float
+    cpu_s: float
     ended_by: str
 
 
@@ -98,23 +102,24 @@ def full_s(chain: SegmentChain, found: SearchedSchedule, search: SearchSchedule)
     """Seconds of an iteration with every copy, event and update, host memory bandwidth shared."""
     schedule = LayOutDispatch(chain, found.partition).run(found.dispatch)
     schedule = InsertTransfers(chain).run(schedule)
-    if search.update_s_per_byte:
-        seconds = search.update_s_per_byte * 2
-        schedule = InsertUpdates(chain, seconds_per_parameter=seconds, clip=True).run(schedule)
-    schedule = InsertEventWaits().run(schedule)
+    seconds = search.update_s_per_byte * 2  # 0 leaves the sums of partial gradients
+    updates = InsertUpdates(chain, seconds_per_parameter=seconds, clip=search.update_s_per_byte > 0)
+    schedule = InsertEventWaits().run(updates.run(schedule))
     links = SharedLinks(host_bytes_per_s=search.host_bytes_per_s)
     if search.mode == "async":
         rotate = found.dispatch.rotate
         return simulate(schedule, links=links, iterations=40, mode="async", rotate=rotate).period_s
     if search.update_s_per_byte:
-        return simulate(schedule, links=links, iterations=4).period_s
+        return simulate(schedule, links=links, iterations=6).period_s
     return simulate(schedule, links=links).makespan_s
 
 
 def measure(model: str, case: str, search: SearchSchedule, published: float | None) -> Row:
     """One row of the table."""
     chain = halves(model)
+    began_s = time.process_time()
     found = search.run(chain)
+    cpu_s = time.process_time() - began_s
     seconds = full_s(chain, found, search)
     partition, optimizer = found.partition, search.update_s_per_byte > 0
     body, head = chain.segments[:-1], chain.segments[-1]
@@ -137,14 +142,17 @@ def measure(model: str, case: str, search: SearchSchedule, published: float | No
         jobs=len(found.dispatch.jobs),
         rotate=found.dispatch.rotate,
         seconds=partition.solve_s,
+        cpu_s=cpu_s,
         ended_by=found.ended_by,
     )
 
 
-def rows_of(model: str, effort: str, seed: int) -> list[Row]:
+def rows_of(model: str, effort: str, seed: int, limit_s: float | None) -> list[Row]:
     """All rows of one model."""
     sync, chained = PUBLISHED[model]
-    plain = SearchSchedule(GPUS, MICROBATCHES, effort=effort, seed=seed, fused_segments=1)
+    plain = SearchSchedule(
+        GPUS, MICROBATCHES, effort=effort, seed=seed, fused_segments=1, time_limit_s=limit_s
+    )
     optimizer = replace(plain, microbatches=MODELS[model] // 4, update_s_per_byte=UPDATE_S_PER_BYTE)
     return [
         measure(model, "async, <= 0.65x", replace(plain, mode="async", max_traffic=0.65), chained),
@@ -160,15 +168,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--effort", choices=EFFORTS, default="default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-s", type=float, help="wall time of one search; default: the effort's")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "schedule_search.json")
     options = parser.parse_args()
-    columns = (
-        "model|case|time s|bound s|gap|bubble|full|published|over async|traffic|stages|jobs|seconds|ended by"
-    )
+    columns = "model|case|time s|bound s|gap|bubble|full|published|over async|traffic|stages|jobs"
+    columns += "|seconds|cpu|ended by"
     table = Table(*columns.split("|"), title="Simulated bubbles of searched schedules")
     rows: list[Row] = []
     for model in MODELS:
-        for row in rows_of(model, options.effort, options.seed):
+        for row in rows_of(model, options.effort, options.seed, options.limit_s):
             rows.append(row)
             shares = [row.gap, row.bubble, row.full_bubble, row.published_bubble, row.over_async]
             print(row, flush=True)
@@ -181,6 +189,7 @@ def main() -> None:
                 f"{row.traffic:.2f}x",
                 *map(str, (row.stages, row.jobs)),
                 f"{row.seconds:.1f}",
+                f"{row.cpu_s:.1f}",
                 row.ended_by,
             )
     Console(width=150).print(table)
@@ -191,6 +200,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "numba": numba.__version__},
         "effort": options.effort,
         "seed": options.seed,
+        "limit_s": options.limit_s,
         "rows": [asdict(row) for row in rows],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,9 @@ def least_seconds(chain: SegmentChain, tables: Tables, machine: Machine, microba
 
     All work must be done, by GPUs of these speeds; no GPU computes before the first segment's
     weights are somewhere, nor after the last backward, whose gradient must still leave. One
-    microbatch goes through all segments one after the other. Every segment's weights are uploaded
-    at least once for each pass. Chained iterations hide both ends, and nothing else.
+    microbatch goes forward and back through all segments one after the other, while other GPUs may
+    recompute. Every segment's weights are uploaded at least once for each pass. Chained iterations hide
+    both ends, and nothing else.
 
     Args:
         chain: The segments.
@@ -38,13 +39,14 @@ def least_seconds(chain: SegmentChain, tables: Tables, machine: Machine, microba
         for begin in range(tables.first_fused, n)
         if costs.of(Stage(0, StageKind.FB, begin, n - 1)).memory_bytes <= largest
     ]
-    path_s = min(
+    microbatch_s = min(
         (sum(forward[:begin]) + sum(both[first:begin]) + sum(both[begin:]) for begin in begins), default=0.0
     )
+    path_s = sum(forward) + sum(segment.backward_s for segment in segments[first:])
     begin = min(begins, default=n)
     uploads = sum(s.weight_bytes for s in segments) + sum(s.weight_bytes for s in segments[first:begin])
     uploads -= sum(t.weight_bytes * 2 * len(t.segments) for t in chain.tied)
-    work_s = path_s * microbatches / float(machine.speed.sum())
+    work_s = microbatch_s * microbatches / float(machine.speed.sum())
     link_s = max(0, uploads) / machine.up_bytes_per_s / machine.speed.size
     update_s = float(tables.updated_bytes[-1]) * machine.update_s_per_byte
     if machine.iterations > 1:

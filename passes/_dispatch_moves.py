@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
-from rpcompile.dispatch_costs import Tables
+from rpcompile.dispatch_costs import AHEAD, Tables
 from rpcompile.dispatch_time import Machine, Stages, play
 
 _PENALTY = 10.0  # a tenth too much memory or traffic weighs as much as twice the time
@@ -40,18 +40,41 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
     compute, loaded, weights = np.empty(size), np.empty(size), np.empty(size)
     gradients, memory, hop = np.empty(size), np.empty(size), np.empty(size)
     handed, updated, lingering = np.empty(size), np.zeros(size), np.empty(size)
-    n = tables.segments
+    ahead, saved_by, saved_hop = np.zeros(size), np.full(size, -1), np.zeros(size)
+    n, maker = tables.segments, size
     for s in range(size):
         begin, end = cuts[s], cuts[s + 1]
-        row = tables.fused[begin]
         if end < n or begin >= n:
             row = tables.runs[begin, end - begin]
+            ahead[s] = row[AHEAD]
+        else:
+            row = tables.fused[begin]
+        if begin >= n and end < 2 * n:
+            # The input that its recompute begins from crosses the cut before its lowest segment.
+            lowest = 2 * n - end
+            maker = min(maker, s)
+            while cuts[maker] >= lowest:
+                maker -= 1
+            saved_by[s], saved_hop[s] = maker, tables.saved_s[lowest]
         compute[s], loaded[s], weights[s], gradients[s], memory[s] = row[0], row[1], row[2], row[3], row[4]
         lingering[s] = row[5]
         hop[s], handed[s] = tables.hop_s[begin], tables.handed_bytes[begin]
         if begin < n:
             updated[s] = tables.updated_bytes[min(end, n)] - tables.updated_bytes[begin]
-    return Stages(compute, hop, handed, loaded, weights, gradients, updated, memory, lingering)
+    return Stages(
+        compute,
+        ahead,
+        saved_by,
+        saved_hop,
+        hop,
+        handed,
+        loaded,
+        weights,
+        gradients,
+        updated,
+        memory,
+        lingering,
+    )
 
 
 @njit(cache=True, nogil=True)

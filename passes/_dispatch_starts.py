@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 _BACKWARD_LENGTHS = (1, 2, 4)
+_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest
+_JOB_WORK = 8  # of playing a job's uploads and downloads
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
 
@@ -63,6 +65,13 @@ class Problem:
             self.tables, self.machine, self.most_bytes, state, np.empty(shape, np.int64), np.empty(shape)
         )
 
+    def work(self, state: State) -> int:
+        """What playing a state takes, in units of one microbatch of one stage; about, for it changes."""
+        size, dealt = int(state.size[0]), bool(state.wanted[0])
+        pairs = size * self.microbatches * (2 if dealt else 1)
+        jobs = state.wanted[:size].sum() if dealt else sum(map(len, map(set, state.gpu_of[:size].tolist())))
+        return self.machine.iterations * (pairs + _JOB_WORK * int(jobs))
+
 
 def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[State]:
     """The best start for each way to cut, the best first."""
@@ -76,11 +85,11 @@ def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[St
 
 def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple[list[int], np.ndarray]]:
     tables, gpus = problem.tables, len(problem.machine.speed)
-    lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS))
-    cuttings = [_regular_cuts(tables, forward, backward) for forward, backward in lengths]
+    lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS, _fused_begins(problem)))
+    cuttings = [_regular_cuts(tables, *found) for found in lengths]
     if problem.machine.ring:
         # The queues of chained iterations let the first stages take longer than those behind them.
-        cuttings += [_regular_cuts(tables, length, backward, 3 * length // 2) for length, backward in lengths]
+        cuttings += [_regular_cuts(tables, *found, 3 * found[0] // 2) for found in lengths]
     cuttings += [_cuts_of(partition, tables) for partition in partitions]
     for cuts in cuttings:
         fused = sum(cut < tables.segments for cut in cuts) - 1
@@ -95,14 +104,23 @@ def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple
                     yield cuts, _tapered(problem, cuts, wanted.copy(), fused, taper)
 
 
-def _regular_cuts(tables: Tables, forward: int, backward: int, first: int = 0) -> list[int]:
-    """Stages of equal numbers of segments around the smallest fused stage; the first two may differ."""
+def _fused_begins(problem: Problem) -> list[int]:
+    """Where the fused stage may begin: from the smallest stage to the longest that fits."""
+    tables, limit = problem.tables, float(problem.machine.limit_bytes.max())
+    n = tables.segments
+    fitting = [begin for begin in range(tables.first_fused, n) if tables.fused[begin, 4] <= limit]
+    longest = min(fitting, default=n - 1)
+    return sorted({n - 1 - (n - 1 - longest) * part // _FUSED_LENGTHS for part in range(_FUSED_LENGTHS + 1)})
+
+
+def _regular_cuts(tables: Tables, forward: int, backward: int, begin: int, first: int = 0) -> list[int]:
+    """Stages of equal numbers of segments around a fused stage; the first two may differ."""
     n, line = tables.segments, tables.line
     forward, backward = min(forward, tables.longest), min(backward, tables.longest)
-    begin, first = n - 1, min(first or forward, tables.longest)
+    first = min(first or forward, tables.longest)
     firsts = {cut for cut in (first, 2 * first) if cut < begin}
     up = range(2 * first, begin, forward)
-    return sorted({0, *firsts, *up, begin, *range(min(n + 1, line), line, backward), line})
+    return sorted({0, *firsts, *up, begin, *range(min(2 * n - begin, line), line, backward), line})
 
 
 def _cuts_of(partition: Partition, tables: Tables) -> list[int]:

@@ -20,13 +20,11 @@ class Tenure:
 
     Attributes:
         job: Its index.
-        first: Its first compute action.
         behind: Jobs that must have left before this one may come, besides those of tenures before.
         opens: From this position on all that must have left have been computed.
     """
 
     job: int
-    first: int
     behind: tuple[int, ...]
     opens: int
 
@@ -56,7 +54,7 @@ def tenures(jobs: Sequence[int], resident_jobs: int) -> list[Tenure]:
         while gone <= len(leaving) - resident_jobs and last[leaving[gone]] < first[job]:
             opens = last[leaving[gone]] + 1
             gone += 1
-        found.append(Tenure(job, first[job], tuple(leaving[before:gone]), opens))
+        found.append(Tenure(job, tuple(leaving[before:gone]), opens))
         insort(leaving, job, key=last.__getitem__)
     return found
 

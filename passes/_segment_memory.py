@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile.peak_memory import PeakMemory, Piece, PieceMemory
+from rpcompile.tiling import TiledRegion
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from rpcompile.device_kernels import Kernels
-    from rpcompile.ir import Capture
+    from rpcompile.ir import Capture, StageGraph
 
 
 class SegmentMemory(NamedTuple):
@@ -26,34 +28,47 @@ class SegmentMemory(NamedTuple):
 
 
 class SegmentMemories:
-    """Finds the memory of the segments between a capture's cuts, in order."""
+    """Finds the memory of the segments between a capture's cuts, in order.
+
+    Attributes:
+        peak: What runs them.
+    """
 
     def __init__(self, capture: Capture, bindings: Mapping[str, int], kernels: Kernels) -> None:
         self._capture = capture
-        self._peak = PeakMemory(capture, bindings, kernels)
-        self._position = {name: index for index, name in enumerate(self._peak.nodes)}
+        self.peak = PeakMemory(capture, bindings, kernels)
+        self._position = {name: index for index, name in enumerate(self.peak.nodes)}
         self._known: dict[object, PieceMemory] = {}
         self._held: set[str] = set()  # values that a segment so far holds for its backward
 
     def segment(self, index: int) -> SegmentMemory:
         """Segment `index`; to be called in order: what several segments hold is charged to the first."""
         piece = self.piece(index, index)
-        key = self._peak.key(piece)
+        key = self.peak.key(piece)
         if key not in self._known:
-            self._known[key] = self._peak.of(piece)
-        found, nbytes = self._known[key], self._peak.nbytes
+            self._known[key] = self.peak.of(piece)
+        found, nbytes = self._known[key], self.peak.nbytes
         own = {name for name, kept in zip(piece.values, found.keeps_value, strict=True) if kept} - self._held
+        behind_others = found.recompute_bytes + sum(map(nbytes, {*piece.values} - self._held))
         made = zip(piece.boundary, found.keeps_boundary, strict=True)
         self._held |= own | {name for name, kept in made if kept}
-        gradients_out = sum(map(nbytes, piece.gradients_out))
+        gradients_out, saved_input_bytes = sum(map(nbytes, piece.gradients_out)), sum(map(nbytes, own))
+        # While it recomputes there are no gradients yet, but all that the segments before it hand on.
+        recompute = behind_others - saved_input_bytes - gradients_out - sum(map(nbytes, piece.gradients_in))
         return SegmentMemory(
             saved_bytes=found.saved_bytes,
             # Autograd may let go of what it saved before it makes the gradients that go out.
-            peak_bytes=max(0, found.training_bytes - found.saved_bytes - gradients_out),
+            peak_bytes=max(0, max(found.training_bytes - gradients_out, recompute) - found.saved_bytes),
             forward_peak_bytes=found.forward_bytes - sum(map(nbytes, piece.boundary)),
-            saved_input_bytes=sum(map(nbytes, own)),
+            saved_input_bytes=saved_input_bytes,
             rematerialised_bytes=found.rematerialised_bytes,
         )
+
+    def stage_piece(self, first: int, last: int) -> Piece:
+        """`piece` as a stage of these segments runs it: what is rematerialised lives as all else does."""
+        piece = self.piece(first, last)
+        nodes = sorted((*piece.rematerialised, *piece.nodes), key=lambda node: self._position[node.name])
+        return replace(piece, nodes=tuple(nodes), rematerialised=())
 
     def piece(self, first: int, last: int) -> Piece:
         """The nodes of the segments `first..last`, both included."""
@@ -61,7 +76,7 @@ class SegmentMemories:
         begin, end = cuts[first - 1] if first else None, cuts[last] if last < len(cuts) else None
         names = order[begin.position if begin else 0 : end.position if end else len(order)]
         return Piece(
-            nodes=tuple(self._peak.nodes[name] for name in names),
+            nodes=tuple(self.peak.nodes[name] for name in names),
             rematerialised=self._rematerialised(names),
             values=begin.values if begin else (),
             gradients_out=begin.gradients if begin else (),
@@ -70,7 +85,7 @@ class SegmentMemories:
         )
 
     def _rematerialised(self, names: Iterable[str]) -> tuple[Node, ...]:
-        nodes = self._peak.nodes
+        nodes = self.peak.nodes
         wanted: dict[Node, None] = {}
         pending = [nodes[name] for name in names]
         while pending:
@@ -79,3 +94,23 @@ class SegmentMemories:
                     wanted[source] = None
                     pending.append(source)
         return tuple(sorted(wanted, key=lambda node: self._position[node.name]))
+
+
+def tiled_piece(memory: PeakMemory, stage: StageGraph, piece: Piece) -> tuple[PeakMemory, Piece]:
+    """The piece as the graph of a stage runs it, token-wise regions in chunks; and what runs that graph."""
+    module = stage.graph_module
+    module.meta["symbols"] = memory.capture.graph_module.meta.get("symbols", {})
+    for region in module.modules():
+        if isinstance(region, TiledRegion):
+            region.at_most = 3
+    names = {node.name for node in piece.rematerialised}
+    nodes: list[Node] = []
+    shared: list[Node] = []
+    for node in module.graph.nodes:
+        if node.op in ("call_function", "call_module"):
+            # What a region makes is its own, even where it was rematerialised before.
+            apart = node.op == "call_module" or not set(nodes).isdisjoint(node.all_input_nodes)
+            (shared if node.name in names and not apart else nodes).append(node)
+    tiled = replace(piece, nodes=tuple(nodes), rematerialised=tuple(shared))
+    capture = replace(memory.capture, graph_module=module)
+    return PeakMemory(capture, memory.bindings, memory.kernels), tiled

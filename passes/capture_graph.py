@@ -47,7 +47,8 @@ class ExampleInputs:
         for name, value in result.named().items():
             if not isinstance(value, torch.Tensor):
                 raise InvalidArgument(
-                    f"example_inputs[{name!r}] is a {type(value).__name__}; every input must be a tensor"
+                    f"example_inputs[{name!r}] is a {type(value).__name__}; every input must be a tensor. "
+                    f"Wrap the model in a module whose forward passes {name}={value!r} on"
                 )
         if result.args or result.kwargs:
             return result

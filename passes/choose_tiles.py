@@ -8,22 +8,19 @@ from typing import TYPE_CHECKING, ClassVar
 from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Partition, SegmentChain, Stage, StageKind
-from rpcompile.passes._segment_memory import SegmentMemories
+from rpcompile.passes._segment_memory import SegmentMemories, tiled_piece
 from rpcompile.passes._tile_costs import NOTHING, TileCost, TileCosts
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.group_heads import key_heads
-from rpcompile.peak_memory import PeakMemory, Piece, PieceMemory
 from rpcompile.random_streams import microbatch_seed
-from rpcompile.tiling import TiledRegion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch.fx import Node
-
     from rpcompile.ir import CostedGraph, Segment, StageGraph
     from rpcompile.passes._token_regions import TokenRegion
+    from rpcompile.peak_memory import Piece, PieceMemory
 
 # Shorter chunks would leave a GPU's matrix units idle.
 _LEAST_TOKENS = 256
@@ -102,11 +99,11 @@ class _Choice:
 
 class _Chooser:
     def __init__(self, options: ChooseTiles, chain: SegmentChain, kernels: Kernels) -> None:
-        self._options, self._chain, self._kernels = options, chain, kernels
+        self._options, self._chain = options, chain
         self._capture = options.costed.capture
         self._names = self._capture.graph_module.meta.get("symbols", {})
-        self._whole = PeakMemory(self._capture, chain.bindings, kernels)
         self._pieces = SegmentMemories(self._capture, chain.bindings, kernels)
+        self._whole = self._pieces.peak
         self._costs = TileCosts(options.costed, chain)
         self._known: dict[object, _Choice | None] = {}
 
@@ -241,20 +238,6 @@ class _Chooser:
 
     def _run(self, stage: StageGraph, piece: Piece) -> PieceMemory:
         """What the stage's graph needs, found as that of a piece of the capture is."""
-        module = stage.graph_module
-        module.meta["symbols"] = self._names
-        for region in module.modules():
-            if isinstance(region, TiledRegion):
-                region.at_most = 3
-        memory = PeakMemory(replace(self._capture, graph_module=module), self._chain.bindings, self._kernels)
-        names = {node.name for node in piece.rematerialised}
-        nodes: list[Node] = []
-        shared: list[Node] = []
-        for node in module.graph.nodes:
-            if node.op in ("call_function", "call_module"):
-                # What a region makes is its own, even where it was rematerialised before.
-                apart = node.op == "call_module" or not set(nodes).isdisjoint(node.all_input_nodes)
-                (shared if node.name in names and not apart else nodes).append(node)
-        tiled = replace(piece, nodes=tuple(nodes), rematerialised=tuple(shared))
+        memory, tiled = tiled_piece(self._whole, stage, piece)
         with microbatch_seed(0):  # which a stage's random operators ask for
             return memory.of(tiled)

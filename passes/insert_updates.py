@@ -2,12 +2,16 @@
 
 Before -> after, one segment::
 
-    gpu0 d2h   0G@0.0              gpu0 d2h   0G@0.0
-                                   gpu0 host  0U@0.0      reads host:gradients.j0.s0, writes host:updated.s0
+    gpu0 gradients  0G@0.0         gpu0 gradients  0G@0.0
+    gpu1 gradients  0G@1.0         gpu1 gradients  0G@1.0
+                                   gpu0 host       0S@1.0   adds host:gradients.j1.s0 to host:gradients.j0.s0
+                                                   0U@1.0   reads host:gradients.j0.s0, writes host:updated.s0
 
-There is one host queue, under GPU 0. An UPDATE belongs to the last job that makes a gradient of its
-segment. `host:updated.s0` takes the place of `host:weights.s0`, which every upload of this iteration
-has read by then: it adds no memory, and the next iteration's uploads of segment 0 wait for it.
+There is one host queue, under GPU 0. Gradients of several jobs are summed as they land, in the order of
+the jobs, into the first one's buffer; what landed while the host was busy is added in one pass. An UPDATE
+belongs to the last job that makes a gradient of its segment. `host:updated.s0` takes the place of
+`host:weights.s0`, which every upload of this iteration has read by then: it adds no memory, and the next
+iteration's uploads of segment 0 wait for it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
@@ -28,13 +33,15 @@ if TYPE_CHECKING:
 
 _NORM_BYTES = 4
 
+_Work = tuple[Op, int, int]  # SUM or UPDATE, segment, job whose gradient is added
+
 
 @dataclass(frozen=True)
 class InsertUpdates:
-    """Schedule -> Schedule, with one UPDATE for each segment that has a gradient.
+    """Schedule -> Schedule, with one UPDATE for each segment that has a gradient, and the SUMs before it.
 
-    An UPDATE sums the gradients of all jobs in job order and steps the segment's parameters. A tied
-    tensor is updated with its first segment, from the gradients of all its segments.
+    A SUM adds gradients of a segment to those of the jobs before; an UPDATE steps the segment's
+    parameters. A tied tensor is updated with its first segment, from the gradients of all its segments.
 
     Attributes:
         chain: The segments.
@@ -42,9 +49,9 @@ class InsertUpdates:
             (AdamW on float32 masters, with the cast to 16 bits) at 200 GB/s.
         parameter_bytes: Size of one element of a gradient.
         host_bytes_per_s: Memory bandwidth for sums and norms.
-        clip: Scale gradients by their global norm: one more UPDATE sums what several jobs made and
-            writes `host:norm`, for which all others wait. The norm of a gradient that one job made is
-            taken on its GPU and costs nothing here.
+        clip: Scale gradients by their global norm: one more UPDATE writes `host:norm`, for which all others
+            wait. The norm of a gradient that one job made is taken on its GPU and costs nothing here; of
+            what several made it is taken with the last SUM, which reads the gradient once more.
         order: Segments in the order of their updates. None: the lowest that is ready comes first, in
             simulated time (with `clip` all are ready at once).
     """
@@ -83,10 +90,10 @@ class InsertUpdates:
         if not made:
             return schedule
         work = _Updates(self, schedule, {s: dict(sorted(jobs.items())) for s, jobs in sorted(made.items())})
-        order = work.ready_order() if self.order is None else self._checked_order(work)
-        actions = [work.norm()] if self.clip else []
-        actions += [work.update(segment) for segment in order]
-        sizes = dict.fromkeys((name for action in actions for name in action.writes), 0)
+        order = None if self.order is None else self._checked_order(work)
+        actions = work.in_order(order)
+        made_here = (name for action in actions if action.op is Op.UPDATE for name in action.writes)
+        sizes = dict.fromkeys(made_here, 0)
         if self.clip:
             sizes[buffers.NORM] = _NORM_BYTES
         queues = [*schedule.queues, Queue(0, Stream.HOST, tuple(actions))]
@@ -135,34 +142,67 @@ class _Updates:
         found = {min(tied.segments) for tied in self.tied if segment in tied.segments}
         return sorted(found - {segment})
 
-    def gradients(self, segment: int) -> list[str]:
-        """Those of the segment, and of segments that share a tensor that is updated with it."""
+    def members(self, segment: int) -> list[int]:
+        """The segment, and those with gradients of a tensor that is updated with it."""
         mine = {segment}
         for tied in self.tied:
             mine |= set(tied.segments) if min(tied.segments) == segment else set()
-        return [name for other in sorted(mine) for name in self.made.get(other, {}).values()]
+        return sorted(mine & self.made.keys())
+
+    def total(self, segment: int) -> str:
+        """The buffer that holds the sum of a segment's gradients in the end."""
+        return next(iter(self.made[segment].values()))
+
+    def in_order(self, order: tuple[int, ...] | None) -> list[Action]:
+        """The host's queue.
+
+        Sums come as gradients land, in simulated time; so do updates, unless they wait for the norm or
+        there is an `order`: the lowest of those that are ready, behind all sums that are.
+        """
+        landed = self._landed()
+        coming = [
+            (moment, (Op.SUM, segment, job))
+            for segment, jobs in self.made.items()
+            for job, moment in list(zip(jobs, accumulate(landed[segment], max), strict=True))[1:]
+        ]
+        if not self.options.clip and order is None:
+            for segment in self.made:
+                moment = max(max(landed[member]) for member in self.members(segment))
+                coming.append((moment, (Op.UPDATE, segment, 0)))
+            return self._as_they_come(coming)
+        actions = self._as_they_come(coming)
+        actions += [self.norm()] * self.options.clip
+        return actions + [self.update(segment) for segment in order or self.made]
+
+    def sum(self, segment: int, jobs: list[int]) -> Action:
+        """Adds gradients of some jobs, each in turn, in one pass over memory."""
+        passes = len(jobs) + 2  # the others, and the total to and fro
+        passes += 1 if self.options.clip and jobs[-1] == max(self.made[segment]) else 0
+        seconds = passes * self.own_bytes[segment] / self.options.host_bytes_per_s
+        total = self.total(segment)
+        reads = [total, *(self.made[segment][job] for job in jobs)]
+        return self._action(Op.SUM, jobs[-1], segment, seconds, reads, total)
+
+    def norm(self) -> Action:
+        reads = [*map(self.total, self.made)]
+        seconds = sum(map(self._tied_s, self.made))
+        job = max(self.made[max(self.made)])
+        return self._action(Op.UPDATE, job, None, seconds, reads, buffers.NORM)
 
     def update(self, segment: int) -> Action:
         options = self.options
-        reads = [*self.gradients(segment), *map(buffers.updated, self.firsts(segment))]
+        reads = [*map(self.total, self.members(segment)), *map(buffers.updated, self.firsts(segment))]
         seconds = self.own_bytes[segment] / options.parameter_bytes * options.seconds_per_parameter
         if options.clip:
             reads.append(buffers.NORM)
         else:
-            seconds += self._sum_s(segment)
-        return self._action(segment, segment, seconds, reads, buffers.updated(segment))
+            seconds += self._tied_s(segment)
+        job = max(self.made[segment])
+        return self._action(Op.UPDATE, job, segment, seconds, reads, buffers.updated(segment))
 
-    def norm(self) -> Action:
-        seconds = 0.0
-        for segment, jobs in self.made.items():
-            if len(jobs) > 1:
-                seconds += self._sum_s(segment) + self.own_bytes[segment] / self.options.host_bytes_per_s
-        reads = [name for jobs in self.made.values() for name in jobs.values()]
-        return self._action(max(self.made), None, seconds, reads, buffers.NORM)
-
-    def _sum_s(self, segment: int) -> float:
-        """Of adding up what several jobs made; one addition reads two numbers and writes one."""
-        added = (len(self.made[segment]) - 1) * self.own_bytes[segment]
+    def _tied_s(self, segment: int) -> float:
+        """Of adding up what the segments of tied weights made that are updated with this one."""
+        added = 0
         for tied in self.tied:
             if min(tied.segments) == segment:
                 # Where two uses lie in one stage, its job has summed them.
@@ -171,48 +211,59 @@ class _Updates:
         return 3 * added / self.options.host_bytes_per_s
 
     def _action(
-        self, segment: int, part: int | None, seconds: float, reads: list[str], target: str
+        self, op: Op, job: int, part: int | None, seconds: float, reads: list[str], target: str
     ) -> Action:
-        job = self.schedule.jobs[max(self.made[segment])]
+        stage = self.schedule.jobs[job].stage
         return Action(
-            id=str(ActionId(job.stage, Op.UPDATE, job=job.index, part=part)),
+            id=str(ActionId(stage, op, job=job, part=part)),
             gpu=0,
             stream=Stream.HOST,
-            op=Op.UPDATE,
-            job=job.index,
-            stage=job.stage,
+            op=op,
+            job=job,
+            stage=stage,
             seconds=seconds,
             reads=tuple(reads),
             writes=(target,),
         )
 
-    def ready_order(self) -> tuple[int, ...]:
-        """Lowest first among those whose gradients are there when the host is free."""
-        if self.options.clip:
-            return tuple(self.made)
-        timed = simulate(InsertEventWaits().run(self.schedule))
-        ends = {
-            buffer: timed.end_s[action.id]
+    def _landed(self) -> dict[int, list[float]]:
+        """When each segment's gradients are on the host, by job, in simulated time."""
+        ends = simulate(InsertEventWaits().run(self.schedule)).end_s
+        landed = {
+            buffer: ends[action.id]
             for action in self.schedule.actions()
             if action.op is Op.GRADIENT
             for buffer in action.writes
         }
-        coming = sorted((max(ends[name] for name in self.gradients(s)), s) for s in self.made)
-        ready: list[int] = []
-        order: list[int] = []
+        return {segment: [landed[name] for name in jobs.values()] for segment, jobs in self.made.items()}
+
+    def _as_they_come(self, coming: list[tuple[float, _Work]]) -> list[Action]:
+        """The work in the order in which it is ready when the host is free."""
+        coming = sorted(coming)
+        ready: list[_Work] = []
+        updated: set[int] = set()
+        actions: list[Action] = []
         now = 0.0
         while coming or ready:
             while coming and (coming[0][0] <= now or not ready):
-                moment, segment = coming.pop(0)
+                moment, work = coming.pop(0)
                 now = max(now, moment)
-                heappush(ready, segment)
-            segment = heappop(ready)
-            # Tied weights that are updated with a lower segment have to wait for it.
-            behind = [first for first in self.firsts(segment) if first not in order]
-            if behind:
-                moment = max(moment for moment, first in coming if first in behind)
-                coming = sorted([*coming, (moment, segment)], key=lambda pair: (pair[0], pair[1]))
+                heappush(ready, work)
+            op, segment, job = work = heappop(ready)
+            if op is Op.SUM:
+                jobs = [job]
+                while ready and ready[0][:2] == work[:2]:
+                    jobs.append(heappop(ready)[2])
+                actions.append(self.sum(segment, jobs))
+                now += actions[-1].seconds
                 continue
-            order.append(segment)
-            now += self.update(segment).seconds
-        return tuple(order)
+            # Tied weights that are updated with a lower segment have to wait for it.
+            behind = [first for first in self.firsts(segment) if first not in updated]
+            if behind:
+                moment = max(moment for moment, other in coming if other[0] is op and other[1] in behind)
+                coming = sorted([*coming, (moment, work)])
+                continue
+            updated.add(segment)
+            actions.append(self.update(segment))
+            now += actions[-1].seconds
+        return actions

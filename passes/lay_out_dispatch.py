@@ -81,7 +81,7 @@ class LayOutDispatch:
         self._check_state(dispatch)
         spilled = self._spilled(dispatch, jobs_of)
         saved = frozenset(stage.first - 1 for stage in stages if stage.kind is StageKind.B)
-        workspaces = [*map(stage_bytes.Workspaces(self.chain).of, stages)]
+        workspaces = [*map(stage_bytes.Workspaces(self.chain).planned, stages)]
         nbytes: dict[str, int] = {}
         begun: set[int] = set()
         queues: list[Queue] = []

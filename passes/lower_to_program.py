@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from rpcompile.ir import Action, Capture, Op, Partition, Program, Schedule, SegmentChain
+from rpcompile.ir import Action, Capture, Op, Partition, Program, Schedule, SegmentChain, Stream
 from rpcompile.ordering import ActionGraph
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.simulate import simulate
@@ -61,7 +61,7 @@ class LowerToProgram:
         # Where starts are equal, causes come first: a worker that enqueues must meet them in that order.
         graph = ActionGraph.from_events(schedule)
         ordered = [graph.actions[number] for number in graph.execution_order()]
-        ordered = [action for action in ordered if action.op is not Op.UPDATE]
+        ordered = [action for action in ordered if action.stream is not Stream.HOST]
         ordered.sort(key=lambda action: timeline.start_s[action.id])
         for action in ordered:
             merged[action.gpu].append(action)

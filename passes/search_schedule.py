@@ -11,7 +11,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,9 +38,11 @@ _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
 _MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do not pay on short ones
 _KEPT = 8  # starts that are annealed
-_FIRST = 0.6  # share of the work that goes there
-_REFINED = 2  # how many of those are annealed again, GPU by GPU
+_REFINED = 2  # how many of those are annealed again, and then once more GPU by GPU
 _AGAIN = 4  # how often each where there is nothing else to decide, on a ring
+# Of each round of annealing: its share of the work, and the share of the time a move may cost (first, last).
+_ROUNDS = ((0.25, 3e-3, 3e-4), (0.4, 1e-3, 3e-5), (0.35, 1e-4, 1e-5))
+_RING_ROUNDS = ((0.5, 1e-3, 1e-4), (0.5, 1e-3, 3e-5))
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,15 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        plays: (stage, microbatch) pairs to play, in all.
+        work: What may be played, in all, in units of one microbatch of one stage: about 10 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 
-    plays: float
+    work: float
     limit_s: float
 
 
-EFFORTS = {"fast": Effort(3e7, 2.0), "default": Effort(4e8, 20.0), "thorough": Effort(2e9, 90.0)}
+EFFORTS = {"fast": Effort(1e8, 2.0), "default": Effort(1.6e9, 20.0), "thorough": Effort(8e9, 90.0)}
 
 
 @dataclass(frozen=True)
@@ -222,24 +224,27 @@ class SearchSchedule:
     def _improve(
         self, problem: Problem, bound_s: float, states: list[State], began: float
     ) -> tuple[list[State], str]:
-        """Anneals all states as they are dealt out, then the best of them GPU by GPU."""
+        """Anneals all states as they are dealt out, then the best of them, at last GPU by GPU."""
         effort, ring = EFFORTS[self.effort], problem.machine.ring
-        until = began + (effort.limit_s if self.time_limit_s is None else self.time_limit_s)
-        half = began + _FIRST * (until - began)
-        run = _Run(problem, bound_s, effort.plays / len(states), 1e-3 if ring else 3e-3, 1e-4, half)
-        states, ended = self._anneal(run.scaled(_FIRST), states)
-        if ring:
-            again = [State(*(array.copy() for array in state)) for state in states[:_REFINED] * _AGAIN]
-            run = _Run(problem, bound_s, effort.plays / len(again), 1e-3, 3e-5, until)
-            states = [states[0], *again]
-        else:
-            states = states[:_REFINED]
-            for state in states:
-                problem.energy(state)
-                state.wanted[:] = 0
-            run = _Run(problem, bound_s, effort.plays / len(states), 2e-4, 1e-5, until)
-        states, late = self._anneal(run.scaled(1 - _FIRST), states)
-        return states, "clock" if ended or late else "moves"
+        limit_s = effort.limit_s if self.time_limit_s is None else self.time_limit_s
+        rounds = _RING_ROUNDS if ring else _ROUNDS
+        done, late = 0.0, False
+        for number, (share, hot, cold) in enumerate(rounds):
+            done += share
+            if number and ring:
+                again = [State(*(array.copy() for array in state)) for state in states[:_REFINED] * _AGAIN]
+                states = [states[0], *again]
+            elif number:
+                states = states[:_REFINED]
+            if number == len(rounds) - 1 and not ring:
+                for state in states:
+                    problem.energy(state)
+                    state.wanted[:] = 0
+            work = share * effort.work / len(states)
+            run = _Run(problem, bound_s, work, hot, cold, began + done * limit_s)
+            states, ended = self._anneal(run, states)
+            late = late or ended
+        return states, "clock" if late else "moves"
 
     def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
         """All states annealed, the best first, and whether the clock ended it."""
@@ -325,21 +330,16 @@ class _Run:
 
     problem: Problem
     bound_s: float
-    plays: float
+    work: float
     hot: float
     cold: float
     ends: float
-
-    def scaled(self, share: float) -> _Run:
-        """The same with a share of the work."""
-        return replace(self, plays=self.plays * share)
 
     def anneal(self, state: State, seed: int) -> tuple[float, bool]:
         """Improves a state in place; its energy, and whether the clock ended it."""
         problem = self.problem
         now, then = (State(*(array.copy() for array in state)) for _ in range(2))
-        each = int(state.size[0]) * problem.microbatches * problem.machine.iterations
-        moves = max(_PIECES, min(int(self.plays / each), _MOVES_A_PLACE * problem.tables.line))
+        moves = max(_PIECES, min(int(self.work / problem.work(state)), _MOVES_A_PLACE * problem.tables.line))
         value = math.inf
         for piece in range(_PIECES):
             begin, end = piece * moves // _PIECES, (piece + 1) * moves // _PIECES

@@ -129,8 +129,8 @@ def compile(
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
         pin: On CUDA devices, "auto" moves the model's weights into memory that is registered with CUDA, a
-            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are: for
-            models that are memory-mapped because they are larger than the host's memory.
+            few pieces a stage, which the GPUs read at full speed. "off" leaves them where they are, which
+            is slower: for models that are memory-mapped because they are larger than the host's memory.
         timeout_s: Seconds in which at least one instruction must come to its end; otherwise
             `forward_backward` raises `WorkerTimeout`, which says who waits for whom.
         detect_nan: Check every stage's results and gradients, and raise `NonFinite` that names the stage,
@@ -169,7 +169,7 @@ def compile(
             many = {"gpus": gpus, "microbatches": parts}
             with naming_the_longest(captured, hardware, captured.capture.example_sizes, **many, **divided):
                 chain = captured.bind(hardware, seconds=given, device=device, progress=progress, **divided)
-                loaded = plan_chain(chain, options, captured.described(), bar)
+                loaded = plan_chain(chain, options, captured.described(), bar, captured.capture)
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"
@@ -183,7 +183,7 @@ def compile(
             for_evaluation.append(_capture_eval(module, example, compute_dtype))
         found = for_evaluation[0]
         forward = replace(options, microbatches=count, mode="forward")
-        plan = plan_chain(found.bind(hardware), forward, found.described())
+        plan = found.plan(found.bind(hardware), forward, progress=False)
         return _executable(found.capture, plan, runtime, arenas, None)
 
     def with_outputs() -> Executable:

@@ -152,6 +152,9 @@ class Compiled:
         Optimizers whose update of one parameter depends on others step at once. With a gradient scaler,
         gradients are unscaled, and the step is skipped if one is not finite, as `scaler.step` does.
 
+        Call `wait` before you use torch.export or torch.compile yourself: while either traces, torch's
+        optimizers (`fused=True` aside) round differently, in every thread of the process.
+
         Raises:
             InvalidArgument: The optimizer holds none of this model's parameters, or needs a closure.
             ExecutionError: An earlier update failed.

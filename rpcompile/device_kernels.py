@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _ATEN = torch.ops.aten
+_LINEAR = _ATEN.linear.default
 _SDPA = _ATEN.scaled_dot_product_attention.default
 _HALF = (torch.float16, torch.bfloat16)
 _FP32 = 4
+_INT64 = 8
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,24 @@ class Kernels:
             return _attention(*args, **kwargs)
         if self.kind == "cuda" and target is _ATEN.dropout.default and args[2] and args[1] > 0:
             return _ATEN.native_dropout.default(*args)[0]
+        if target is _LINEAR and _adds_bias_in_place(*args):
+            x, weight, bias = args
+            return _ATEN.add_.Tensor(_ATEN.matmul.default(x, _ATEN.t.default(weight)), bias)
         return target(*args, **kwargs)
 
     def workspace_bytes(self, operator: Any, args: tuple[Any, ...]) -> int:
         """Bytes that the operator's kernel allocates and gives back before it is over."""
         rule = (_CUDA if self.kind == "cuda" else _CPU).get(operator)
         return rule(args) if rule else 0
+
+
+def _adds_bias_in_place(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether a linear layer is a product and a sum: in place, but a mode that looks on makes it another.
+
+    Source: linear in aten/src/ATen/native/Linear.cpp.
+    """
+    autocast = torch.is_autocast_enabled("cpu")  # which would cast the bias to another dtype
+    return bias is not None and x.dim() > 2 and not x.is_contiguous() and not autocast
 
 
 def _attention(
@@ -76,13 +90,14 @@ def _attention(
 ) -> torch.Tensor:
     """The kernel that torch's dispatcher picks on a GPU from Ampere on.
 
-    Flash for 16-bit numbers without a mask and heads of up to 256; memory-efficient attention for others
-    whose heads are not grouped; else the products written out.
+    Flash for 16-bit numbers without a mask and heads of up to 256, the values' as wide as the keys';
+    memory-efficient attention for others whose heads are not grouped; else the products written out.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
     size = query.shape[-1]
-    if attn_mask is None and query.dtype in _HALF and size <= 256 and size % 8 == 0:
+    flash = query.dtype in _HALF and size == value.shape[-1] and size <= 256 and size % 8 == 0
+    if attn_mask is None and flash:
         return _ATEN._scaled_dot_product_flash_attention.default(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
@@ -133,6 +148,31 @@ def _efficient_backward(args: tuple[Any, ...]) -> int:
     return _FP32 * (batch * heads * _up(rows, 32) + sums)
 
 
+def _scatter(args: tuple[Any, ...]) -> int:
+    """The position of each element among those that are scattered, and the mask at full size.
+
+    Source: masked_scatter_cuda in aten/src/ATen/native/cuda/IndexKernel.cpp.
+    """
+    return args[0].numel() * (_INT64 + 1)
+
+
+def _scatter_backward(args: tuple[Any, ...]) -> int:
+    """An index for each dimension of each element that is selected.
+
+    Source: masked_select_out_cuda_impl in aten/src/ATen/native/cuda/IndexKernel.cpp.
+    """
+    gradient, sizes = args[0], args[2]
+    return torch.Size(sizes).numel() * gradient.dim() * _INT64
+
+
+def _cpu_scatter_backward(args: tuple[Any, ...]) -> int:
+    """The mask and its prefix sums at full size, as integers.
+
+    Source: masked_select_out_impl_cpu in aten/src/ATen/native/TensorAdvancedIndexing.cpp.
+    """
+    return 2 * args[0].numel() * _INT64
+
+
 def _cpu_blocks(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
     """Rows of q and of k that a thread of the CPU's flash attention has in hand at once."""
     rows = query.shape[2]
@@ -169,7 +209,8 @@ def _cpu_convolution(args: tuple[Any, ...]) -> int:
     """
     x, weight = args[0], args[1]
     if not torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
-        return _columns(x, weight, args[3], args[4], args[6])
+        columns, results = _columns(x, weight, args[3], args[4], args[6], args[8])
+        return columns + results
     return x.nbytes + weight.nbytes
 
 
@@ -177,33 +218,47 @@ def _cpu_convolution_backward(args: tuple[Any, ...]) -> int:
     """oneDNN's copies of gradient and input in its own layout; see `_cpu_convolution`."""
     gradient, x, weight = args[:3]
     if not torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
-        return _columns(x, weight, args[4], args[5], args[7])
+        copied = 0 if gradient.is_contiguous() else gradient.nbytes
+        columns, _ = _columns(x, weight, args[4], args[5], args[7], args[9])
+        return copied + columns + (x.nbytes + weight.nbytes if args[9] > 1 else 0)
     return gradient.nbytes + x.nbytes
 
 
 def _columns(
-    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], transposed: bool
-) -> int:
-    """Every window that the kernel visits, side by side. Source: aten/src/ATen/native/ConvolutionMM2d.cpp."""
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    transposed: bool,
+    groups: int,
+) -> tuple[int, int]:
+    """Every window that the kernel visits, side by side; and results of groups, before they are put together.
+
+    Windows are of one group at a time, and of one sample where it is transposed.
+
+    Source: Convolution.cpp, ConvolutionMM2d.cpp and NaiveConvolutionTranspose2d.cpp in aten/src/ATen/native.
+    """
     kernel = weight.shape[2:]
     steps = list(zip(x.shape[2:], kernel, stride, padding, strict=True))
-    if all(size == 1 for size in kernel) and all(step == 1 for step in stride):
-        return 0
-    if transposed:
-        windows = x.shape[2:].numel() * x.shape[0] * weight.shape[1]
-    else:
-        places = [(size + 2 * pad - width) // step + 1 for size, width, step, pad in steps]
-        windows = torch.Size(places).numel() * x.shape[0] * x.shape[1]
-    return windows * kernel.numel() * x.element_size()
+    places = [(size + 2 * pad - width) // step + 1 for size, width, step, pad in steps]
+    place, size = torch.Size(places).numel() * x.shape[0], x.element_size()
+    results = place * weight.shape[0] * size if groups > 1 and not transposed else 0
+    if all(width == 1 for width in kernel) and all(step == 1 for step in stride):
+        return 0, results
+    windows = x.shape[2:].numel() * weight.shape[1] if transposed else place * x.shape[1] // groups
+    return windows * kernel.numel() * size, results
 
 
 _CUDA = {
     _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _ATEN._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    _ATEN.masked_scatter.default: _scatter,
+    _ATEN.masked_scatter_backward.default: _scatter_backward,
 }
 _CPU = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _cpu_flash_forward,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _cpu_flash_backward,
     _ATEN.convolution.default: _cpu_convolution,
     _ATEN.convolution_backward.default: _cpu_convolution_backward,
+    _ATEN.masked_scatter_backward.default: _cpu_scatter_backward,
 }

@@ -4,13 +4,13 @@ Jobs run in the order of their stages, each GPU one job after the other, each jo
 the order in which they arrive. With c the compute seconds of a microbatch and h the hop into a stage::
 
     start(stage, m) = max(end(stage - 1, m) + (h if it ran on another GPU), end of what the GPU ran before)
-    a hop also waits until the gradients of the job before have left its GPU: they share a queue
+    the first a seconds of a backward (recompute) do without the gradient, but not without the saved input
     upload starts   = max(end of the upload before, end of the job two before)       two resident jobs
     a job's first microbatch also waits for its upload and, if it makes gradients, until the gradients
     of the gradient-making job two before have left the GPU
 
 Gradients leave after a job's last microbatch. Where several jobs of a stage make gradients of the same
-weights, the host adds them up when the last has arrived. With an optimizer, weights are updated from
+weights, the host adds them up as they arrive. With an optimizer, weights are updated from
 the first segment on, once all gradients are final (clipping needs their norm), and every upload
 waits for its own segments. All of that draws on the host's memory bandwidth, which is kept as bytes
 left in short intervals of time: who asks first is served first.
@@ -64,6 +64,9 @@ class Stages(NamedTuple):
 
     Attributes:
         compute_s: On a GPU of speed 1.
+        ahead_s: The part of it that comes first and needs no gradient.
+        saved_by: Stage that makes the input which that part needs; -1 if it is the caller's.
+        saved_hop_s: That input's way over the host.
         hop_s: Into the stage, from another GPU.
         handed_bytes: What comes with a hop.
         loaded_bytes: All that is copied up.
@@ -75,6 +78,9 @@ class Stages(NamedTuple):
     """
 
     compute_s: np.ndarray
+    ahead_s: np.ndarray
+    saved_by: np.ndarray
+    saved_hop_s: np.ndarray
     hop_s: np.ndarray
     handed_bytes: np.ndarray
     loaded_bytes: np.ndarray
@@ -138,7 +144,8 @@ def play(
         gpu_of: (stages, microbatches) GPU of each; rewritten for stages that are dealt out.
         wanted: (stages,) number of GPUs to deal a stage out to, 0 to keep `gpu_of`.
         order: (stages, microbatches) filled with the microbatches in the order they arrive.
-        starts: (stages, microbatches) filled with the start of each, in the last iteration.
+        starts: (stages, microbatches) filled with the start of each, in the last iteration; a pause behind
+            the recompute is taken to lie before it.
     """
     count, microbatches = gpu_of.shape
     gpus = machine.speed.size
@@ -147,13 +154,13 @@ def play(
     sent, sent_before, busy = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     lands, load = np.zeros(gpus), np.zeros(gpus)
     memory, weights, gradients = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
-    ready, left_at = np.zeros(microbatches), np.zeros(microbatches)
+    ready = np.zeros(microbatches)
     came = np.empty(microbatches, np.int64)
     line = np.arange(microbatches)
     chosen = np.zeros(gpus, np.int64)
     jobs, here = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
     last_free = np.zeros(gpus)
-    final = final_before = updated = summed = upload_bytes = excess = 0.0
+    final = final_before = updated = upload_bytes = excess = 0.0
     chained, dealt_jobs, settled = machine.iterations > 1, 0, 0.0
     for iteration in range(machine.iterations):
         ready[:] = 0.0
@@ -168,7 +175,8 @@ def play(
         waits = iteration >= 2 if chained else machine.update_s_per_byte > 0.0
         final_before = final
         for s in range(count):
-            nbytes, compute = stages.weight_bytes[s], stages.compute_s[s]
+            nbytes, compute, ahead = stages.weight_bytes[s], stages.compute_s[s], stages.ahead_s[s]
+            saved_by = stages.saved_by[s]
             released = 0.0
             if waits:
                 work = stages.updated_bytes[s] * machine.update_s_per_byte * machine.host_bytes_per_s
@@ -212,7 +220,7 @@ def play(
                         end = lands[g] + compute / machine.speed[g]
                         if not chained:
                             hop = 0.0 if came[m] == g or came[m] < 0 else stages.hop_s[s]
-                            since = ready[m] if hop == 0.0 else left_at[m] + hop
+                            since = ready[m] + hop - ahead / machine.speed[g]
                             end = max(lands[g], since) + compute / machine.speed[g]
                         if end < ends:
                             best, ends = g, end
@@ -225,7 +233,7 @@ def play(
                 jobs[g] += 1
                 if came[m] == g:
                     here[g] += 1
-            parts, arrived = 0, 0.0
+            parts, seen, arrived = 0, 0, 0.0
             for g in range(gpus):
                 if jobs[g] == 0:
                     continue
@@ -250,15 +258,20 @@ def play(
             for i in range(microbatches):
                 m = line[i]
                 g = (gpu_of[s, m] + shift) % gpus
-                start = max(free[g], ready[m])
+                begin = free[g]
+                if saved_by >= 0:
+                    maker = (gpu_of[saved_by, m] + shift) % gpus
+                    made = starts[saved_by, m] + stages.compute_s[saved_by] / machine.speed[maker]
+                    begin = max(begin, made + stages.saved_hop_s[s])
+                hop = 0.0
                 if came[m] != g and came[m] >= 0:
-                    start = max(free[g], left_at[m] + stages.hop_s[s])
-                    k = int(start / machine.slice_s)
+                    hop = stages.hop_s[s]
+                    k = int(begin / machine.slice_s)
                     if k < left.size:
                         left[k] = max(0.0, left[k] - 2.0 * stages.handed_bytes[s])
+                start = max(begin, ready[m] + hop - ahead / machine.speed[g])
                 free[g] = start + compute / machine.speed[g]
                 ready[m] = free[g]
-                left_at[m] = max(free[g], sent[g])  # behind the gradients of the job before
                 came[m] = g
                 order[s, i] = m
                 starts[s, m] = start
@@ -274,14 +287,17 @@ def play(
                     sent[g] = _draw(
                         left, machine.slice_s, begin, stages.gradient_bytes[s], machine.down_bytes_per_s
                     )
+                    seen += 1
+                    # A pass over memory reads the sum and what has landed, and writes the sum; the norm
+                    # of the whole is one more to read.
+                    passes = 0.0 if seen == 1 else 1.0 if sent[g] <= arrived and seen > 2 else 3.0
+                    passes += 1.0 if seen == parts > 1 and machine.update_s_per_byte > 0.0 else 0.0
+                    work = passes * stages.gradient_bytes[s]
                     arrived = max(arrived, sent[g])
+                    arrived = _draw(left, machine.slice_s, arrived, work, machine.host_bytes_per_s)
                 final = max(final, free[g])
             if parts > 1 and stages.lingering_bytes[s] > 0.0:
                 excess = max(excess, machine.limit_bytes.max())
-            if parts > 1 and stages.gradient_bytes[s] > 0.0:
-                work = (parts + 1) * stages.gradient_bytes[s]
-                summed = _draw(left, machine.slice_s, max(arrived, summed), work, machine.host_bytes_per_s)
-                arrived = summed
             final = max(final, arrived)
     time_s, idle_s = final, final - free.mean()
     if chained:

@@ -370,7 +370,8 @@ def _split(plan: Plan) -> tuple[Stage, ...] | None:
 
 
 def _numbered(stages: list[Stage]) -> tuple[Stage, ...]:
-    return tuple(replace(stage, index=index) for index, stage in enumerate(stages))
+    # What was found of a stage's memory is true among the stages it was found with.
+    return tuple(replace(stage, index=i, workspace_bytes=None) for i, stage in enumerate(stages))
 
 
 def _advice(tried: list[Variation], notes: list[StageNote]) -> list[str]:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import sympy
 
 EXPORT_LOCK = threading.Lock()
-"""Held while a model is exported, and while an optimizer steps on another thread: torch.export sets a flag
-of the whole process, by which optimizers compute with tensors instead of floats and round differently."""
+"""Held while a model is exported or a stage compiled, and while an optimizer steps on another thread: tracing
+sets a flag of the whole process (`torch.compiler.is_compiling`), by which optimizers other than fused ones
+compute with tensors instead of floats and round differently. The flag cannot be hidden from one thread, so
+`Compiled.step` asks callers not to trace anything of their own meanwhile."""
 
 
 @contextmanager
@@ -27,9 +29,14 @@ def deferred_code() -> Iterator[None]:
     """While it is open, graph modules get no Python code; call `recompile` on those that stay.
 
     torch.export writes out the whole graph's code after each of its passes, about 30 times,
-    and runs none of it.
+    and runs none of it. Other threads' graph modules get their code.
     """
-    with patch.object(GraphModule, "recompile", lambda _: None):
+    own, recompile = threading.get_ident(), GraphModule.recompile
+
+    def deferred(module: GraphModule) -> object:
+        return None if threading.get_ident() == own else recompile(module)
+
+    with patch.object(GraphModule, "recompile", deferred):
         yield
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields, replace
+import hashlib
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 import rpcompile
-from rpcompile import named_models
+from rpcompile import checkpoint, named_models
 from rpcompile.demo.data import batches
-from rpcompile.errors import InvalidArgument
+from rpcompile.errors import CheckpointError, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO_MODEL = "smollm2-135m"
+CHECKPOINT = "checkpoint"  # in the folder for the result
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TrainOptions:
     Attributes:
         model: A Hugging Face folder with weights and tokenizer, or "smollm2-135m" (of the demo's package).
         text: A text file in UTF-8.
-        out: Folder for the result: weights or adapter, tokenizer, plan.json.
+        out: Folder for the result: weights or adapter, tokenizer, plan.json, and the checkpoint.
         steps: Optimizer steps.
         batch: Rows of a step.
         seq: Tokens of a row.
@@ -39,6 +42,8 @@ class TrainOptions:
         lr: AdamW's learning rate.
         lora: Rank of LoRA adapters on all linear layers; 0 trains every weight.
         seed: Of the adapters and of the order of rows.
+        save_every: Steps between checkpoints; the last step makes one, too.
+        resume: Go on from the checkpoint in `out`, as if training had not been interrupted.
     """
 
     model: str
@@ -52,6 +57,8 @@ class TrainOptions:
     lr: float = 2e-4
     lora: int = 8
     seed: int = 0
+    save_every: int = 100
+    resume: bool = False
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> TrainOptions:
@@ -73,7 +80,7 @@ class TrainOptions:
         for name, value in given.items():
             if name not in ("model", "text"):
                 options = replace(options, **{name: _converted(name, value, getattr(options, name))})
-        for name in ("steps", "batch", "seq", "microbatches", "gpus"):
+        for name in ("steps", "batch", "seq", "microbatches", "gpus", "save_every"):
             if getattr(options, name) < 1:
                 raise InvalidArgument(f"{name} is {getattr(options, name)}; it must be at least 1")
         if options.lora < 0 or not 0 < options.lr < float("inf"):
@@ -87,10 +94,50 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The losses of the steps, in order, and where the result is."""
+    """The losses of the steps, in order, and where the result is.
+
+    Attributes:
+        losses: Of the steps from `first_step` on.
+        out: The folder.
+        first_step: Steps that had been taken when this run began.
+    """
 
     losses: tuple[float, ...]
     out: Path
+    first_step: int = 0
+
+
+class Progress:
+    """How many steps have been taken, and of what: the part of a checkpoint that is this file's own.
+
+    Args:
+        options: Those on which the weights of a step depend must be the same again.
+        rows: What is trained on.
+    """
+
+    def __init__(self, options: TrainOptions, rows: Mapping[str, torch.Tensor]) -> None:
+        free = ("text", "out", "steps", "gpus", "microbatches", "save_every", "resume")
+        self._run = {name: str(value) for name, value in asdict(options).items() if name not in free}
+        self._run["text"] = hashlib.sha256(rows["input_ids"].numpy().tobytes()).hexdigest()
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "run": self._run}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Takes the step over.
+
+        Raises:
+            CheckpointError: The checkpoint is of another run.
+        """
+        for name, value in self._run.items():
+            saved = state_dict["run"].get(name)
+            if saved != value:
+                raise CheckpointError(
+                    f"the checkpoint was trained with {name} {saved}, not {value}; resume with the same, or "
+                    f"train without resume"
+                )
+        self.step = state_dict["step"]
 
 
 def train(options: TrainOptions, progress: bool | None = None) -> TrainResult:
@@ -101,37 +148,53 @@ def train(options: TrainOptions, progress: bool | None = None) -> TrainResult:
         progress: Show a progress bar; default: if standard error is a terminal.
 
     Raises:
-        InvalidArgument: The model or the text cannot be read, or the text is too short.
+        InvalidArgument: The model or the text cannot be read, or the text is too short, or a run that is
+            resumed has taken all its steps.
+        CheckpointError: There is no checkpoint to resume from, it is of another run, or none can be written.
         RpcompileError: The model cannot be compiled.
     """
     model, tokenizer = _load(options)
     rows = _rows(options, tokenizer)
-    training = batches(rows, options.batch, options.steps, options.seed)
+    done = Progress(options, rows)
     example = {name: values[:1].expand(options.batch, -1) for name, values in rows.items()}
     losses: list[float] = []
     with rpcompile.compile(
         model, options.gpus, microbatches=options.microbatches, example_inputs=example, progress=progress
     ) as compiled:
         optimizer = torch.optim.AdamW(compiled.parameters(), lr=options.lr)
+        parts: dict[str, checkpoint.Stateful] = {"progress": done, "model": model, "optimizer": optimizer}
+        if options.resume:
+            checkpoint.load(options.out / CHECKPOINT, parts)
+        first = done.step
+        if first >= options.steps:
+            raise InvalidArgument(f"the checkpoint is at step {first} of {options.steps}; give more steps")
+        compiled.plan.save(options.out / "plan.json")
+        training = islice(batches(rows, options.batch, options.steps, options.seed), first, None)
         hidden = None if progress is None else not progress
-        with tqdm(training, total=options.steps, desc="train", unit="step", disable=hidden) as bar:
+        with tqdm(
+            training, total=options.steps, initial=first, desc="train", unit="step", disable=hidden
+        ) as bar:
             for batch in bar:
                 loss: Any = compiled.forward_backward(**cast("dict[str, Any]", batch))
                 compiled.step(optimizer)
                 optimizer.zero_grad()
                 losses.append(loss.item())
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-        options.out.mkdir(parents=True, exist_ok=True)
-        compiled.plan.save(options.out / "plan.json")
+                done.step += 1
+                if done.step % options.save_every == 0 or done.step == options.steps:
+                    compiled.wait()
+                    checkpoint.save(options.out / CHECKPOINT, parts)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    return TrainResult(tuple(losses), options.out)
+    return TrainResult(tuple(losses), options.out, first)
 
 
 def _converted(name: str, value: Any, default: Any) -> Any:
     kind = type(default)
     try:
         if kind is int and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        if kind is bool and not isinstance(value, bool):
             raise ValueError
         return Path(str(value)) if isinstance(default, Path) else kind(value)
     except (TypeError, ValueError) as error:

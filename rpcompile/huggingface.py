@@ -108,14 +108,15 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
             if getattr(module, "gradient_checkpointing", None):
                 stack.enter_context(patch.object(module, "gradient_checkpointing", False))
         masking = sys.modules.get("transformers.masking_utils")
-        if masking is not None and base_model(model) is not None:
+        if masking is not None and any(base_model(module) is not None for module in model.modules()):
             stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
             expand = functools.partial(
                 _expand_mask, masking, masking._vmap_expansion_sdpa, masking.TransformGetItemToIndex
             )
             stack.enter_context(patch.object(masking, "_vmap_expansion_sdpa", expand))
             stack.enter_context(patch.object(masking, "TransformGetItemToIndex", nullcontext))
-            if "position_ids" not in input_names:
+            # What a module around the model passes on to it as positions cannot be told from the names.
+            if "position_ids" not in input_names and base_model(model) is not None:
                 stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda _: None))
         yield
 

@@ -238,7 +238,8 @@ class Segment:
         boundary_gradient_bytes: Their gradients.
         saved_bytes: What autograd holds of its forward for its backward, besides values that came in.
         peak_bytes: Most that its recompute and backward need at once on top of `saved_bytes` and of what has
-            buffers of its own: weights, inputs, values and gradients that come in and go out.
+            buffers of its own: weights, inputs, values and gradients that come in and go out. Its recompute
+            may follow that of other segments, whose results have none.
         needs_backward: Whether a backward passes through it at all.
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
@@ -340,12 +341,17 @@ class StageKind(StrEnum):
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of segments `first..last` (both included). Indices follow execution order: F..., FB, B..."""
+    """A run of segments `first..last` (both included). Indices follow execution order: F..., FB, B...
+
+    `workspace_bytes` is what one microbatch needs on its device besides the stage's buffers, found by running
+    the stage on tensors without data (see `Action`); None: not found, bounded by `stage_bytes.Workspaces`.
+    """
 
     index: int
     kind: StageKind
     first: int
     last: int
+    workspace_bytes: int | None = None
 
     @property
     def segments(self) -> range:
@@ -415,6 +421,7 @@ class Op(StrEnum):
     HANDOFF = "H"  # d2h: an activation or gradient that the next job waits for
     OFFLOAD = "O"  # d2h: a stage input kept for recompute, a loss, or changed buffers
     GRADIENT = "G"  # gradients: weight gradients of one segment, after a job's last microbatch
+    SUM = "S"  # host: jobs' gradients of one segment are added to those of the jobs before
     UPDATE = "U"  # host: optimizer update
     FREE = "X"  # any stream: buffers whose life ends
 
@@ -437,7 +444,7 @@ class ActionId:
     job: int | None = None
     part: int | None = None
 
-    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
+    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGSUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
 
     def __str__(self) -> str:
         text = f"{self.stage}{self.op.value}"
@@ -517,7 +524,8 @@ class Action:
         after: Ids of actions that must be over first for a reason other than data: memory slots.
         waits: Events that must have happened before it starts.
         records: Events that happen when it is over.
-        workspace_bytes: Device memory that a compute action needs besides its buffers while it runs.
+        workspace_bytes: Device memory that a compute action needs besides its buffers while it runs; below 0
+            where values that it hands on are values it was given, which both have buffers.
     """
 
     id: str

@@ -58,7 +58,8 @@ def gpu_memory_bounds(
             mine = uses.role == role
             np.add.at(change, uses.action[mine], nbytes[uses.buffer[mine]])
         changes[feed] = made, freed
-    workspace = np.array([action.workspace_bytes for action in actions], np.int64)
+    # One below 0 is over as soon as its action is, which may be before the next one begins.
+    workspace = np.array([max(0, action.workspace_bytes) for action in actions], np.int64)
     queues = {(queue.gpu, queue.stream): number for number, queue in enumerate(schedule.queues)}
     peaks: list[int] = []
     for gpu in range(schedule.gpus):

@@ -71,6 +71,7 @@ class PieceMemory:
     Attributes:
         forward_bytes: Most alive at once in a forward without autograd, the results included.
         saved_bytes: What autograd holds at the end of the forward.
+        recompute_bytes: Most alive at once in a forward with autograd.
         training_bytes: Most alive at once in a forward with autograd and the backward behind it, with the
             gradients that go out, and one temporary gradient for each weight that is being added to.
         keeps_value: For each of the piece's `values`, whether autograd holds it.
@@ -80,6 +81,7 @@ class PieceMemory:
 
     forward_bytes: int
     saved_bytes: int
+    recompute_bytes: int
     training_bytes: int
     keeps_value: tuple[bool, ...]
     keeps_boundary: tuple[bool, ...]
@@ -96,7 +98,7 @@ class PeakMemory:
     """
 
     def __init__(self, capture: Capture, bindings: Mapping[str, int], kernels: Kernels) -> None:
-        self.capture, self.kernels, self._bindings = capture, kernels, bindings
+        self.capture, self.kernels, self.bindings = capture, kernels, bindings
         self._sizes = Sizes(capture.graph_module.meta.get("symbols", {}))
         self._numbers = {symbol(name): sympy.Integer(size) for name, size in bindings.items()}
         self._known: dict[sympy.Expr, int] = {}
@@ -107,21 +109,42 @@ class PeakMemory:
 
     def of(self, piece: Piece) -> PieceMemory:
         """Runs the piece's forward, and its forward and backward."""
-        # Whatever mode the caller is in, e.g. evaluating: this is about training.
-        with torch.inference_mode(False), torch.enable_grad(), self._fake or nullcontext():
-            forward = _Run(self, piece, train=False)
-            forward.forward()
-            training = _Run(self, piece, train=True)
-            saved_bytes, keeps_value, keeps_boundary = training.forward()
-            training.backward()
+        with self._mode():
+            held = _Run(self, piece)
+            saved_bytes, keeps_value, keeps_boundary = held.forward()
         return PieceMemory(
-            forward_bytes=forward.tracker.peak,
+            forward_bytes=self._forward(piece).tracker.peak,
             saved_bytes=saved_bytes,
-            training_bytes=training.tracker.peak,
+            recompute_bytes=held.tracker.peak,
+            training_bytes=self._training(piece).tracker.peak,
             keeps_value=keeps_value,
             keeps_boundary=keeps_boundary,
-            rematerialised_bytes=training.rematerialised_bytes,
+            rematerialised_bytes=held.rematerialised_bytes,
         )
+
+    def peak_bytes(self, piece: Piece, train: bool) -> int:
+        """`PieceMemory.training_bytes` or `forward_bytes` alone."""
+        return (self._training(piece) if train else self._forward(piece)).tracker.peak
+
+    def _forward(self, piece: Piece) -> _Run:
+        with self._mode():
+            run = _Run(self, piece, train=False)
+            run.forward()
+        return run
+
+    def _training(self, piece: Piece) -> _Run:
+        with self._mode():
+            run = _Run(self, piece, backward=True)
+            run.forward()
+            run.backward()
+        return run
+
+    def _mode(self) -> ExitStack:
+        """Whatever mode the caller is in, e.g. evaluating: this is about training."""
+        stack = ExitStack()
+        for context in (torch.inference_mode(False), torch.enable_grad(), self._fake or nullcontext()):
+            stack.enter_context(context)
+        return stack
 
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """Sizes of a captured value at the bindings."""
@@ -177,7 +200,7 @@ class PeakMemory:
         if node.op == "get_attr":
             found = functools.reduce(getattr, str(node.target).split("."), self.capture.graph_module)
             return _graph_on_device(found, self.kernels.device) if isinstance(found, GraphModule) else found
-        size = self._bindings.get(node.name.removeprefix("sym_"))
+        size = self.bindings.get(node.name.removeprefix("sym_"))
         return self.empty(node.name) if size is None or not node.name.startswith("sym_") else size
 
     def _number(self, size: sympy.Expr) -> int:
@@ -194,16 +217,21 @@ class PeakMemory:
 
 
 class _Run:
-    """One run of one piece; `forward` first."""
+    """One run of one piece; `forward` first.
 
-    def __init__(self, memory: PeakMemory, piece: Piece, train: bool) -> None:
-        self._memory, self._piece, self._train = memory, piece, train
+    For a backward, values that come in are leaves, as they are for a stage: autograd takes a gradient that
+    goes out as it is, or copies what is part of another tensor or comes from the stage behind. But it holds a
+    leaf for the leaf's own sake, so that what it holds for the operators shows only without.
+    """
+
+    def __init__(self, memory: PeakMemory, piece: Piece, train: bool = True, backward: bool = False) -> None:
+        self._memory, self._piece, self._train, self._backward = memory, piece, train, backward
         self.tracker = StorageTracker(memory.kernels)
         self._environment: dict[Node, Any] = {}
         own = {node.name for node in piece.nodes}
         self._loss = [memory.nodes[name] for name in memory.capture.outputs[:1] if name in own]
         self._hold = [memory.nodes[name] for name in piece.boundary] or self._loss
-        self._gradients: list[torch.Tensor] = []
+        self._leaves: list[torch.Tensor] = []  # their gradients are held to the end
         self._roots: list[Any] = []
         self._prepare()
 
@@ -215,7 +243,10 @@ class _Run:
         every = (*piece.rematerialised, *piece.nodes)
         for source in dict.fromkeys(source for node in every for source in node.all_input_nodes):
             if source.op in ("placeholder", "get_attr") and source not in environment:
-                environment[source] = memory.external(source)
+                given = memory.external(source)
+                if not self._train and isinstance(given, torch.Tensor):
+                    given.requires_grad_(False)  # products of matrices ask for it, whatever the mode
+                environment[source] = given
         self.tracker.ignore(environment.values())
         with self._context():
             for node in piece.rematerialised:
@@ -227,14 +258,14 @@ class _Run:
             del environment[node]
 
     def _received(self, name: str) -> Any:
-        """A value that comes in. It is no leaf: autograd would hold a leaf for the leaf's own sake."""
+        """A value that comes in."""
         value = self._memory.empty(name)
         if not self._train or name not in self._piece.gradients_out:
             return value
-        source = torch.empty((), dtype=value.dtype, device=value.device, requires_grad=True)
-        value = source.expand(value.shape).clone()
-        value.register_hook(self._gradients.append)
-        return value
+        if self._backward:
+            self._leaves.append(value.requires_grad_(True))
+            return value
+        return torch.empty_like(value, requires_grad=True).clone()
 
     def forward(self) -> tuple[int, tuple[bool, ...], tuple[bool, ...]]:
         """Returns what autograd holds behind it: bytes, which values, which of the boundary."""
@@ -268,10 +299,6 @@ class _Run:
         edges, gradients = zip(*self._roots, strict=True)
         self._roots.clear()
         self.tracker.ignore(gradients)
-        used = {source.name for node in self._piece.nodes for source in node.all_input_nodes}
-        # A gradient that only passes by is copied on its way.
-        passing = set(self._piece.gradients_in).intersection(self._piece.values).difference(used)
-        self.tracker.add(sum(map(self._memory.nbytes, passing)))
         with self.tracker:
             torch.autograd.backward(edges, gradients)
 
@@ -328,11 +355,6 @@ class StorageTracker(TorchDispatchMode):
         given = [value for value in values if isinstance(value, torch.Tensor)]
         given += [value.grad for value in given if value.is_leaf and value.grad is not None]
         return sum(self._enter(value, counts=False) for value in given)
-
-    def add(self, nbytes: int) -> None:
-        """Counts bytes that stay."""
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

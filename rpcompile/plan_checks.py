@@ -87,12 +87,12 @@ def _actions(plan: Plan) -> str | None:
             if (
                 not 0 <= action.seconds <= LONGEST_S
                 or not 0 <= action.nbytes <= MOST_BYTES
-                or not 0 <= action.workspace_bytes <= MOST_BYTES
+                or not -MOST_BYTES <= action.workspace_bytes <= MOST_BYTES
             ):
                 return (
                     f"action {action.id} takes {action.seconds} s, {action.nbytes} bytes and "
-                    f"{action.workspace_bytes} bytes of workspace; none may be negative, and no time over "
-                    f"{LONGEST_S:.0e} s"
+                    f"{action.workspace_bytes} bytes of workspace; no time or move may be negative, and no "
+                    f"time over {LONGEST_S:.0e} s"
                 )
             if not 0 <= action.job < len(jobs) or action.stage != jobs[action.job].stage:
                 return f"action {action.id} names job {action.job} and stage {action.stage}"

@@ -30,6 +30,7 @@ from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_cuts import FindCuts
+from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.partition_stages import PartitionStages
@@ -145,7 +146,7 @@ class CapturedModel:
             PartitionError: Nothing fits.
         """
         with progress_bar(progress) as bar:
-            return plan_chain(chain, options, self.described(), bar)
+            return plan_chain(chain, options, self.described(), bar, self.capture)
 
     def rebind(self, plan: Plan, sizes: Mapping[str, int]) -> Plan:
         """The plan for another batch or sequence: same stages and GPUs, new times, bytes and proof.
@@ -165,7 +166,8 @@ class CapturedModel:
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
         chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
-        rebound = laid_out_again(replace(plan, chain=chain))
+        partition = FindStageMemory(self.capture, chain).run(plan.partition)
+        rebound = laid_out_again(replace(plan, chain=chain, partition=partition))
         rebound.verify()
         return rebound
 
@@ -247,9 +249,21 @@ def plan_profile(
 
 
 def plan_chain(
-    chain: SegmentChain, options: PlanOptions, model: ModelDescription, bar: tqdm[Any] | None = None
+    chain: SegmentChain,
+    options: PlanOptions,
+    model: ModelDescription,
+    bar: tqdm[Any] | None = None,
+    capture: Capture | None = None,
 ) -> Plan:
     """Partition, schedule, simulation and proof of one chain.
+
+    Args:
+        chain: The segments, priced.
+        options: What to plan for.
+        model: What the plan says about the model.
+        bar: Is advanced by one for each pass.
+        capture: The graph, if it is known: the memory of the stages chosen is then found by running them on
+            tensors without data, and not only bounded.
 
     Raises:
         InvalidArgument: An option is out of range.
@@ -257,7 +271,7 @@ def plan_chain(
     """
     _check(options)
     started = time.perf_counter()
-    partition, schedule, timeline = _schedule(chain, options, bar)
+    partition, schedule, timeline = _schedule(chain, options, bar, capture)
     announce(bar, "verify")
     verify_schedule(schedule, chain, partition)
     prediction = _prediction(chain, schedule, timeline, model.dtype)
@@ -302,20 +316,27 @@ def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dty
 
 
 def _schedule(
-    chain: SegmentChain, options: PlanOptions, bar: tqdm[Any] | None
+    chain: SegmentChain, options: PlanOptions, bar: tqdm[Any] | None, capture: Capture | None
 ) -> tuple[Partition, Schedule, Timeline]:
     """Stages and schedule whose peak fits, however long actions take; the fastest that was found."""
+
+    def round_robin(limit_bytes: int) -> tuple[Partition, Dispatch, str]:
+        return _round_robin(chain, options, limit_bytes, bar)
+
     if options.effort is None or options.mode == "forward":
-        return _fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar))
-    found = [_fitting(chain, bar, lambda limit: _searched(chain, options, limit, bar))]
+        return _fitting(chain, bar, capture, round_robin)
+    found = [_fitting(chain, bar, capture, lambda limit: _searched(chain, options, limit, bar))]
     if options.max_traffic is None:
         with suppress(PartitionError):
-            found.append(_fitting(chain, bar, lambda limit: _round_robin(chain, options, limit, bar)))
+            found.append(_fitting(chain, bar, capture, round_robin))
     return min(found, key=lambda item: item[2].makespan_s)
 
 
 def _fitting(
-    chain: SegmentChain, bar: tqdm[Any] | None, make: Callable[[int], tuple[Partition, Dispatch, str]]
+    chain: SegmentChain,
+    bar: tqdm[Any] | None,
+    capture: Capture | None,
+    make: Callable[[int], tuple[Partition, Dispatch, str]],
 ) -> tuple[Partition, Schedule, Timeline]:
     """Makes a dispatch for less and less memory until its schedule fits.
 
@@ -329,6 +350,9 @@ def _fitting(
             if excess:
                 break
             raise
+        if capture is not None:
+            announce(bar, FindStageMemory.name)
+            partition = FindStageMemory(capture, chain).run(partition)
         announce(bar, InsertTransfers.name)
         schedule = lay_out(chain, partition, dispatch, mode)
         excess = max(gpu_memory_bounds(schedule)) - usable
@@ -379,7 +403,7 @@ def _searched(
 def progress_bar(progress: bool | None) -> tqdm[Any]:
     """A bar over the passes; None: after two seconds, if standard error is a terminal."""
     disable, delay = (None, 2.0) if progress is None else (not progress, 0.0)
-    return tqdm(total=11, desc="capture", leave=False, disable=disable, delay=delay)
+    return tqdm(total=12, desc="capture", leave=False, disable=disable, delay=delay)
 
 
 def announce(bar: tqdm[Any] | None, step: str) -> None:

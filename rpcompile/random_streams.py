@@ -52,7 +52,8 @@ def microbatch_seed(seed: int) -> Iterator[None]:
 
 def seeded(operator: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
     """Runs a random operator on its own stream and leaves the default generator as it was."""
-    device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), torch.device("cpu"))
+    made_on = torch.device(kwargs.get("device") or "cpu")
+    device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), made_on)
     generator = (
         torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     )

@@ -38,6 +38,7 @@ _BOUNDS = {
     Op.HANDOFF: "hop",
     Op.OFFLOAD: "download",
     Op.GRADIENT: "download",
+    Op.SUM: "host",
     Op.UPDATE: "host",
 }
 
@@ -130,7 +131,9 @@ class Timeline:
         """
         if len(self.iteration_end_s) < 2:
             raise InvalidArgument("one iteration has no period; use simulate(schedule, iterations=16) or so")
-        return steady_period(self.iteration_end_s)[0]
+        ends_s = self.iteration_end_s
+        # Nothing follows the last one and takes bandwidth from it: it may end early.
+        return steady_period(ends_s[:-1] if len(ends_s) > 2 else ends_s)[0]
 
 
 def simulate(

@@ -47,10 +47,11 @@ class Workspaces:
     while the segment next to them runs, and its results from the beginning on. What a stage shares is
     counted once: results of rematerialised nodes, and values that several segments hold for their backwards.
 
-    Too much: values that only pass by a segment of a model whose cuts are several tensors wide, and values
-    in front of a segment that a forward drops before that segment's peak, or that have a buffer since a
-    backward stage begins there. The gradient of a weight counts twice while it is made, as from the second
-    microbatch on: what is accumulated and what is added.
+    This bounds a stage's need from above, for those that choose stages. Too much: values that only pass by a
+    segment of a model whose cuts are several tensors wide, and values in front of a segment that a forward
+    drops before that segment's peak, or that have a buffer since a backward stage begins there. The gradient
+    of a weight counts twice while it is made, as from the second microbatch on: what is accumulated and what
+    is added. A stage whose need was found by running it says so itself; see `planned`.
     """
 
     def __init__(self, chain: SegmentChain) -> None:
@@ -75,6 +76,10 @@ class Workspaces:
         ]
         self.rematerialised = [s.rematerialised_bytes for s in segments]
         self._states = list(accumulate((s.state_bytes for s in segments), initial=0))
+
+    def planned(self, stage: Stage) -> int:
+        """What a plan counts for a stage: its need if that was found, else the bound on it."""
+        return self.of(stage) if stage.workspace_bytes is None else stage.workspace_bytes
 
     def of(self, stage: Stage) -> int:
         """Bytes of one stage.

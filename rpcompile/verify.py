@@ -7,6 +7,7 @@ writes say what has to. The checks know nothing of the passes that made the sche
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,9 +64,10 @@ def verify_schedule(
     check_actions(schedule, chain, partition, names)
     order = _Order(schedule, names)
     _check_writers(order)
+    totals = _check_sums(order)
     _check_order(order)
     _check_results(order, schedule)
-    _check_updates(order, chain)
+    _check_updates(order, chain, totals)
     for gpu, peak in enumerate(gpu_memory_bounds(schedule, order, order.uses)):
         if peak > partition.memory_limit_bytes:
             raise ScheduleError(
@@ -147,7 +149,7 @@ def _check_order(order: _Order) -> None:
     slots = np.array(after, np.int32).reshape(-1, 2)
     rules = (
         ((maker >= 0) & (role != Role.MAKE), maker, user, "which writes {}"),
-        # Only compute actions update in place, and those of one job share a queue: the last will do.
+        # What updates a buffer in place shares a queue (a job's computes, the host's sums): the last will do.
         (
             (updater >= 0) & (role == Role.READ),
             updater,
@@ -207,22 +209,51 @@ def _check_results(order: _Order, schedule: Schedule) -> None:
             raise ScheduleError(f"the loss of microbatch {microbatch} never reaches the host")
 
 
-def _check_updates(order: _Order, chain: SegmentChain) -> None:
-    """Each gradient is summed once into one update, which comes after every upload of the old weights.
+def _check_sums(order: _Order) -> dict[int, list[str]]:
+    """A segment's gradients are added to that of its first job, in job order, where anything is updated.
+
+    Returns:
+        Segment -> the buffer that has its gradient in the end.
+    """
+    sums: dict[str, list[int]] = defaultdict(list)
+    made: dict[int, list[str]] = defaultdict(list)
+    for number, action in enumerate(order.actions):
+        if action.op is Op.SUM:
+            sums[action.writes[0] if action.writes else ""].append(number)
+    if not any(action.op in (Op.SUM, Op.UPDATE) for action in order.actions):
+        return made
+    for buffer, name in zip(order.uses.buffers, order.names, strict=True):
+        if name.space == buffers.HOST and name.kind == "gradients" and name.segment is not None:
+            made[name.segment].append(buffer)
+    for segment, names in made.items():
+        total, *parts = sorted(names, key=lambda name: order.parsed[name].job or 0)
+        adders = sums.pop(total, [])
+        for number in adders:
+            action = order.actions[number]
+            if action.writes != (total,) or action.reads != (total, *parts[: len(action.reads) - 1]):
+                wanted = parts[0] if parts else "nothing more"
+                raise ScheduleError(f"{action.id} reads {action.reads}; it is to add {wanted} to {total}")
+            parts = parts[len(action.reads) - 1 :]
+        if parts:
+            raise ScheduleError(f"{parts[0]} is never added to {total}; one sum must")
+        for first, second in pairwise(adders):
+            order.require(first, second, f"which adds to {total} before it")
+        made[segment] = [total]
+    for number in (number for found in sums.values() for number in found):
+        raise ScheduleError(f"{order.actions[number].id} adds to no gradient of a segment's first job")
+    return made
+
+
+def _check_updates(order: _Order, chain: SegmentChain, made: dict[int, list[str]]) -> None:
+    """Each gradient goes into one update, which comes after every upload of the old weights.
 
     A tied tensor is updated with the first of its segments, from the gradients of all of them.
     """
     updates = [number for number, action in enumerate(order.actions) if action.op is Op.UPDATE]
-    if not updates:
-        return
-    made: dict[int, list[str]] = defaultdict(list)
     uploads: dict[int, list[int]] = {}
     for number, name in enumerate(order.names):
-        if name.space == buffers.HOST and name.segment is not None:
-            if name.kind == "gradients":
-                made[name.segment].append(order.uses.buffers[number])
-            elif name.kind == "weights":
-                uploads[name.segment] = order.uses.users(number)
+        if name.space == buffers.HOST and name.kind == "weights" and name.segment is not None:
+            uploads[name.segment] = order.uses.users(number)
     tied = [found for found in chain.tied if found.gradient_bytes and made[min(found.segments)]]
     norms = [number for number in updates if buffers.NORM in order.actions[number].writes]
     updated: dict[int, list[int]] = defaultdict(list)

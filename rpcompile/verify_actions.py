@@ -20,7 +20,7 @@ _STREAMS = {
     **dict.fromkeys(COMPUTE_OPS, Stream.COMPUTE),
     **dict.fromkeys((Op.HANDOFF, Op.OFFLOAD), Stream.D2H),
     Op.GRADIENT: Stream.GRADIENTS,
-    Op.UPDATE: Stream.HOST,
+    **dict.fromkeys((Op.SUM, Op.UPDATE), Stream.HOST),
 }
 _KINDS = {
     Op.FORWARD: StageKind.F,
@@ -81,8 +81,8 @@ def _check_queues(schedule: Schedule, partition: Partition) -> None:
                     f"it belongs on gpu{action.gpu} {stream}"
                 )
             job = schedule.jobs[action.job] if 0 <= action.job < len(schedule.jobs) else None
-            # An update is the host's, on behalf of the last of several jobs.
-            gpu = job.gpu if job and action.op is Op.UPDATE else action.gpu
+            # What the host does is on behalf of a job of any GPU.
+            gpu = job.gpu if job and action.stream is Stream.HOST else action.gpu
             if job is None or (job.stage, job.gpu) != (action.stage, gpu):
                 raise ScheduleError(
                     f"{action.id}: no job {action.job} runs stage {action.stage} on gpu{action.gpu}"
@@ -188,7 +188,7 @@ def _check_operands(
     schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames
 ) -> None:
     """Compute actions read and write exactly what their segments call for."""
-    workspaces = [*map(stage_bytes.Workspaces(chain).of, partition.stages)]
+    workspaces = [*map(stage_bytes.Workspaces(chain).planned, partition.stages)]
     for action in schedule.actions():
         if action.op not in COMPUTE_OPS:
             continue

@@ -97,8 +97,16 @@ def play_by_definition(
                 hop += 2 * hardware.latency_s
                 arrives = end(source.index, microbatch)
                 if source.gpu != job.gpu:
-                    queued = [sent(k) for k in before(source.index, True)[:1]]
-                    arrives = max([arrives, *queued]) + hop
+                    arrives += hop
+                if kind is StageKind.B:
+                    # The recompute is over when it is, or when the gradient comes, if that is later.
+                    arrives -= sum(s.forward_s for s in inside(job_index)[1]) / speed[job.gpu]
+                    if stage.first:
+                        maker = next(s.index for s in partition.stages if s.last >= below)
+                        nbytes = segments[below].boundary_bytes
+                        up_down = nbytes / hardware.d2h_bytes_per_s + nbytes / hardware.h2d_bytes_per_s
+                        made = end(job_of[maker, microbatch].index, microbatch)
+                        waits.append(made + up_down + 2 * hardware.latency_s)
                 waits.append(arrives)
             return max(waits) + compute_s(job_index)
 
@@ -120,6 +128,7 @@ def _least(chain: SegmentChain, spans: Spans, gpus: int, microbatches: int) -> f
     rows: list[list[cp_model.IntervalVar]] = [[] for _ in range(gpus)]
     for _ in range(microbatches):
         last = None
+        made: list[tuple[int, cp_model.LinearExpr]] = []  # last segment of a forward stage, its end
         for kind, first, final in spans:
             own = segments[first : final + 1]
             seconds = int(sum(s.forward_s + (s.backward_s if kind is not StageKind.F else 0) for s in own))
@@ -127,12 +136,20 @@ def _least(chain: SegmentChain, spans: Spans, gpus: int, microbatches: int) -> f
             model.add_exactly_one(on)
             for gpu in range(gpus):
                 rows[gpu].append(model.new_optional_fixed_size_interval_var(start, seconds, on[gpu], ""))
+            ahead = 0
+            if kind is StageKind.B:
+                # A gap between recompute and the rest of a backward may as well lie before it.
+                ahead = int(sum(s.forward_s for s in own))
+                if first:
+                    saved = next(end for behind, end in made if behind >= first - 1)
+                    model.add(start >= saved + 2 * segments[first - 1].boundary_bytes)
+            made.append((final, start + seconds))
             if last is not None:
                 crossing = segments[first - 1].boundary_bytes if kind is not StageKind.B else 0
                 hop = 2 * (segments[final].boundary_gradient_bytes if kind is StageKind.B else crossing)
                 for gpu in range(gpus):
-                    model.add(start >= last[0] + hop).only_enforce_if(on[gpu], ~last[1][gpu])
-                model.add(start >= last[0])
+                    model.add(start >= last[0] + hop - ahead).only_enforce_if(on[gpu], ~last[1][gpu])
+                model.add(start >= last[0] - ahead)
             last = (start + seconds, on)
         assert last is not None
         model.add(makespan >= last[0])

@@ -102,7 +102,14 @@ FAMILIES: tuple[Family, ...] = (
         note="sliding window: as Mistral",
     ),
     Family("Phi-3", partial(tiny.causal, "Phi3", sliding_window=None), _text("Phi-3-medium-128k")),
+    Family("OLMo 2", partial(tiny.causal, "Olmo2")),
+    Family("Falcon", tiny.falcon),
+    Family("StableLM", partial(tiny.causal, "StableLm")),
+    Family("Granite", partial(tiny.causal, "Granite")),
+    Family("StarCoder 2", partial(tiny.causal, "Starcoder2", residual_dropout=0.1)),
+    Family("OPT", partial(tiny.causal, "OPT", ffn_dim=48, word_embed_proj_dim=32)),
     Family("Qwen3-MoE", tiny.moe, _text("Qwen3-235B-A22B"), note=_MOE_NOTE),
+    Family("DeepSeek-V2", tiny.deepseek, note=_MOE_NOTE),
     Family(
         "GPT-OSS",
         partial(tiny.causal, "GptOss", sliding_window=4, **_MIXTURE),
@@ -129,6 +136,7 @@ FAMILIES: tuple[Family, ...] = (
         parity=TIED,
         note="encoder output and position biases cross the decoder's cuts",
     ),
+    Family("Whisper", tiny.whisper, parity=TIED, note="as T5"),
     Family(
         "ViT",
         tiny.vit,

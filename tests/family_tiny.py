@@ -85,6 +85,46 @@ def moe(**options: Any) -> Case:
     return causal("Qwen3Moe", num_experts=4, experts_implementation="grouped_mm", **EXPERTS, **options)
 
 
+def falcon() -> Case:
+    """All query heads share one key head; attention and MLP side by side."""
+    sizes = {name: DECODER[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    config = transformers.FalconConfig(
+        **sizes, num_attention_heads=4, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False
+    )
+    return Case(transformers.FalconForCausalLM(config), tokens())
+
+
+def deepseek() -> Case:
+    """Latent attention, whose values are narrower than its keys; the first layer has no experts."""
+    latent = {"kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    sizes = {"num_key_value_heads": 4, "head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1}
+    options = {**latent, **experts, **sizes, **EXPERTS, "topk_method": "greedy"}
+    return causal("DeepseekV2", experts_implementation="grouped_mm", **options)
+
+
+def whisper() -> Case:
+    """40 frames of sound before text."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        **layers,
+    )
+    sound = torch.randn(BATCH, 8, 40, generator=torch.Generator().manual_seed(5))
+    model = transformers.WhisperForConditionalGeneration(config)
+    return Case(model, {"input_features": sound, "labels": tokens()["labels"]})
+
+
 def t5() -> Case:
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
@@ -155,6 +195,9 @@ _TOWER = {
 }
 
 
+_LAYERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
 def _with_images(model: Any, image_tokens: int, **extra: torch.Tensor) -> Case:
     """One image at the beginning of each row; `IMAGE` stands for its tokens."""
     batch = tokens()
@@ -162,6 +205,14 @@ def _with_images(model: Any, image_tokens: int, **extra: torch.Tensor) -> Case:
     ids[:, :image_tokens] = IMAGE
     images = torch.randn(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     return Case(model, {**batch, "input_ids": ids, "pixel_values": images, **extra})
+
+
+def clip() -> Case:
+    """Towers of text and images; the loss is over all pairs of a microbatch, and only asked for."""
+    text = {**{name: _TOWER[name] for name in _LAYERS}, "vocab_size": VOCABULARY, "eos_token_id": 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config=_TOWER, projection_dim=16)
+    case = _with_images(transformers.CLIPModel(config), 0)
+    return Case(case.model, {name: case.batch[name] for name in ("input_ids", "pixel_values")})
 
 
 def llava() -> Case:

@@ -85,7 +85,7 @@ def _execute(action: Action, store: dict[str, object]) -> None:
             del store[buffer]
         return
     values = [store[buffer] for buffer in action.reads]
-    if action.op in COMPUTE_OPS or action.op is Op.UPDATE:
+    if action.op in COMPUTE_OPS or action.op in (Op.SUM, Op.UPDATE):
         # Operands are told apart by what they are, not by where they lie or in whose name.
         operands = frozenset(
             (buffers.parse(buffer)._replace(space="", job=None), value)

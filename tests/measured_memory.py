@@ -14,6 +14,7 @@ from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.runtime import batches
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 from rpcompile.stage_bytes import Workspaces
@@ -63,7 +64,18 @@ class Measured:
 
     def predicted_bytes(self, stage: Stage) -> int:
         """Everything but weights, gradients and what the caller gives, as the plan has it."""
-        nbytes, segments = self.workspaces.of(stage), self.chain.segments
+        return self._with_results(stage, self.workspaces.planned(self.found(stage)[0]))
+
+    def found(self, *stages: Stage) -> tuple[Stage, ...]:
+        """The stages, with what they need."""
+        return FindStageMemory(self.captured, self.chain).run(_only(*stages)).stages
+
+    def bound_bytes(self, stage: Stage) -> int:
+        """The same as the partition counts it."""
+        return self._with_results(stage, self.workspaces.of(stage))
+
+    def _with_results(self, stage: Stage, nbytes: int) -> int:
+        segments = self.chain.segments
         if stage.kind is StageKind.F:
             return nbytes + segments[stage.last].boundary_bytes
         return nbytes + (segments[stage.first - 1].boundary_gradient_bytes if stage.first else 0)
@@ -96,7 +108,7 @@ class Measured:
         return (cuda_peak if self.device.type == "cuda" else cpu_peak)(run)
 
     def _extract(self, *stages: Stage) -> tuple[StageGraph, ...]:
-        return ExtractStages(self.captured, self.chain).run(Partition(stages, 0, 0.0, 0.0, "GIVEN", 0.0, ""))
+        return ExtractStages(self.captured, self.chain).run(_only(*stages))
 
     def _weights(self, graph: StageGraph) -> list[Tensors]:
         return [{name: self._host[name].detach().clone() for name in (*graph.parameters, *graph.buffers)}]
@@ -111,11 +123,14 @@ class Measured:
         return values
 
 
+def _only(*stages: Stage) -> Partition:
+    return Partition(stages, 0, 0.0, 0.0, "GIVEN", 0.0, "")
+
+
 def cpu_peak(run: Callable[[], object]) -> int:
     """Most bytes that the CPU's allocator had given out at once, by what it reports to the profiler."""
     run()  # what is allocated once for all does not count
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with no_collections(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -124,6 +139,16 @@ def cpu_peak(run: Callable[[], object]) -> int:
         live += nbytes
         peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """No garbage from before is freed meanwhile; looking for it takes longer than most stages."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def cuda_peak(run: Callable[[], object]) -> int:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import transformers
 
+from rpcompile.ir import Stage, StageKind
 from tests import family_tiny as tiny
 from tests.models import Case
 from tests.unet import DiffusionUNet
+
+if TYPE_CHECKING:
+    from rpcompile.ir import SegmentChain
+
+F, B, FB = StageKind.F, StageKind.B, StageKind.FB
 
 TOKENS = {"batch": 2, "sequence": 256}
 _SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
@@ -63,6 +71,80 @@ def unet() -> Case:
     return Case(model, {"x": images, "timesteps": torch.tensor([5, 900]), "noise": noise})
 
 
+def t5() -> Case:
+    config = transformers.T5Config(
+        vocab_size=256, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    case = _tokens(Case(transformers.T5ForConditionalGeneration(config), {}))
+    return Case(case.model, {**case.batch, "labels": case.batch["labels"][:, :192].contiguous()})
+
+
+_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def vit() -> Case:
+    config = transformers.ViTConfig(**_TOWER, image_size=64, patch_size=8, num_labels=5)
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64), "labels": torch.tensor([1, 2])}
+    return Case(transformers.ViTForImageClassification(config), batch)
+
+
+def llava() -> Case:
+    """64 tokens an image, before text."""
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**_TOWER, image_size=64, patch_size=8),
+        text_config=transformers.LlamaConfig(**{**tiny.DECODER, **_TEXT}),
+        image_token_index=tiny.IMAGE,
+        image_seq_length=64,
+    )
+    case = _tokens(Case(transformers.LlavaForConditionalGeneration(config), {}))
+    ids = case.batch["input_ids"].clamp(min=tiny.IMAGE + 1)
+    ids[:, :64] = tiny.IMAGE
+    return Case(case.model, {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 64, 64)})
+
+
+def _few_tokens(case: Case, tokens: int) -> Case:
+    ids = _tokens(case).batch["input_ids"][:, :tokens].contiguous()
+    return Case(case.model, {"input_ids": ids, "labels": ids})
+
+
+def mamba() -> Case:
+    config = transformers.MambaConfig(
+        vocab_size=256, hidden_size=128, state_size=8, num_hidden_layers=1, time_step_rank=8
+    )
+    return _few_tokens(Case(transformers.MambaForCausalLM(config), {}), 12)
+
+
+def mamba2() -> Case:
+    config = transformers.Mamba2Config(
+        vocab_size=256,
+        hidden_size=64,
+        state_size=16,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=32,
+        n_groups=2,
+        chunk_size=16,
+    )
+    return _few_tokens(Case(transformers.Mamba2ForCausalLM(config), {}), 32)
+
+
+def gpt_oss() -> Case:
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}
+    return _tokens(tiny.causal("GptOss", **_TEXT, **options, sliding_window=64))
+
+
+def stages(chain: SegmentChain) -> list[Stage]:
+    """Stages of each kind: of one segment, a few, and many."""
+    n, first = len(chain.segments), chain.first_backward
+    middle, last = max(first, n // 2), n - 2
+    ranges = [(F, middle, middle), (F, middle, middle + 2), (F, 0, last)]
+    ranges += [(B, middle, middle), (B, middle - 1, middle + 1), (B, first, last)]
+    ranges += [(FB, n - 1, n - 1), (FB, n - 3, n - 1), (FB, first, n - 1)]
+    return [
+        Stage(0, kind, max(low, 0), high if kind is FB else min(high, last)) for kind, low, high in ranges
+    ]
+
+
 FAMILIES = {
     "Llama": llama,
     "Qwen3-MoE": moe,
@@ -71,4 +153,10 @@ FAMILIES = {
     "LoRA on Qwen3": lora,
     "ResNet, BatchNorm": resnet,
     "Diffusion UNet": unet,
+    "T5": t5,
+    "ViT": vit,
+    "Llava": llava,
+    "GPT-OSS": gpt_oss,
+    "Mamba": mamba,
+    "Mamba 2": mamba2,
 }

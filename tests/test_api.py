@@ -126,6 +126,7 @@ def test_nothing_to_train() -> None:
         (lambda b: {"x": b["x"]}, r"missing \['y'\]"),
         (lambda b: {**b, "mask": b["y"]}, r"not captured \['mask'\].*example_inputs"),
         (lambda b: {**b, "y": 3}, "input 'y' must be a tensor, not int"),
+        (lambda b: {**b, "y": b["y"].to("meta")}, "input 'y' is on meta; pass it on the host"),
         (lambda b: {**b, "y": b["y"].int()}, "input 'y' is int32, compiled for int64"),
         (lambda b: {**b, "x": b["x"][:, :3]}, r"input 'x' has shape \(8, 3\), compiled for \('batch', 16\)"),
         (lambda b: {k: v[:3] for k, v in b.items()}, r"batch of 3 .* into 4 microbatches.*microbatches=3"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.fx import symbolic_trace
 
 import rpcompile
+from rpcompile.exporting import EXPORT_LOCK, deferred_code
 from rpcompile.runtime.compiled_stages import CompiledStages, structure
 from tests import models, reference
 
@@ -65,3 +67,22 @@ def test_loss_and_gradients_are_plain_pytorchs_within_rounding(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(case.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_compiles_while_an_optimizer_steps() -> None:
+    """Compiling sets a flag of the whole process, by which optimizers round differently."""
+    stage = CompiledStages("eager").of(graph(lambda a: a + 1))
+    held: list[bool] = []
+    for _ in range(2):
+        with stage.warming("forward"):
+            held.append(EXPORT_LOCK.locked())
+    assert held == [True, False]
+
+
+def test_graphs_of_other_threads_get_their_code_during_an_export() -> None:
+    with deferred_code():
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(graph, lambda a: a + 1).result()
+        assert other(torch.ones(1)) == 2
+        assert not hasattr(graph(lambda a: a + 1), "_code")
+    assert graph(lambda a: a + 1)(torch.ones(1)) == 2

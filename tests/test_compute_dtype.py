@@ -142,3 +142,33 @@ def test_plain_scaler_step_works_too() -> None:
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"compute_dtype=torch.int8; it must be torch.bfloat16 or"):
         training.compile_case(models.build(models.mlp), "mlp", compute_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_evaluation_computes_with_the_masters_as_they_are_and_disturbs_no_step(mode: str) -> None:
+    weights: list[list[torch.Tensor]] = []
+    for evaluates in (False, True):
+        case = models.build(models.mlp)
+        with training.compile_case(case, "mlp", compute_dtype=BFLOAT16, mode=mode) as compiled:
+            optimizer = optim.SGD(compiled.parameters(), lr=0.1)
+            for _ in range(3):
+                compiled.forward_backward(**case.batch)
+                compiled.step(optimizer)
+                optimizer.zero_grad()
+                if evaluates:
+                    found = [compiled(**case.batch) for _ in range(2)]
+                    cast = copy.deepcopy(case.model).bfloat16()
+                    with torch.no_grad():
+                        parts = [
+                            cast(case.batch["x"][i : i + 2].bfloat16(), case.batch["y"][i : i + 2])
+                            for i in range(0, models.BATCH, 2)
+                        ]
+                    assert torch.equal(found[0], torch.stack(parts).mean())
+                    assert torch.equal(found[0], found[1])
+            tensors = [
+                compiled._weights.for_evaluation(dict(case.model.named_parameters())) for _ in range(2)
+            ]
+            same = tensors[0]["layers.0.weight"] is tensors[1]["layers.0.weight"]
+            assert same == (mode == "sync")
+            weights.append([parameter.detach().clone() for parameter in case.model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))

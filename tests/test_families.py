@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rpcompile.errors import CaptureError, MissingExampleInputs, UnsupportedModel
+from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.ir import StageKind
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
@@ -263,3 +263,37 @@ def test_inputs_of_a_vision_language_model_are_asked_for() -> None:
     model = models.build(family_tiny.llava).model
     with pytest.raises(MissingExampleInputs, match=r"as its processor makes it.*'pixel_values': images"):
         infer_example_inputs(model, 2)
+
+
+# ------------------------------------------------------------------- models inside others
+
+
+class Wrapped(nn.Module):
+    """A transformers model inside a module of the user's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, pixel_values=pixel_values, return_loss=True).loss
+
+
+def test_a_model_inside_another_keeps_its_causal_attention() -> None:
+    case = models.build(family_tiny.clip)
+    captured = staged.capture(Wrapped(case.model), case.batch)
+    attention = [
+        node.args[3:] + tuple(node.kwargs.items())
+        for node in captured.graph_module.graph.nodes
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default
+    ]
+    # Two layers of the text tower, which are causal, and two that look at images.
+    causal = [arguments for arguments in attention if arguments[:3] == (None, 0.0, True)]
+    assert len(causal) == 2
+    assert len(attention) == 4
+    assert not any(isinstance(argument, torch.fx.Node) for arguments in attention for argument in arguments)
+
+
+def test_an_input_that_is_no_tensor_is_to_be_wrapped() -> None:
+    with pytest.raises(InvalidArgument, match=r"is a bool; every input must be a tensor. Wrap"):
+        ExampleInputs.of({"input_ids": torch.zeros(2, 3), "return_loss": True})

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rpcompile.cli import main
-from rpcompile.errors import InvalidArgument
+from rpcompile.compiled import Compiled
+from rpcompile.errors import CheckpointError, InvalidArgument
 from rpcompile.finetune import TrainOptions, train
 from rpcompile.plan import Plan
 
@@ -60,6 +62,59 @@ def test_lora_saves_an_adapter(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "adapter_config.json").exists()
 
 
+def options_for(folder: Path, out: Path, **given: object) -> TrainOptions:
+    base = {"batch": 2, "seq": 9, "microbatches": 2, "gpus": 2, "lora": 2, "steps": 5, "save_every": 2}
+    return TrainOptions.of({"model": folder, "text": folder / "text.txt", "out": out, **base, **given})
+
+
+class Killed(BaseException):
+    """Nothing that catches errors catches it."""
+
+
+def test_resumed_training_is_as_if_it_had_not_been_interrupted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted in step 4, resumed from the checkpoint of step 2, on another number of GPUs."""
+    whole = train(options_for(folder, tmp_path / "whole"), progress=False)
+    forward_backward, calls = Compiled.forward_backward, []
+
+    def die(self: Compiled, **batch: torch.Tensor) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return forward_backward(self, **batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Compiled, "forward_backward", die)
+        with pytest.raises(Killed):
+            train(options_for(folder, tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {folder}\ntext: {folder / 'text.txt'}\nout: {tmp_path / 'out'}\n"
+        "batch: 2\nseq: 9\nmicrobatches: 2\ngpus: 1\nlora: 2\nsteps: 5\nsave_every: 2\n"
+    )
+    assert main(["train", str(config), "--resume", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["first_step"] == 2
+    assert found["losses"] == list(whole.losses[2:])
+    trained = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out")]
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+def test_resuming_another_run_or_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint.*give the folder"):
+        train(options_for(folder, tmp_path, resume=True), progress=False)
+    train(options_for(folder, tmp_path, steps=1), progress=False)
+    with pytest.raises(
+        CheckpointError, match=r"was trained with lr 0\.0002, not 0\.01; resume with the same"
+    ):
+        train(options_for(folder, tmp_path, lr=0.01, resume=True), progress=False)
+    with pytest.raises(InvalidArgument, match="the checkpoint is at step 1 of 1; give more steps"):
+        train(options_for(folder, tmp_path, steps=1, resume=True), progress=False)
+
+
 def test_text_shorter_than_a_row(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="has 270 tokens, fewer than one row of 512"):
         train(TrainOptions(str(folder), folder / "text.txt", tmp_path, seq=512))
@@ -74,6 +129,8 @@ def test_text_shorter_than_a_row(folder: Path, tmp_path: Path) -> None:
         ({"lr": "nan"}, "lr is nan"),
         ({"lr": -1}, "lr is -1.0"),
         ({"lora": -1}, "lora is -1"),
+        ({"save_every": 0}, "save_every is 0; it must be at least 1"),
+        ({"resume": "no"}, "resume is 'no'; it must be like False"),
         ({"batches": 3}, "training option 'batches' is unknown; did you mean 'batch'"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import os
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import nn
 
 import rpcompile
 from rpcompile.ir import Op
-from rpcompile.runtime.engine import Engine
+from rpcompile.runtime.engine import Engine, _pinned
 from rpcompile.runtime.host_slots import HostSlots, allocate
 from rpcompile.runtime.weight_arenas import CHUNK_BYTES, WeightArenas, copy_in_chunks
 from tests import models
@@ -88,6 +90,105 @@ def test_allocations_are_page_aligned_and_not_rounded_up() -> None:
     flat = allocate(1_000_001, pin=False)
     assert flat.nbytes == 1_000_001
     assert flat.data_ptr() % 4096 == 0
+
+
+class Runtime:
+    """Stands in for CUDA's runtime: notes what is registered, or refuses."""
+
+    def __init__(self, code: int = 0) -> None:
+        self._code = code
+        self.registered: dict[int, tuple[int, int]] = {}
+
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        if self._code == 0:
+            self.registered[pointer] = nbytes, flags
+        return self._code
+
+    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+        del self.registered[pointer]
+        return 0
+
+    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
+        return f"error {code}"
+
+
+def test_pinned_memory_is_registered_for_all_devices_until_nobody_holds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    flat = allocate(1_000_001, pin=True)
+    portable = 1
+    assert runtime.registered == {flat.data_ptr(): (1_000_001, portable)}
+    view = flat[10:20].view(5, 2)
+    del flat
+    gc.collect()
+    assert len(runtime.registered) == 1
+    del view
+    gc.collect()
+    assert runtime.registered == {}
+    assert allocate(0, pin=True).numel() == 0
+
+
+def test_pages_of_pinned_memory_stay_the_same_when_the_process_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private pages would be copied at the next write, and the device go on with the old ones."""
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    flat = allocate(4096, pin=True)
+    flat[0] = 1
+    byte = ctypes.c_ubyte.from_address(flat.data_ptr())
+    written = os.pipe()
+    child = os.fork()
+    if child == 0:  # as little as can be: the test's threads are not here
+        os.read(written[0], 1)
+        os._exit(byte.value)
+    flat[0] = 7
+    os.write(written[1], b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for end in written:
+        os.close(end)
+
+
+def test_memory_that_cannot_be_pinned_works_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(2))
+    kernels: list[str] = []
+
+    def kernel(*_: object, device: str) -> None:
+        kernels.append(device)
+        raise RuntimeError("CUDA error: out of memory")  # the one that the registration left behind
+
+    monkeypatch.setattr(torch, "zeros", kernel)
+    with pytest.warns(
+        RuntimeWarning, match=r"cannot pin 4,096 bytes of host memory \(error 2\); .*lock more"
+    ):
+        flat = allocate(4096, pin=True)
+    assert kernels == ["cuda"]
+    flat.fill_(3)
+    assert flat.sum() == 3 * 4096
+
+
+def test_inputs_are_pinned_without_gaps_or_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty_like = torch.empty_like
+
+    def unpinned(tensor: torch.Tensor, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        assert pin_memory or options == {"device": "meta"}
+        return empty_like(tensor, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    row = torch.arange(4)
+    image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for given, stride in (
+        (row.expand(3, 4), (4, 1)),
+        (torch.rand(6, 8)[:, ::2], (4, 1)),
+        (image, image.stride()),
+        (torch.tensor(2.5), ()),
+    ):
+        made = _pinned(given)
+        assert torch.equal(made, given)
+        assert made.stride() == stride
+        assert made.data_ptr() != given.data_ptr()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    assert _pinned(image) is image
+    assert _pinned(row.expand(3, 4)).stride() == (4, 1)
 
 
 # --------------------------------------------------------------------- arenas
@@ -263,19 +364,21 @@ def test_arenas_change_no_bit(family: str) -> None:
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-def test_live_bytes_do_not_grow_from_step_to_step() -> None:
+def test_neither_bytes_nor_objects_grow_from_step_to_step() -> None:
     case = models.make("mlp")
     compiled = rpcompile.compile(
         case.model, example_inputs=case.batch, gpus=2, microbatches=4, gpu=models.SLOW_GPU
     )
     optimizer = torch.optim.AdamW(compiled.parameters(), lr=1e-2)
     slots = compiled._training.engine._slots
-    found = []
+    found, objects = [], []
     for step in range(30):
         compiled.forward_backward(**case.batch)
         compiled.step(optimizer)
         optimizer.zero_grad(set_to_none=step % 2 == 0)
         if step % 6 == 5:
             found.append((live_bytes(), slots.nbytes))
+            objects.append(len(gc.get_objects()))
     assert len(set(found[1:])) == 1, found
+    assert objects[-1] - objects[1] < 18, objects  # less than one a step
     compiled.close()

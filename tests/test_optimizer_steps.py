@@ -14,7 +14,6 @@ import torch
 from torch import nn, optim
 
 from rpcompile.errors import ExecutionError, InvalidArgument
-from rpcompile.runtime import optimizer_subsets
 from rpcompile.runtime.optimizer_subsets import SubsetStepper, is_separable
 from tests import models, training
 
@@ -147,31 +146,6 @@ def test_queued_steps_with_clipping_and_scheduler_equal_plain_steps(
     same_state(mine, theirs)
     assert type(mine) is type(theirs)
     assert getattr(mine, "calls", None) == getattr(theirs, "calls", None)
-
-
-def test_large_tensors_are_updated_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_subsets, "PIECE", 64)
-    torch.manual_seed(0)
-    for amsgrad in (False, True):
-        mine = [torch.randn(30, 11).requires_grad_(), torch.randn(7).requires_grad_()]
-        theirs = [parameter.detach().clone().requires_grad_() for parameter in mine]
-        made = [optim.AdamW(p, lr=0.01, fused=True, amsgrad=amsgrad) for p in (mine, theirs)]
-        scale = torch.tensor(0.3)
-        applied: list[int] = []
-        for _ in range(3):
-            stepper = SubsetStepper(made[0])
-            plain = stepper._step
-            stepper._step = lambda s, plain=plain, a=applied: (a.append(len(s.state)), plain(s))
-            members = []
-            for one, other in zip(mine, theirs, strict=True):
-                other.grad = torch.randn_like(other)
-                members.append(optimizer_subsets.Member.of(0, one, other.grad.clone(), scale))
-                other.grad.mul_(scale)
-            stepper.step(members)
-            made[1].step()
-        assert len(applied) == 1 + 2 * (6 + 1)  # at first there is no state to divide
-        assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
-        same_state(*made)
 
 
 def test_detection_sees_overrides_and_leaves_the_random_generator() -> None:

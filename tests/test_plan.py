@@ -122,7 +122,7 @@ ACTION = ("plan", "schedule", "queues", 0, "actions", 0)
         (("plan", "schedule", "jobs", 1, "gpu"), 7, "job 1 at place 1 names stage 1 and GPU 7"),
         ((*ACTION, "job"), 99, "names job 99"),
         ((*ACTION, "seconds"), 1e308, r"action 0F0 takes 1e\+308 s, 0 bytes"),
-        ((*ACTION, "seconds"), -1.0, "none may be negative"),
+        ((*ACTION, "seconds"), -1.0, "no time or move may be negative"),
         (("plan", "schedule", "buffers", "gpu0:x.s1.j0.m0"), -5, "buffer gpu0:x.s1.j0.m0 has -5 bytes"),
         (("plan", "chain", "hardware", "h2d_bytes_per_s"), 0, "h2d_bytes_per_s is 0.0; it must be above 0"),
         ((*ACTION, "writes"), ["gpu0:nothing"], "names the unknown buffer 'gpu0:nothing'"),
@@ -206,7 +206,7 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan 7de3ed38  Toy · float32 · 2 microbatches of the given size · sync
+Plan e2bce0a8  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  42.00 s/step · bubble 54.8 % · GPU peak 37 B · host peak 32 B
 Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B

@@ -124,7 +124,9 @@ def test_a_profile_alone_makes_a_plan(captured: CapturedModel) -> None:
     from_model = captured.plan(chain, OPTIONS)
     plan = plan_profile(Profile.from_chain(chain), OPTIONS, "llama")
     plan.verify()
-    assert plan.partition.stages == from_model.partition.stages
+    # Whose graph is not there, what its stages need is bounded only.
+    found = [replace(stage, workspace_bytes=None) for stage in from_model.partition.stages]
+    assert list(plan.partition.stages) == found
     assert plan.prediction.iteration_s == pytest.approx(from_model.prediction.iteration_s)
     assert "llama" in str(plan)
 

@@ -22,6 +22,7 @@ from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched
 from rpcompile.round_robin_time import stages_between
 from rpcompile.simulate import simulate
+from rpcompile.simulate_dispatch import simulate_dispatch
 from rpcompile.verify import verify_schedule
 from tests.dispatch_oracle import least_makespan, play_by_definition
 from tests.partition_oracle import SLOW_LINK, make_chain, segment
@@ -107,10 +108,8 @@ def machine(chain: SegmentChain, speed: list[float], **changes: object) -> Machi
     return plain._replace(**changes)
 
 
-@settings(max_examples=200, deadline=None)
-@given(case=dispatches())
-def test_fast_model_plays_by_its_definition(case) -> None:
-    chain, cuts, gpu_of, speed = case
+def played_once(chain: SegmentChain, cuts: list[int], gpu_of: np.ndarray, speed: list[float]):
+    """What the fast model says, and what it was asked about."""
     size = len(cuts) - 1
     tables = price_stages(chain, len(speed), gpu_of.shape[1])
     stages = stages_of(tables, size, np.array(cuts))
@@ -122,7 +121,29 @@ def test_fast_model_plays_by_its_definition(case) -> None:
     jobs, by_gpu = _dispatched(gpu_of, order, len(speed))
     dispatch = Dispatch("random", len(speed), gpu_of.shape[1], jobs, by_gpu)
     partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "random")
+    return played, partition, dispatch
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=dispatches())
+def test_fast_model_plays_by_its_definition(case) -> None:
+    chain, cuts, gpu_of, speed = case
+    played, partition, dispatch = played_once(chain, cuts, gpu_of, speed)
     assert played.time_s == pytest.approx(play_by_definition(chain, partition, dispatch, speed))
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=dispatches())
+def test_fast_model_agrees_with_the_simulation_of_compute(case) -> None:
+    chain, cuts, gpu_of, _ = case
+    nothing = dict.fromkeys(
+        ("weight_bytes", "gradient_bytes", "boundary_bytes", "boundary_gradient_bytes"), 0
+    )
+    segments = tuple(replace(found, **nothing) for found in chain.segments)
+    chain = replace(chain, segments=segments, hardware=replace(chain.hardware, latency_s=0.0))
+    played, partition, dispatch = played_once(chain, cuts, gpu_of, [1.0] * int(gpu_of.max() + 1))
+    timeline = simulate_dispatch(chain, partition, replace(dispatch, recompute_ahead=True), hop_s=0.0)
+    assert played.time_s == pytest.approx(timeline.makespan_s)
 
 
 def two_jobs(chain: SegmentChain, **changes: object) -> float:

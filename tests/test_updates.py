@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
-from tests.chains import action, chain, edit, ids, partition, with_transfers, without
+from tests.chains import action, chain, edit, ids, partition, rewrite, with_transfers, without
 from tests.dispatches import dispatched, of_steps
 
 STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
@@ -72,16 +73,38 @@ def test_clipping_waits_for_all_gradients():
     assert simulate(schedule).start_s["1U@1"] == max(ends[f"{g}"] for g in ("3G@3.0", "2G@2.1", "1G@1.2"))
 
 
-def test_gradients_of_replicas_are_summed_once():
+def test_gradients_of_replicas_are_summed_as_they_land():
     stages, transfers = halves()
     schedule = InsertEventWaits().run(InsertUpdates(chain(1), **PRICES).run(transfers))
-    update = action(schedule, "0U@1.0")
-    assert update.reads == ("host:gradients.j0.s0", "host:gradients.j1.s0")
-    # Two parameters at 1 s, and 4 bytes added to 4 bytes: 12 bytes at 1 byte/s.
-    assert update.seconds == 2 + 12
+    assert ids(schedule, 0, "host") == "0S@1.0 0U@1.0"
+    added, update = action(schedule, "0S@1.0"), action(schedule, "0U@1.0")
+    assert added.reads == ("host:gradients.j0.s0", "host:gradients.j1.s0")
+    assert added.writes == update.reads == ("host:gradients.j0.s0",)
+    # 4 bytes added to 4 bytes: 12 bytes at 1 byte/s. Two parameters at 1 s.
+    assert (added.seconds, update.seconds) == (12, 2)
     verify_schedule(schedule, chain(1), stages)
+    # The norm of the sum reads 4 bytes more.
     clipped = InsertUpdates(chain(1), clip=True, **PRICES).run(transfers)
-    assert [action(clipped, id).seconds for id in ("0U@1", "0U@1.0")] == [12 + 4, 2]
+    assert [action(clipped, id).seconds for id in ("0S@1.0", "0U@1", "0U@1.0")] == [16, 0, 2]
+
+
+def test_sums_keep_the_order_of_jobs():
+    stages = partition("F0-0", "FB1-1", "B0-0")
+    # Stage 2 has three jobs; the middle one has two microbatches, and its gradient lands last.
+    steps = [(0, 0, m, 0) for m in range(4)] + [(0, 1, m, 1) for m in range(4)]
+    steps += [(1, 2, 0, 2), (2, 2, 1, 3), (2, 2, 3, 3), (1, 2, 2, 4)]
+    dispatch = of_steps("three", 3, 4, steps)
+    plain = InsertTransfers(chain(2)).run(LayOutDispatch(chain(2), stages).run(dispatch))
+    ends = simulate(InsertEventWaits().run(plain)).end_s
+    assert ends["2G@2.0"] < ends["2G@4.0"] < ends["2G@3.0"]
+    for clip, expected in ((False, "2S@4.0 2U@4.0 1U@1.1"), (True, "2S@4.0 1U@1 2U@4.0 1U@1.1")):
+        schedule = InsertEventWaits().run(InsertUpdates(chain(2), clip=clip, **PRICES).run(plain))
+        assert ids(schedule, 0, "host") == expected
+        assert action(schedule, "2S@4.0").reads == tuple(f"host:gradients.j{job}.s0" for job in (2, 3, 4))
+        # One pass reads three times 4 bytes and writes 4.
+        assert action(schedule, "2S@4.0").seconds == 16 + 4 * clip
+        assert simulate(schedule).start_s["2S@4.0"] == ends["2G@3.0"]
+        verify_schedule(schedule, chain(2), stages)
 
 
 def test_a_tied_weight_is_updated_with_its_first_segment():
@@ -180,4 +203,54 @@ def anew(schedule):
 def test_broken_updates_are_refused(mutant, message):
     with pytest.raises(ScheduleError) as caught:
         verify_schedule(mutant, chain(3), STAGES)
+    assert message in str(caught.value)
+
+
+def summed():
+    """Three jobs of one fused stage, the last of which has two microbatches, with their sums."""
+    stages = partition("FB0-0")
+    dispatch = of_steps("thirds", 3, 4, [(min(m, 2), 0, m, min(m, 2)) for m in range(4)])
+    plain = InsertTransfers(chain(1)).run(LayOutDispatch(chain(1), stages).run(dispatch))
+    return InsertUpdates(chain(1)).run(plain), stages
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda found: without(found, "0S@2.0"),
+            "host:gradients.j2.s0 is never added to host:gradients.j0.s0; one sum must",
+        ),
+        (
+            lambda found: edit(found, "0S@1.0", reads=("host:gradients.j0.s0", "host:gradients.j2.s0")),
+            "0S@1.0 reads ('host:gradients.j0.s0', 'host:gradients.j2.s0'); it is to add "
+            "host:gradients.j1.s0 to host:gradients.j0.s0",
+        ),
+        (
+            lambda found: rewrite(
+                found, lambda old: [old, replace(old, id="0S@2.9")] if old.id == "0S@2.0" else [old]
+            ),
+            "it is to add nothing more to host:gradients.j0.s0",
+        ),
+        (
+            lambda found: edit(
+                found,
+                "0S@2.0",
+                reads=("host:gradients.j2.s0", "host:gradients.j1.s0"),
+                writes=("host:gradients.j2.s0",),
+            ),
+            "host:gradients.j2.s0 is never added to host:gradients.j0.s0; one sum must",
+        ),
+        (
+            lambda found: rewrite(found, lambda old: [] if old.op is Op.UPDATE else [old]),
+            "host:gradients.j0.s0 goes into no action; one update of segment 0 must",
+        ),
+    ],
+)
+def test_broken_sums_are_refused(change, message):
+    schedule, stages = summed()
+    assert ids(schedule, 0, "host") == "0S@1.0 0S@2.0 0U@2.0"
+    verify_schedule(anew(schedule), chain(1), stages)
+    with pytest.raises(ScheduleError) as caught:
+        verify_schedule(anew(change(schedule)), chain(1), stages)
     assert message in str(caught.value)

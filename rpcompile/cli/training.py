@@ -26,6 +26,10 @@ def train(
     lr: Annotated[float | None, typer.Option("--lr", help="AdamW's learning rate (2e-4).")] = None,
     lora: Annotated[int | None, typer.Option("--lora", min=0, help="LoRA rank; 0: all weights (8).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of adapters and order.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option("--save-every", min=1, help="Steps between checkpoints (100).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on a text file and save it; flags go before the YAML file's lines."""
@@ -41,6 +45,8 @@ def train(
         "lr": lr,
         "lora": lora,
         "seed": seed,
+        "save_every": save_every,
+        "resume": resume or None,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     from rpcompile.finetune import TrainOptions
@@ -48,10 +54,13 @@ def train(
 
     found = run(TrainOptions.of({**_read(config), **given}))
     first, last = found.losses[0], found.losses[-1]
+    behind = f" behind the first {found.first_step}" if found.first_step else ""
     text_form = (
-        f"Loss {first:.3f} at first, {last:.3f} at last, {len(found.losses)} steps\nSaved to {found.out}\n"
+        f"Loss {first:.3f} at first, {last:.3f} at last, {len(found.losses)} steps{behind}\n"
+        f"Saved to {found.out}\n"
     )
-    options.show(text_form, {"losses": list(found.losses), "out": str(found.out)}, as_json)
+    data = {"losses": list(found.losses), "out": str(found.out), "first_step": found.first_step}
+    options.show(text_form, data, as_json)
 
 
 COMMANDS = (train,)

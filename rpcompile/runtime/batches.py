@@ -39,6 +39,10 @@ def named_batch(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, An
 def _check(spec: InputSpec, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise BatchError(f"input {spec.name!r} must be a tensor, not {type(value).__name__}")
+    if value.device.type != "cpu":
+        raise BatchError(
+            f"input {spec.name!r} is on {value.device}; pass it on the host: it is copied for you"
+        )
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         raise BatchError(f"input {spec.name!r} is {dtype}, compiled for {spec.dtype}")

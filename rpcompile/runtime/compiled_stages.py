@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from rpcompile.exporting import EXPORT_LOCK
 from rpcompile.tiling import TiledRegion
 
 if TYPE_CHECKING:
@@ -21,12 +21,10 @@ class CompiledStage:
 
     Args:
         call: The compiled callable.
-        lock: Held while anything compiles: stages run on many threads, the compiler on one at a time.
     """
 
-    def __init__(self, call: Callable[..., Any], lock: threading.Lock) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
-        self._lock = lock
         self._warm: set[object] = set()
 
     @contextmanager
@@ -35,7 +33,8 @@ class CompiledStage:
         if use in self._warm:
             yield
             return
-        with self._lock:
+        # Stages run on many threads, the compiler on one at a time; and not beside an optimizer's update.
+        with EXPORT_LOCK:
             yield
             self._warm.add(use)
 
@@ -50,7 +49,6 @@ class CompiledStages:
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
         self._stages: dict[str, CompiledStage] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many distinct graphs there are."""
@@ -61,7 +59,7 @@ class CompiledStages:
         key = structure(module)
         if key not in self._stages:
             call = torch.compile(module, backend=self._backend, dynamic=False)
-            self._stages[key] = CompiledStage(call, self._lock)
+            self._stages[key] = CompiledStage(call)
         return self._stages[key]
 
 

@@ -57,7 +57,7 @@ class CudaStreams:
         gpu: Index of the logical GPU.
         device: The CUDA device; several logical GPUs may share one.
         names: Names of the streams.
-        driver: `torch.cuda`, or what stands in for it in tests: Stream, Event and stream.
+        driver: `torch.cuda`, or what stands in for it in tests: Stream, Event, stream and set_device.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class CudaStreams:
 
     def start(self, iteration: Iteration, dispatch: Callable[[], object]) -> None:
         def run() -> None:
+            # The thread's own: torch would otherwise go back and forth to device 0 around each instruction.
+            self._driver.set_device(self.device)
             if iteration.times is not None:
                 self._started = time.perf_counter(), self._timestamp(next(iter(self._streams)))
             dispatch()
@@ -143,21 +145,26 @@ class CudaStreams:
             clock[self._gpu, name] = 0
             self._pending[name].clear()
         self._held.clear()
+        self._started = None
 
     def _advance(self, iteration: Iteration, name: str, pending: deque[tuple[str, Any, Any]]) -> None:
         """Takes note of instructions that have come to their end, and of the one that runs now."""
         place = self._gpu, name
+        if self._started is not None and not self._started[1].query():
+            return  # times are counted from there
         while pending and pending[0][2].query():
             instruction, begin, end = pending.popleft()
             iteration.running.pop(place, None)
             iteration.progress_s = time.perf_counter()
-            if begin is not None and self._started is not None and iteration.times is not None:
+            if begin is not None:
+                assert self._started is not None
+                assert iteration.times is not None
                 zero, first = self._started
                 iteration.times[instruction] = (
                     zero + first.elapsed_time(begin) / 1e3,
                     zero + first.elapsed_time(end) / 1e3,
                 )
-            elif begin is None:
+            else:
                 self._spare.append(end)
         if pending and place not in iteration.running:
             iteration.running[place] = pending[0][0] or "end", time.perf_counter()

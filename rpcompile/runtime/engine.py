@@ -216,7 +216,7 @@ class Engine:
 
     def _make_workers(self) -> None:
         names = self._program.schedule.buffers
-        self._slots = HostSlots(names, pin=self._options.cuda and self._options.pin == "auto")
+        self._slots = HostSlots(names, pin=self._options.cuda)
         self._workers[:] = [
             Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
             for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
@@ -235,9 +235,7 @@ class Engine:
         """A caller's tensors where a CUDA device can copy them from without making the host wait."""
         if not self._options.cuda:
             return inputs
-        return {
-            name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in inputs.items()
-        }
+        return {name: _pinned(tensor) for name, tensor in inputs.items()}
 
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
         gradients: Tensors = {}
@@ -261,7 +259,7 @@ class Engine:
             action = ActionId.parse(failure.instruction)
         except Exception:
             traceback.clear_frames(error.__traceback__)
-            return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}")
+            return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}.{_advice(error)}")
         graph = self._workers[failure.gpu].runners[action.stage].graph
         node = blame.failing_node(error, graph.graph_module)
         traceback.clear_frames(error.__traceback__)
@@ -269,14 +267,29 @@ class Engine:
         where = first if first == last else f"{first} … {last}"
         where += f", at {blame.describe(node)}" if node is not None else ""
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
-        advice = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
         return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}.{advice} Weights, gradients and buffers are as they "
-            f"were before this call."
+            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} Weights, gradients and buffers are as "
+            f"they were before this call."
         )
+
+
+def _advice(error: BaseException) -> str:
+    """What to change, where that is known; begins with a space."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return " Use more microbatches (smaller ones), or plan for less memory (gpu=Hardware(...))."
+    if isinstance(error, torch.AcceleratorError):
+        return (
+            " This process cannot use its GPUs any more; call save_checkpoint, which needs none, and go on "
+            "in a new one. With CUDA_LAUNCH_BLOCKING=1 the instruction that failed is named."
+        )
+    return ""
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in pinned memory without gaps or overlaps: anything else would be copied once more."""
+    dense = tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    return tensor if dense and tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
+import warnings
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from rpcompile.runtime.stage_runner import Tensors
 
 ALIGNMENT = 256  # bytes; what CUDA's allocator aligns to, and a multiple of what CPU kernels like
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not for the current one alone
 
 
 def allocate(nbytes: int, pin: bool) -> torch.Tensor:
@@ -26,16 +29,36 @@ def allocate(nbytes: int, pin: bool) -> torch.Tensor:
 
     Args:
         nbytes: Size; it is not rounded up to a power of two, as torch's pinned allocator does.
-        pin: Register the memory with CUDA, so that copies from and to it are asynchronous.
+        pin: Register the memory with CUDA, so that copies from and to it are asynchronous. Where CUDA
+            refuses, there is a warning; copies are right, but slower, and make the host wait.
     """
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A fork (of a data loader, say) copies private pages when the parent next writes them, and the device
+    # would go on reading the old ones.
+    sharing = mmap.MAP_SHARED if pin else mmap.MAP_PRIVATE
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=sharing | mmap.MAP_ANONYMOUS)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     if pin and nbytes:
-        runtime: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), nbytes, 0)))
+        _register(memory, flat)
+    return flat if nbytes else flat[:0]
+
+
+def _register(memory: mmap.mmap, flat: torch.Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()
+    code = runtime.cudaHostRegister(flat.data_ptr(), flat.nbytes, _PORTABLE)
+    if int(code) == 0:
         # The storage owns the mapping: it is unregistered just before the pages go.
         weakref.finalize(memory, runtime.cudaHostUnregister, flat.data_ptr()).atexit = False
-    return flat if nbytes else flat[:0]
+        return
+    warnings.warn(
+        f"CUDA cannot pin {flat.nbytes:,} bytes of host memory ({runtime.cudaGetErrorString(code)}); copies "
+        f"from and to them are slower and make the host wait. Free host memory, or allow this process to "
+        f"lock more of it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    with suppress(RuntimeError):
+        # CUDA keeps the error for whatever asks next, which would be a kernel that is all right.
+        torch.zeros(1, device="cuda")
 
 
 def aligned(nbytes: int) -> int:

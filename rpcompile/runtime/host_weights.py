@@ -67,7 +67,7 @@ class HostWeights:
         """
         if self._asynchronous and not self._stepped:
             self._updates.wait()
-            self._published = self._copy(PUBLISH, masters)
+            self._published = self._copy(PUBLISH, masters, self._copies)
             self._stepped = True
 
     def after_step(self, masters: Mapping[str, torch.Tensor]) -> None:
@@ -98,13 +98,18 @@ class HostWeights:
             return {**masters, **self._copies}, self._published
         if self._dtype is None:
             return dict(masters), dict(self._updates.pending)
-        pending = self._copy(UPDATE, masters)
+        pending = self._copy(UPDATE, masters, self._copies)
         return {**masters, **self._copies}, pending
 
     def for_evaluation(self, masters: Mapping[str, torch.Tensor]) -> Tensors:
         """The weights as they are, in the compute dtype; nothing may be in flight."""
-        names = self.owners() if self._dtype is not None else ()
-        return {**masters, **{name: masters[name].detach().to(self._dtype) for name in names}}
+        if self._dtype is None:
+            return dict(masters)
+        # The memory of iterations, which CUDA knows already; in asynchronous mode theirs is still needed.
+        copies: Tensors = {} if self._asynchronous else self._copies
+        for copied in self._copy(UPDATE, masters, copies).values():
+            copied.result()
+        return {**masters, **copies}
 
     def _current(self, masters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
         """What tells whether a tensor has been changed in place or replaced."""
@@ -114,22 +119,26 @@ class HostWeights:
             for name in names
         }
 
-    def _copy(self, kind: int, masters: Mapping[str, torch.Tensor]) -> dict[int, Future[None]]:
+    def _copy(
+        self, kind: int, masters: Mapping[str, torch.Tensor], copies: Tensors
+    ) -> dict[int, Future[None]]:
         return {
-            segment: self._updates.put(kind, segment, self._copy_task(names, masters))
+            segment: self._updates.put(kind, segment, self._copy_task(names, masters, copies))
             for segment, names in enumerate(self._names)
             if names
         }
 
-    def _copy_task(self, names: list[str], masters: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    def _copy_task(
+        self, names: list[str], masters: Mapping[str, torch.Tensor], copies: Tensors
+    ) -> Callable[[], None]:
         for name in names:
-            if name not in self._copies:
-                self._copies[name] = torch.empty_like(masters[name], dtype=self._dtype)
+            if name not in copies:
+                copies[name] = torch.empty_like(masters[name], dtype=self._dtype)
 
         def task() -> None:
             with torch.no_grad():
                 for name in names:
-                    self._copies[name].copy_(masters[name])
+                    copies[name].copy_(masters[name])
 
         return task
 

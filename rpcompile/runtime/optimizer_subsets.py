@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from rpcompile.runtime.read_guard import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-PIECE = 1 << 20
-"""Elements that a fused update takes at a time, so that what was clipped is still in the cache. A multiple
-of any vector length: kernels round the rest of a tensor differently."""
 _SHARED = ("param_groups", "state", "step")
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _BASE_ATTRIBUTES = frozenset(SGD([torch.zeros(1)]).__dict__)
@@ -68,44 +65,25 @@ class SubsetStepper:
             for group in optimizer.param_groups
         ]
         self._written: list[tuple[dict[str, Any], str, Any]] = []
-        fused = self._class in (Adam, AdamW) and all(group["fused"] for group in self._groups)
-        self._piece = PIECE if fused else None
 
     def step(self, members: Sequence[Member]) -> None:
         """Updates the members' parameters and state in place."""
-        whole: list[tuple[Member, dict[str, Any]]] = []
-        for member in members:
-            state = self._state.get(member.parameter, {})
-            if self._piece is not None and _can_split(member, state, self._piece):
-                for piece in _pieces(member, state, self._piece):
-                    self._apply([piece])
-            else:
-                whole.append((member, state))
-        if whole:
-            self._apply(whole)
-
-    def finish(self) -> None:
-        """Gives the optimizer the scalars that its step changed."""
-        for target, name, value in self._written:
-            target[name] = value
-
-    def _apply(self, portion: list[tuple[Member, dict[str, Any]]]) -> None:
         shadow: Any = object.__new__(self._class)
         shadow.__dict__.update(self._attributes)
         shadow.state = defaultdict(dict)
         groups: dict[int, dict[str, Any]] = {}
-        for member, state in portion:
+        for member in members:
             if member.scale is not None:
                 assert member.values.grad is not None
                 with torch.no_grad():
                     member.values.grad.mul_(member.scale)
-            if state:
+            if state := self._state.get(member.parameter):
                 shadow.state[member.values] = state
             group = groups.setdefault(member.group, {"params": [], **self._groups[member.group]})
             group["params"].append(member.values)
         shadow.param_groups = list(groups.values())
         self._step(shadow)
-        for member, _ in portion:
+        for member in members:
             made = shadow.state.get(member.values)
             if made and member.parameter is not member.values:
                 self._state[member.parameter] = made
@@ -113,6 +91,11 @@ class SubsetStepper:
         self._note(shadow.__dict__, self._attributes, own.__dict__, _SHARED)
         for (index, _), group in zip(groups.items(), shadow.param_groups, strict=True):
             self._note(group, self._groups[index], own.param_groups[index], ("params",))
+
+    def finish(self) -> None:
+        """Gives the optimizer the scalars that its step changed."""
+        for target, name, value in self._written:
+            target[name] = value
 
     def _note(
         self, after: dict[str, Any], before: dict[str, Any], target: dict[str, Any], leave: tuple[str, ...]
@@ -131,33 +114,6 @@ def plain_step(optimizer: Optimizer) -> Callable[[Optimizer], object]:
 def _kept(value: Any) -> Any:
     # LR schedulers fill a learning rate that is a tensor in place.
     return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
-
-
-# ------------------------------------------------------------------- pieces
-
-
-def _can_split(member: Member, state: dict[str, Any], piece: int) -> bool:
-    tensors = [member.values, member.values.grad, *state.values()]
-    return (
-        bool(state)
-        and member.values.numel() > piece
-        and all(isinstance(tensor, torch.Tensor) and tensor.is_contiguous() for tensor in tensors)
-    )
-
-
-def _pieces(member: Member, state: dict[str, Any], size: int) -> Iterator[tuple[Member, dict[str, Any]]]:
-    values, gradient = member.values.detach().view(-1), member.values.grad
-    assert gradient is not None
-    counters: dict[str, torch.Tensor] = {}
-    for start in range(0, values.numel(), size):
-        end = start + size
-        part = values[start:end].requires_grad_()
-        part.grad = gradient.view(-1)[start:end]
-        counters = {name: t.clone() for name, t in state.items() if t.shape != member.values.shape}
-        slices = {name: t.view(-1)[start:end] for name, t in state.items() if name not in counters}
-        yield Member(member.group, part, part, member.scale), {**slices, **counters}
-    for name, tensor in counters.items():
-        state[name].copy_(tensor)
 
 
 # ------------------------------------------------------------------- which optimizers
