@@ -58,8 +58,8 @@ class _Finder:
             has_buffers = sum(self._chain.segments[cut].boundary_bytes for cut in self._emits(stage))
         elif stage.first:
             has_buffers = self._chain.segments[stage.first - 1].boundary_gradient_bytes
-        tiles = tuple(segment.tiles for segment in segments)
-        key = stage.kind is StageKind.F, tiles, self._segments.peak.key(piece)
+        divided = tuple((segment.tiles, segment.head_groups) for segment in segments)
+        key = stage.kind is StageKind.F, divided, self._segments.peak.key(piece)
         if key not in self._known:
             self._known[key] = self._run(stage, piece)
         nbytes = self._known[key] - has_buffers
@@ -81,7 +81,8 @@ class _Finder:
 
     def _run(self, stage: Stage, piece: Piece) -> int:
         memory = self._segments.peak
-        if any(self._chain.segments[index].tiles > 1 for index in stage.segments):
+        segments = (self._chain.segments[index] for index in stage.segments)
+        if any(segment.tiles > 1 or segment.head_groups > 1 for segment in segments):
             memory, piece = tiled_piece(memory, self._graphs[stage.index], piece)
         with microbatch_seed(0):  # which the random operators of an extracted stage ask for
             return memory.peak_bytes(piece, train=stage.kind is not StageKind.F)
