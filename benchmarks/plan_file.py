@@ -57,7 +57,7 @@ def main() -> None:
 def _load_speed(folder: Path) -> dict[str, Any]:
     """CPU seconds to read and check a plan of some 20,000 instructions, without its proof."""
     profile = Profile.load(ROOT / "benchmarks" / "profiles" / "qwen3-32b.json")
-    plan = plan_profile(profile, PlanOptions(8, 32, solver_time_s=1.0), "qwen3-32b")
+    plan = plan_profile(profile, PlanOptions(8, 32, solver_time_s=1.0, effort=None), "qwen3-32b")
     plan.save(folder / "large.json")
     seconds: list[float] = []
     for _ in range(9):
@@ -80,7 +80,7 @@ def _mutants(folder: Path, count: int) -> dict[str, Any]:
     """What happens to damaged copies of a small plan."""
     profile = Profile.load(ROOT / "benchmarks" / "profiles" / "qwen3-1.7b.json")
     short = msgspec.structs.replace(profile, segments=(*profile.segments[:2], profile.segments[-1]))
-    plan = plan_profile(short, PlanOptions(2, 2, solver_time_s=0.5), "small")
+    plan = plan_profile(short, PlanOptions(2, 2, solver_time_s=0.5, effort=None), "small")
     plan = replace(plan, provenance={})
     path = folder / "small.json"
     plan.save(path)

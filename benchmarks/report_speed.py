@@ -33,7 +33,7 @@ OPENINGS = 5
 
 def main() -> None:
     profile = Profile.load(ROOT / "benchmarks" / "profiles" / "qwen3-1.7b.json")
-    plan = plan_profile(profile, PlanOptions(8, 168, solver_time_s=1.0), "qwen3-1.7b")
+    plan = plan_profile(profile, PlanOptions(8, 168, solver_time_s=1.0, effort=None), "qwen3-1.7b")
     count = len(bars(plan.schedule, plan.simulate(), MOST_BARS))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"

@@ -9,24 +9,38 @@ from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.ir import Stage, StageKind
 
 if TYPE_CHECKING:
-    from rpcompile.ir import SegmentChain
+    from rpcompile.ir import Hardware, SegmentChain
     from rpcompile.round_robin_time import StageCost, StageCosts
 
 
 def check_chain(chain: SegmentChain, training: bool) -> None:
-    """Times and rates are finite, and there is something to train.
+    """Times and rates are finite, on every kind of GPU, and there is something to train.
 
     Raises:
         InvalidArgument: A time or rate is not one.
         PartitionError: `training`, but no segment has a backward.
     """
-    segments, hardware = chain.segments, chain.hardware
-    for segment in segments:
-        for field, seconds in (("forward_s", segment.forward_s), ("backward_s", segment.backward_s)):
+    segments = chain.segments
+    timed = [("", segment, segment.forward_s, segment.backward_s) for segment in segments]
+    for kind in chain.kinds:
+        on = f" on {kind.hardware.name}"
+        timed += [(on, *each) for each in zip(segments, kind.forward_s, kind.backward_s, strict=True)]
+    for on, segment, forward_s, backward_s in timed:
+        for field, seconds in (("forward_s", forward_s), ("backward_s", backward_s)):
             if not 0 <= seconds < math.inf:
                 raise InvalidArgument(
-                    f"{field} of segment {segment.name} is {seconds}; give a finite time >= 0"
+                    f"{field} of segment {segment.name}{on} is {seconds}; give a finite time >= 0"
                 )
+    for hardware in (chain.hardware, *(kind.hardware for kind in chain.kinds)):
+        _check_links(hardware)
+    if training and chain.first_backward == len(segments):
+        raise PartitionError(
+            f"none of the {len(segments)} segments has a backward, so there is nothing to train; set"
+            ' requires_grad on some parameters, or use mode="forward"'
+        )
+
+
+def _check_links(hardware: Hardware) -> None:
     for field in ("h2d_bytes_per_s", "d2h_bytes_per_s"):
         if not getattr(hardware, field) > 0:
             raise InvalidArgument(
@@ -36,15 +50,18 @@ def check_chain(chain: SegmentChain, training: bool) -> None:
         raise InvalidArgument(
             f"latency_s of {hardware.name} is {hardware.latency_s}; give a finite time >= 0"
         )
-    if training and chain.first_backward == len(segments):
-        raise PartitionError(
-            f"none of the {len(segments)} segments has a backward, so there is nothing to train; set"
-            ' requires_grad on some parameters, or use mode="forward"'
-        )
 
 
-def check_segments(costs: StageCosts, limit: int, forward_only: bool) -> None:
+def check_segments(
+    costs: StageCosts, limit: int, forward_only: bool, hardware: Hardware | None = None
+) -> None:
     """Every segment fits on a GPU in some stage, other jobs left aside.
+
+    Args:
+        costs: Prices stages.
+        limit: Bytes that may be used of the GPU.
+        forward_only: Whether there is no backward.
+        hardware: The GPU, for the message; None for the chain's.
 
     Raises:
         InvalidArgument: The limit is below 1.
@@ -63,8 +80,8 @@ def check_segments(costs: StageCosts, limit: int, forward_only: bool) -> None:
             copies = costs.sets * (least.load_bytes + least.store_bytes)
             raise StageTooLarge(
                 f"{segment.name} needs {size_text(least.memory_bytes)} for one microbatch of {size} but"
-                f" {chain.hardware.name} has {size_text(limit)} usable. Use more microbatches (smaller ones),"
-                " shorter sequences or GPUs with more memory. It takes"
+                f" {(hardware or chain.hardware).name} has {size_text(limit)} usable. Use more microbatches"
+                " (smaller ones), shorter sequences or GPUs with more memory. It takes"
                 f" {size_text(weights)} for weights and gradients,"
                 f" {size_text(least.memory_bytes - weights - copies)} for activations and"
                 f" {size_text(copies)} for what is copied while it computes."
@@ -106,6 +123,6 @@ def _memory(cost: StageCost) -> int:
 
 def size_text(nbytes: int) -> str:
     """A number of bytes for a message."""
-    if nbytes >= 100_000_000:
+    if nbytes >= 1_000_000_000:
         return f"{nbytes / 1e9:.1f} GB"
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"

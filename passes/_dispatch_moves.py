@@ -266,7 +266,10 @@ def _move_jobs(state: State, gpus: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _move(tables: Tables, state: State, gpus: int, dealing: bool) -> bool:
-    """One random change; False if it came to nothing, and the state is to be thrown away."""
+    """One random change; False if it came to nothing, and the state is to be thrown away.
+
+    While stages are dealt out, `gpus` is the most that one goes to.
+    """
     kind = np.random.random()
     if kind < 0.3:
         return _move_cuts(tables, state)
@@ -284,6 +287,7 @@ def anneal(
     tables: Tables,
     machine: Machine,
     most_bytes: float,
+    widest: int,
     best: State,
     now: State,
     then: State,
@@ -302,6 +306,7 @@ def anneal(
         tables: Costs of stages.
         machine: What they run on.
         most_bytes: Most bytes to upload in an iteration.
+        widest: Most GPUs that a stage is dealt out to.
         best: The state to begin from; replaced by the best one found.
         now: As large as `best`; where the walk is. Begins at `best` if `begin` is 0.
         then: As large as `best`; room to work in.
@@ -326,7 +331,8 @@ def anneal(
     value = energy(tables, machine, most_bytes, now, order, starts)
     for move in range(begin, end):
         _copy(now, then)
-        if not _move(tables, then, gpus, now.wanted[0] > 0):
+        dealing = now.wanted[0] > 0
+        if not _move(tables, then, widest if dealing else gpus, dealing):
             continue
         new = energy(tables, machine, most_bytes, then, order, starts)
         heat = least * hot * (cold / hot) ** (move / moves)

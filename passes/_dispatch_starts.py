@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -38,12 +38,14 @@ class Problem:
         machine: What they run on.
         microbatches: Number of microbatches.
         most_bytes: Most bytes to upload in an iteration.
+        widest: Most GPUs that a stage is dealt out to, at first.
     """
 
     tables: Tables
     machine: Machine
     microbatches: int
     most_bytes: float
+    widest: int
 
     def state(self, cuts: Sequence[int], wanted: Sequence[int] | np.ndarray) -> State:
         """A state with room for the finest partition; every stage is to be dealt out."""
@@ -73,24 +75,51 @@ class Problem:
         return self.machine.iterations * (pairs + _JOB_WORK * int(jobs))
 
 
-def regular_states(problem: Problem, partitions: Iterable[Partition]) -> list[State]:
-    """The best start for each way to cut, the best first."""
-    best: dict[tuple[int, ...], tuple[float, int, State]] = {}
-    for number, (cuts, wanted) in enumerate(_shapes(problem, partitions)):
+def first_states(problem: Problem, partitions: Sequence[Partition], count: int) -> list[State]:
+    """The best start for each of the best ways to cut, the best first.
+
+    Up to half of them are of the given partitions: these may be good only after a search has been at them.
+    """
+    given = _best(problem, [_cuts_of(partition, problem.tables) for partition in partitions])
+    given = given[: count // 2]
+    known = {entry.cuts for entry in given}
+    regular = [entry for entry in _best(problem, _regular(problem)) if entry.cuts not in known]
+    entries = [*given, *regular[: count - len(given)]]
+    return [entry.state for entry in sorted(entries, key=lambda entry: entry.energy)]
+
+
+class _Start(NamedTuple):
+    """A state, how good it is, and where it is cut."""
+
+    energy: float
+    state: State
+    cuts: tuple[int, ...]
+
+
+def _best(problem: Problem, cuttings: Sequence[list[int]]) -> list[_Start]:
+    """The best way to deal out the stages of each cutting, the best first."""
+    best: dict[tuple[int, ...], _Start] = {}
+    for cuts, wanted in _shapes(problem, cuttings):
         state = problem.state(cuts, wanted)
-        entry = (problem.energy(state), number, state)
-        best[tuple(cuts)] = min(entry, best.get(tuple(cuts), entry), key=lambda entry: entry[:2])
-    return [state for _, _, state in sorted(best.values(), key=lambda entry: entry[:2])]
+        entry = _Start(problem.energy(state), state, tuple(cuts))
+        best[entry.cuts] = min(best.get(entry.cuts, entry), entry, key=lambda entry: entry.energy)
+    return sorted(best.values(), key=lambda entry: entry.energy)
 
 
-def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple[list[int], np.ndarray]]:
-    tables, gpus = problem.tables, len(problem.machine.speed)
+def _regular(problem: Problem) -> list[list[int]]:
+    """Stages of equal length around a fused stage, of many lengths."""
+    tables = problem.tables
     lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS, _fused_begins(problem)))
     cuttings = [_regular_cuts(tables, *found) for found in lengths]
     if problem.machine.ring:
         # The queues of chained iterations let the first stages take longer than those behind them.
         cuttings += [_regular_cuts(tables, *found, 3 * found[0] // 2) for found in lengths]
-    cuttings += [_cuts_of(partition, tables) for partition in partitions]
+    return cuttings
+
+
+def _shapes(problem: Problem, cuttings: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Each cutting with stages dealt out to few or many GPUs."""
+    tables, gpus = problem.tables, problem.widest
     for cuts in cuttings:
         fused = sum(cut < tables.segments for cut in cuts) - 1
         for middle, heads in product(
@@ -99,7 +128,7 @@ def _shapes(problem: Problem, partitions: Iterable[Partition]) -> Iterator[tuple
             wanted = np.full(len(cuts) - 1, middle)
             wanted[fused] = max(middle, heads)
             yield cuts, wanted
-            if middle == 1:
+            if middle == 1 and gpus > 1:
                 for taper in _TAPER:
                     yield cuts, _tapered(problem, cuts, wanted.copy(), fused, taper)
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rpcompile.round_robin_time import stages_between
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rpcompile.round_robin_time import StageCost, StageCosts
 
 _STARTS = 6
@@ -64,7 +66,7 @@ class StageSearch:
             until: Where `time.monotonic()` ends annealing all the same.
         """
         best: dict[int, Candidate] = {}
-        for candidate in map(self.rate, self._greedy()):
+        for candidate in map(self.rate, self.greedy(range(1, min(self.line, 12 * self.costs.gpus) + 1))):
             band = len(candidate.cuts) // 4  # neighbours in stage count are neighbours in shape
             best[band] = min(candidate, best.get(band, candidate))
         starts = sorted(best.values())[:_STARTS]
@@ -96,14 +98,18 @@ class StageSearch:
 
     # ------------------------------------------------------------------ greedy
 
-    def _greedy(self) -> set[tuple[int, ...]]:
-        """Stages up to a cap in seconds, which grows from both ends of the line towards the middle."""
+    def greedy(self, counts: Iterable[int]) -> set[tuple[int, ...]]:
+        """Stages up to a cap in seconds, which grows from both ends of the line towards the middle.
+
+        Args:
+            counts: Into how many parts the work is divided to find a cap.
+        """
         total_s = sum(self.cost((u, u + 1)).compute_s for u in range(self.line))
         gpus = self.costs.gpus
         ramps = [[], *([(i + 1) / k for i in range(k)] for k in (gpus, 2 * gpus, 3 * gpus))]
         ramps += [[start * growth**i for i in range(8)] for start, growth in ((0.25, 1.25), (0.0625, 1.6))]
         found = {self.finest()}
-        for count, fused_part in product(range(1, min(self.line, 12 * gpus) + 1), (1.0, 0.5)):
+        for count, fused_part in product(counts, (1.0, 0.5)):
             cap_s = total_s / count * 1.0001
             fused = self._fuse(cap_s * fused_part)
             for ramp in ramps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -51,10 +51,16 @@ class BindChain:
         """
         _check(self.bindings, costed.capture.symbols)
         kernels = self.kernels or Kernels("cpu" if self.hardware.name == "cpu" else "cuda")
-        binder = _Binder(costed, self.bindings, self.hardware, kernels)
+        binder = _Binder(costed, self.bindings, self.hardware)
+        binder.memory = SegmentMemories(costed.capture, self.bindings, kernels)
         segments = tuple(binder.segment(index) for index in range(len(costed.capture.cuts) + 1))
         tied, classes = binder.tied(segments), binder.op_classes()
         return SegmentChain(segments, dict(self.bindings), self.hardware, tied, classes)
+
+    def seconds(self, costed: CostedGraph) -> list[tuple[float, float]]:
+        """Forward and backward seconds of each segment, as in `run`, and nothing else."""
+        binder = _Binder(costed, self.bindings, self.hardware)
+        return [binder.seconds(binder.costs(index)) for index in range(len(costed.capture.cuts) + 1)]
 
 
 def _check(bindings: Mapping[str, int], ranges: Mapping[str, tuple[int, int]]) -> None:
@@ -91,14 +97,15 @@ class _Evaluator:
 
 
 class _Binder:
-    def __init__(
-        self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware, kernels: Kernels
-    ) -> None:
+    """Adds up segments, in order; `memory` is set where their memory is asked for."""
+
+    memory: SegmentMemories
+
+    def __init__(self, costed: CostedGraph, bindings: Mapping[str, int], hardware: Hardware) -> None:
         capture = costed.capture
         self._capture = capture
         self._costs = costed.costs
         self._hardware = hardware
-        self._memory = SegmentMemories(capture, bindings, kernels)
         self._evaluate = _Evaluator(bindings)
         self._sizes = Sizes(capture.graph_module.meta.get("symbols", {}))
         self._nodes: dict[str, Node] = {node.name: node for node in capture.graph_module.graph.nodes}
@@ -108,22 +115,37 @@ class _Binder:
         self._inputs = {spec.placeholder: spec for spec in capture.inputs}
         self._charged: set[str] = set()
 
-    def segment(self, index: int) -> Segment:
-        """Segment `index`; to be called in order, since rematerialised nodes are charged once."""
-        capture, cuts = self._capture, self._capture.cuts
-        begin = cuts[index - 1].position if index else 0
-        cut = cuts[index] if index < len(cuts) else None
-        names = capture.order[begin : cut.position if cut else len(capture.order)]
-        rematerialised, placeholders = self._needs(names)
+    def costs(self, index: int) -> list[NodeCost]:
+        """Of segment `index`; to be called in order, since rematerialised nodes are charged once."""
+        names = self._names(index)
+        rematerialised, _ = self._needs(names)
         charged = [*names, *(name for name in rematerialised if name not in self._charged)]
         self._charged.update(rematerialised)
+        return [self._costs[name] for name in charged]
 
+    def seconds(self, costs: Sequence[NodeCost]) -> tuple[float, float]:
+        """Forward and backward seconds of a segment's nodes."""
+        forward_s = seconds((self._forward(cost) for cost in costs), self._hardware)
+        return forward_s, seconds((self._backward(cost) for cost in costs), self._hardware)
+
+    def _names(self, index: int) -> tuple[str, ...]:
+        order, cuts = self._capture.order, self._capture.cuts
+        begin = cuts[index - 1].position if index else 0
+        return order[begin : cuts[index].position if index < len(cuts) else len(order)]
+
+    def segment(self, index: int) -> Segment:
+        """Segment `index`; to be called in order."""
+        capture, cuts = self._capture, self._capture.cuts
+        cut = cuts[index] if index < len(cuts) else None
+        names = self._names(index)
+        _, placeholders = self._needs(names)
         weights = self._distinct(placeholders)
         trainable = [spec for spec in weights if spec.trainable]
         inputs = [name for name in placeholders if name in self._inputs]
         boundary, gradients = (cut.values, cut.gradients) if cut else ((), ())
-        costs = [self._costs[name] for name in charged]
-        memory = self._memory.segment(index)
+        costs = self.costs(index)
+        forward_s, backward_s = self.seconds(costs)
+        memory = self.memory.segment(index)
         return Segment(
             name=cut.name if cut else capture.last_name,
             nodes=names,
@@ -131,8 +153,8 @@ class _Binder:
             inputs=tuple(self._inputs[name].name for name in inputs),
             boundary=boundary,
             boundary_gradients=gradients,
-            forward_s=seconds((self._forward(cost) for cost in costs), self._hardware),
-            backward_s=seconds((self._backward(cost) for cost in costs), self._hardware),
+            forward_s=forward_s,
+            backward_s=backward_s,
             forward_flops=sum(self._evaluate.number(cost.forward_flops) for cost in costs),
             backward_flops=sum(self._evaluate.number(cost.backward_flops) for cost in costs),
             weight_bytes=sum(spec.nbytes for spec in weights),

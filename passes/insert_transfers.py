@@ -73,7 +73,7 @@ class InsertTransfers:
     """Schedule -> Schedule, with PREFETCH, LOAD, RECEIVE, HANDOFF, OFFLOAD, GRADIENT and FREE.
 
     Attributes:
-        chain: The segments; its hardware prices the copies.
+        chain: The segments; the hardware of their GPUs prices the copies.
         activation_slots: How many microbatches' incoming (and outgoing) tensors a GPU may hold at
             once. With 2, one is copied while another is computed; without a limit a fast link
             would fill the GPU's memory.
@@ -271,7 +271,7 @@ class _Copies:
         for source, target in pairs:
             self.nbytes.setdefault(target, self.nbytes[source])
         nbytes = sum(self.nbytes[target] for _, target in pairs)
-        hardware, stream = self.chain.hardware, _STREAM_OF[op]
+        hardware, stream = self.chain.hardware_of(step.gpu), _STREAM_OF[op]
         rate = hardware.h2d_bytes_per_s if stream in UP_STREAMS else hardware.d2h_bytes_per_s
         return Action(
             id=str(ActionId(step.stage, op, microbatch, job, part)),

@@ -40,19 +40,17 @@ class LayOutDispatch:
     Attributes:
         chain: The segments that the partition divides.
         partition: Stages in execution order.
-        mode: "sync" (training), or "forward" (evaluation; the partition has F stages only).
+        mode: "sync" or "async" (training; how iterations follow one another), or "forward" (evaluation;
+            the partition has F stages only).
         waiting_bytes: How much of what jobs hand to later jobs of the same GPU may wait on that GPU;
             what is over takes the way over the host. What the very next compute action reads is not
             counted. None: all stays, and the schedule's peak has it.
-        relative_speed: Compute speed of each GPU relative to the one that the chain's times are for;
-            None if they are alike.
     """
 
     chain: SegmentChain
     partition: Partition
     mode: str = "sync"
     waiting_bytes: int | None = None
-    relative_speed: tuple[float, ...] | None = None
 
     name = "lay-out-dispatch"
 
@@ -71,8 +69,8 @@ class LayOutDispatch:
             ScheduleError: The dispatch contradicts itself, leaves out or repeats a microbatch of a stage,
                 or divides a stage that changes buffers of the model among jobs.
         """
-        if self.mode not in ("sync", "forward"):
-            raise InvalidArgument(f"mode is {self.mode!r}; schedules are for 'sync' and 'forward'")
+        if self.mode not in ("sync", "async", "forward"):
+            raise InvalidArgument(f"mode is {self.mode!r}; schedules are for 'sync', 'async' and 'forward'")
         if self.waiting_bytes is not None and self.waiting_bytes < 0:
             raise InvalidArgument(f"waiting_bytes is {self.waiting_bytes}; it must be at least 0, or None")
         stages = self.partition.stages
@@ -111,6 +109,7 @@ class LayOutDispatch:
             dispatch.jobs,
             tuple(queues),
             nbytes,
+            dispatch.rotate,
         )
 
     def _check_state(self, dispatch: Dispatch) -> None:
@@ -161,11 +160,11 @@ class LayOutDispatch:
         up = [stage for stage in stages if stage.kind is not StageKind.B]
         down = list(stages[len(up) :])
         kinds_up = [StageKind.F] * len(up)
-        if self.mode == "sync":
+        if self.mode != "forward":
             kinds_up[-1:] = [StageKind.FB]
-        expected = kinds_up + [StageKind.B] * (len(down) if self.mode == "sync" else 0)
+        expected = kinds_up + [StageKind.B] * (len(down) if self.mode != "forward" else 0)
         if not up or [stage.kind for stage in stages] != expected:
-            wanted = "F stages, one FB stage, then B stages" if self.mode == "sync" else "F stages only"
+            wanted = "F stages, one FB stage, then B stages" if self.mode != "forward" else "F stages only"
             raise PartitionError(f"mode {self.mode!r} takes {wanted}; the partition has: {kinds or 'none'}")
         if [stage.index for stage in stages] != list(range(len(stages))):
             raise PartitionError("the stages of a partition must be numbered in order, from 0")
@@ -178,7 +177,7 @@ class LayOutDispatch:
             position = stage.last + 1
         if position != segments:
             raise PartitionError(f"{_name(up[-1])} must end at the last segment, {segments - 1}")
-        if self.mode == "sync":
+        if self.mode != "forward":
             self._check_backward(down, up[-1].first)
 
     def _check_backward(self, down: list[Stage], position: int) -> None:
@@ -274,11 +273,9 @@ class _JobLayout:
         return self.stage.index == len(self.options.partition.stages) - 1
 
     def action(self, op: Op, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
-        stage, time = self.stage, stage_time(self.options.chain, self.stage)
+        stage, time = self.stage, stage_time(self.options.chain, self.stage, self.job.gpu)
         parts = {Op.RECOMPUTE: time.ahead_s, Op.BACKWARD: time.rest_s}
         seconds = parts.get(op, time.seconds)
-        if self.options.relative_speed is not None:
-            seconds /= self.options.relative_speed[self.job.gpu]
         return Action(
             id=str(ActionId(stage.index, op, microbatch)),
             gpu=self.job.gpu,

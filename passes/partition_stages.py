@@ -108,7 +108,7 @@ class PartitionStages:
         if self.gpus > len(chain.segments):
             raise PartitionError(
                 f"gpus={self.gpus} is more than the {len(chain.segments)} segments of the model; use"
-                f" gpus={len(chain.segments)} or fewer"
+                f' gpus={len(chain.segments)} or fewer, or effort="fast", which divides stages among GPUs'
             )
 
     # ------------------------------------------------------------------ solver

@@ -23,8 +23,9 @@ from rpcompile.ir import Dispatch, Job, Partition
 from rpcompile.passes._check_chain import check_chain, check_segments, size_text
 from rpcompile.passes._dispatch_bound import least_seconds
 from rpcompile.passes._dispatch_moves import State, anneal, stages_of
-from rpcompile.passes._dispatch_starts import Problem, regular_states
+from rpcompile.passes._dispatch_starts import Problem, first_states
 from rpcompile.round_robin_time import StageCosts, stages_between
+from rpcompile.stage_bytes import upload_unit_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,15 +101,15 @@ class SearchSchedule:
         seed: The same seed gives the same result, unless the clock ends the search.
         time_limit_s: Wall time instead of the effort's.
         memory_limit_bytes: What may be used of each GPU, or of each one by one; None for
-            `chain.hardware.usable_bytes`.
-        relative_speed: Compute speed of each GPU relative to the one that the chain's times are for;
-            None if they are alike.
+            what the chain says.
         fused_segments: Most segments in the fused stage, which keeps all that its backward needs; None
             for as many as fit.
         host_bytes_per_s: Host memory bandwidth for all transfers, sums and updates together.
         update_s_per_byte: Optimizer seconds per byte of gradient, with clipping by the global norm;
             0 leaves it out of the schedule.
         partitions: More partitions to begin from.
+        replicas: Whether a stage may have several jobs. With one, gradients are summed over microbatches in
+            their order.
     """
 
     gpus: int
@@ -119,11 +120,11 @@ class SearchSchedule:
     seed: int = 0
     time_limit_s: float | None = None
     memory_limit_bytes: int | tuple[int, ...] | None = None
-    relative_speed: tuple[float, ...] | None = None
     fused_segments: int | None = None
     host_bytes_per_s: float = 200e9
     update_s_per_byte: float = 0.0
     partitions: tuple[Partition, ...] = ()
+    replicas: bool = True
 
     name = "search-schedule"
 
@@ -139,11 +140,12 @@ class SearchSchedule:
         self._check_options()
         check_chain(chain, training=True)
         limits = self._limits(chain)
-        check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False)
+        largest = chain.hardware_of(limits.index(max(limits)))
+        check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False, largest)
         problem, bound_s = self._problem(chain, limits)
         _compile(problem)
         searching = time.monotonic()
-        states = regular_states(problem, self.partitions)[:_KEPT]
+        states = first_states(problem, self.partitions, _KEPT)
         states, ended_by = self._improve(problem, bound_s, states, searching)
         return self._answer(chain, problem, states[0], bound_s, ended_by, began)
 
@@ -169,17 +171,11 @@ class SearchSchedule:
             raise InvalidArgument(f"host_bytes_per_s={self.host_bytes_per_s} must be above 0")
         if not 0 <= self.update_s_per_byte < math.inf:
             raise InvalidArgument(f"update_s_per_byte={self.update_s_per_byte} must be finite, at least 0")
-        speeds = self.relative_speed
-        if speeds is not None and (
-            len(speeds) != self.gpus or not all(0 < speed < math.inf for speed in speeds)
-        ):
-            raise InvalidArgument(
-                f"relative_speed={speeds} must have one finite figure above 0 for each of {self.gpus} GPUs"
-            )
 
     def _limits(self, chain: SegmentChain) -> tuple[int, ...]:
         given = self.memory_limit_bytes
-        given = chain.hardware.usable_bytes if given is None else given
+        if given is None:
+            given = tuple(chain.hardware_of(gpu).usable_bytes for gpu in range(self.gpus))
         limits = (given,) * self.gpus if isinstance(given, int) else given
         if len(limits) != self.gpus or min(limits) < 1:
             raise InvalidArgument(
@@ -190,34 +186,39 @@ class SearchSchedule:
     def _problem(self, chain: SegmentChain, limits: Sequence[int]) -> tuple[Problem, float]:
         """What to search, and a lower bound on its time."""
         tables = price_stages(chain, self.gpus, self.microbatches, self.fused_segments)
-        hardware, chained = chain.hardware, self.mode == "async"
-        speed = np.ones(self.gpus) if self.relative_speed is None else np.array(self.relative_speed, float)
-        alike = len(set(limits)) == 1 and len(set(speed.tolist())) == 1
+        chained, every = self.mode == "async", [chain.hardware_of(gpu) for gpu in range(self.gpus)]
+        speeds = [_speeds(chain, gpu) for gpu in range(self.gpus)]
+        alike = len(set(limits)) == 1 and not chain.kinds
+        # The search knows one speed of each GPU and one link; the slowest, so that it hides behind none.
         machine = Machine(
-            speed=speed,
+            speed=np.array([mean for mean, _ in speeds]),
             limit_bytes=np.array(limits, float),
-            up_bytes_per_s=hardware.h2d_bytes_per_s,
-            down_bytes_per_s=hardware.d2h_bytes_per_s,
-            latency_s=hardware.latency_s,
+            up_bytes_per_s=min(hardware.h2d_bytes_per_s for hardware in every),
+            down_bytes_per_s=min(hardware.d2h_bytes_per_s for hardware in every),
+            latency_s=max(hardware.latency_s for hardware in every),
             host_bytes_per_s=self.host_bytes_per_s,
             update_s_per_byte=self.update_s_per_byte,
             slice_s=1.0,
             iterations=_CHAINED if chained else 1,
             ring=chained and alike,
         )
-        bound_s = least_seconds(chain, tables, machine, self.microbatches)
+        fastest = machine._replace(
+            speed=np.array([most for _, most in speeds]),
+            up_bytes_per_s=max(hardware.h2d_bytes_per_s for hardware in every),
+            down_bytes_per_s=max(hardware.d2h_bytes_per_s for hardware in every),
+            latency_s=min(hardware.latency_s for hardware in every),
+        )
+        bound_s = least_seconds(chain, tables, fastest, self.microbatches)
         if bound_s <= 0:
             raise InvalidArgument("all times of the chain are 0; give what the segments take")
         # Twice the bound, for bandwidth is only scarce where the time is near it.
         slice_s = 2 * bound_s * machine.iterations / SLICES
-        most = math.inf if self.max_traffic is None else self.max_traffic * self._one_traffic(chain)
-        return Problem(tables, machine._replace(slice_s=slice_s), self.microbatches, most), bound_s
+        most = math.inf if self.max_traffic is None else self.max_traffic * self._unit_bytes(chain)
+        machine = machine._replace(slice_s=slice_s)
+        return Problem(tables, machine, self.microbatches, most, self.gpus if self.replicas else 1), bound_s
 
-    def _one_traffic(self, chain: SegmentChain) -> float:
-        """Bytes of one upload per segment and pass and round; the last segment has one pass."""
-        weights = [segment.weight_bytes for segment in chain.segments]
-        backward = sum(weights[chain.first_backward : -1])
-        return max(1.0, self.microbatches / self.gpus) * (sum(weights) + backward)
+    def _unit_bytes(self, chain: SegmentChain) -> float:
+        return upload_unit_bytes(chain, self.gpus, self.microbatches)
 
     # ------------------------------------------------------------------ search
 
@@ -225,7 +226,7 @@ class SearchSchedule:
         self, problem: Problem, bound_s: float, states: list[State], began: float
     ) -> tuple[list[State], str]:
         """Anneals all states as they are dealt out, then the best of them, at last GPU by GPU."""
-        effort, ring = EFFORTS[self.effort], problem.machine.ring
+        effort, ring = EFFORTS[self.effort], problem.machine.ring or problem.widest == 1
         limit_s = effort.limit_s if self.time_limit_s is None else self.time_limit_s
         rounds = _RING_ROUNDS if ring else _ROUNDS
         done, late = 0.0, False
@@ -274,12 +275,12 @@ class SearchSchedule:
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
         played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
         if played.excess_bytes > 0:
-            raise self._nothing_fits(problem, played.excess_bytes)
+            raise self._nothing_fits(chain, problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
             raise PartitionError(
                 f"max_traffic={self.max_traffic} allows {size_text(int(problem.most_bytes))} of uploads, but "
                 f"the least found is {size_text(int(played.upload_bytes))}; set max_traffic to "
-                f"{math.ceil(100 * played.upload_bytes / self._one_traffic(chain)) / 100:.2f} or more"
+                f"{math.ceil(100 * played.upload_bytes / self._unit_bytes(chain)) / 100:.2f} or more"
             )
         jobs, by_gpu = _dispatched(state.gpu_of[:size], order, self.gpus)
         rotate = len(jobs) % self.gpus if machine.ring else 0
@@ -298,13 +299,13 @@ class SearchSchedule:
             ),
             dispatch=Dispatch("searched", self.gpus, self.microbatches, jobs, by_gpu, rotate=rotate),
             upload_bytes=float(played.upload_bytes),
-            traffic=float(played.upload_bytes) / max(1.0, self._one_traffic(chain)),
+            traffic=float(played.upload_bytes) / max(1.0, self._unit_bytes(chain)),
             bubble=1 - work_s / float(machine.speed.sum()) / float(played.time_s),
             unused_gpus=() if rotate else unused,
             ended_by=ended_by,
         )
 
-    def _nothing_fits(self, problem: Problem, excess: float) -> PartitionError:
+    def _nothing_fits(self, chain: SegmentChain, problem: Problem, excess: float) -> PartitionError:
         tables = problem.tables
         finest = [row[1] for row in tables.runs[:, :, 4]] + [float(tables.fused[-1, 4])]
         worst = int(np.argmax(finest))
@@ -312,9 +313,9 @@ class SearchSchedule:
         where = (
             "the fused stage of the last segment"
             if worst == tables.line
-            else f"the forward of segment {worst}"
+            else f"the forward of {chain.segments[worst].name}"
             if worst < n
-            else f"the backward of segment {2 * n - 1 - worst}"
+            else f"the backward of {chain.segments[2 * n - 1 - worst].name}"
         )
         return PartitionError(
             f"no dispatch was found that fits: the best one is {size_text(int(excess))} over the "
@@ -347,6 +348,7 @@ class _Run:
                 problem.tables,
                 problem.machine,
                 problem.most_bytes,
+                problem.widest,
                 state,
                 now,
                 then,
@@ -364,13 +366,28 @@ class _Run:
         return value, False
 
 
+def _speeds(chain: SegmentChain, gpu: int) -> tuple[float, float]:
+    """Compute speed of a GPU relative to the one that the chain's times are for: over all, and at most."""
+    if not chain.kinds:
+        return 1.0, 1.0
+    own = [chain.seconds_on(gpu, index) for index in range(len(chain.segments))]
+    pairs = [
+        pair
+        for segment, (forward_s, backward_s) in zip(chain.segments, own, strict=True)
+        for pair in ((2 * segment.forward_s, 2 * forward_s), (segment.backward_s, backward_s))
+        if pair[0] > 0 and pair[1] > 0
+    ]
+    reference_s, own_s = (sum(seconds) for seconds in zip(*pairs, strict=True)) if pairs else (1.0, 1.0)
+    return reference_s / own_s, max((a / b for a, b in pairs), default=1.0)
+
+
 def _compile(problem: Problem) -> None:
     """Compiles what the search calls, or loads it from the cache, before the clock runs."""
     line, n = problem.tables.line, problem.tables.segments
     cuts = [*range(n), *range(min(n + 1, line), line + 1)]
     states = [problem.state(cuts, np.ones(len(cuts) - 1)) for _ in range(3)]
     limit = problem.most_bytes
-    anneal(problem.tables, problem.machine, limit, states[0], states[1], states[2], 0, 0, 1, 1.0, 1.0, 0)
+    anneal(problem.tables, problem.machine, limit, 1, states[0], states[1], states[2], 0, 0, 1, 1.0, 1.0, 0)
     problem.energy(states[0])
 
 

@@ -112,11 +112,12 @@ def dispatch_table(
 ) -> ActionTable:
     """The table of a dispatch with its compute-only timeline."""
     gpus: list[tuple[ComputeEntry, ...]] = []
-    for order, starts, ends in zip(dispatch.order, timeline.start_s, timeline.end_s, strict=True):
+    timed = zip(dispatch.order, timeline.start_s, timeline.end_s, strict=True)
+    for gpu, (order, starts, ends) in enumerate(timed):
         found: list[ComputeEntry] = []
         for (job, microbatch), start_s, end_s in zip(order, starts, ends, strict=True):
             stage = partition.stages[dispatch.jobs[job].stage]
-            ahead_s = stage_time(chain, stage).ahead_s if stage.kind is StageKind.B else 0.0
+            ahead_s = stage_time(chain, stage, gpu).ahead_s if stage.kind is StageKind.B else 0.0
             if ahead_s:
                 found.append(ComputeEntry(stage.index, "R", microbatch, job, start_s, start_s + ahead_s))
             kind = stage.kind.value

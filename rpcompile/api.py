@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from rpcompile.errors import (
 )
 from rpcompile.fit import naming_the_longest
 from rpcompile.huggingface import infer_example_inputs
+from rpcompile.mixed_gpus import Box, box_of
 from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
 from rpcompile.passes.lower_to_program import LowerToProgram
@@ -30,7 +32,7 @@ from rpcompile.planner import (
     PlanOptions,
     announce,
     capture_model,
-    find_hardware,
+    find_gpu,
     plan_chain,
     progress_bar,
 )
@@ -41,7 +43,7 @@ from rpcompile.runtime.host_weights import set_dtypes
 from rpcompile.runtime.weight_arenas import WeightArenas
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from os import PathLike
 
     from torch import nn
@@ -53,13 +55,13 @@ if TYPE_CHECKING:
 
 def compile(
     model: nn.Module,
-    gpus: int | None = None,
+    gpus: int | Sequence[str | Hardware] | None = None,
     *,
     example_inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor | None = None,
     microbatches: int | None = None,
     gpu: str | Hardware | None = None,
     devices: Sequence[str] | None = None,
-    mode: str = "sync",
+    mode: str | None = None,
     compute_dtype: torch.dtype | None = None,
     grad_scaler: GradScaler | None = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
@@ -67,7 +69,7 @@ def compile(
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
     head_groups: str | int = "auto",
-    effort: str | None = None,
+    effort: str | None = "fast",
     max_traffic: float | None = None,
     solver_time_s: float = 3.0,
     seed: int = 0,
@@ -83,7 +85,8 @@ def compile(
         model: The module, in the state it will train in: training flag, `requires_grad` and dtypes are
             captured. Its first output must be the loss, unless `loss_fn` is given. Weights may be on the
             meta device if only the plan is wanted.
-        gpus: Number of GPUs; 8 unless a plan says otherwise.
+        gpus: Number of GPUs, 8 unless a plan says otherwise; or, where they are not alike, a list with what
+            each is, as for `gpu`: `["rtx4090", "rtx4090", "rtx3090"]`.
         example_inputs: One whole batch as it will be passed to `forward_backward`: a dict of keyword
             tensors, a tuple of positional ones, or one tensor. Only shapes and dtypes matter. Inferred
             for Hugging Face models that take `input_ids` and `labels`. At run time the batch size, and
@@ -91,14 +94,16 @@ def compile(
         microbatches: Parts that each batch is split into. Default: the largest divisor of the example's
             batch size up to twice the number of GPUs.
         gpu: Kind of GPU to plan for: a name from `rpcompile.hardware.names()`, or a `Hardware` with
-            figures of your own. Default: the one that is found, else "rtx4090".
+            figures of your own, or the path of a hardware file of `rpcompile probe`. Default: the one that is
+            found, else "rtx4090". What such files say of host memory and links that GPUs share is simulated.
         devices: One device name per GPU: all "cpu" (virtual GPUs, on threads of their own), or CUDA devices,
             of which several GPUs may share one: `["cuda:0"] * 4`. Default: the first `gpus` CUDA devices
             where there are as many, else "cpu".
         mode: "sync": every iteration computes with all updates before it. "async": iteration i computes,
             forward and backward, with the weights after max(i - 1, 0) updates, while the next update is
-            under way. That is meant for fine-tuning, where weights change little in a step; it keeps a
-            copy of the trainable weights on the host.
+            under way; the plan is the one whose iterations follow one another fastest. That is meant for
+            fine-tuning, where weights change little in a step; it keeps a copy of the trainable weights on
+            the host. Default: as the plan says, else "sync".
         compute_dtype: torch.bfloat16 or torch.float16 to compute in it with float32 masters on the host.
             The model's own parameters become the masters: trainable ones are made float32, frozen ones
             `compute_dtype`, in place. Floating-point inputs are cast to it; buffers keep their dtype.
@@ -121,9 +126,9 @@ def compile(
             Gradients are the same.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
-            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage,
-            round robin.
-        max_traffic: Most weight uploads that a search may use; 1.0 is every layer once for each pass of each
+            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so that
+            every sum is taken in the order of plain PyTorch.
+        max_traffic: Most weight uploads of an iteration; 1.0 is every layer once for each pass of each
             round of `gpus` microbatches. None: no limit.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
@@ -145,8 +150,9 @@ def compile(
         RpcompileError: A subclass that says what is wrong: see `rpcompile.errors`.
     """
     loaded = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
-    gpus = _check_gpus(gpus, loaded)
-    _check_mode(mode)
+    hardware = _hardware(gpus, gpu, loaded)
+    gpus = _check_gpus(len(gpus) if isinstance(gpus, Sequence) else gpus, loaded)
+    mode = _check_mode(mode, loaded)
     _check_dtype(compute_dtype)
     runtime = _runtime(_devices(devices, gpus), pin, timeout_s, detect_nan, compile_stages)
     if compute_dtype is not None:
@@ -156,9 +162,7 @@ def compile(
     if compute_dtype is not None:
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)
-    # The schedule of one iteration serves both modes.
-    options = PlanOptions(gpus, parts, "sync", solver_time_s, seed, effort, max_traffic)
-    hardware = find_hardware(gpu) if loaded is None else loaded.chain.hardware
+    options = PlanOptions(gpus, parts, mode, solver_time_s, seed, effort, max_traffic, hardware.links)
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
         captured = capture_model(module, example, bar, compute_dtype)
@@ -182,7 +186,7 @@ def compile(
         if not for_evaluation:
             for_evaluation.append(_capture_eval(module, example, compute_dtype))
         found = for_evaluation[0]
-        forward = replace(options, microbatches=count, mode="forward")
+        forward = replace(options, microbatches=count, mode="forward", max_traffic=None)
         plan = found.plan(found.bind(hardware), forward, progress=False)
         return _executable(found.capture, plan, runtime, arenas, None)
 
@@ -236,9 +240,43 @@ def _check_gpus(gpus: int | None, plan: Plan | None) -> int:
     return gpus
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in ("sync", "async"):
+def _hardware(
+    gpus: int | Sequence[str | Hardware] | None, gpu: str | Hardware | None, plan: Plan | None
+) -> Box:
+    """What each GPU is; or what one is, where all are alike.
+
+    Raises:
+        InvalidArgument: It is said twice, or a GPU is unknown.
+        PlanMismatch: The plan is for others.
+    """
+    if isinstance(gpus, Sequence) and gpu is not None:
+        raise InvalidArgument(f"gpus={gpus!r} says what the GPUs are, and so does gpu={gpu!r}; leave gpu out")
+    if plan is None:
+        return Box.of(gpus if isinstance(gpus, Sequence) else [find_gpu(gpu)])
+    planned = replace(box_of(plan.chain, plan.gpus), links=plan.links)
+    if isinstance(gpus, Sequence):
+        asked = [hardware.name for hardware in Box.of(gpus).gpus]
+        names = [hardware.name for hardware in planned.gpus]
+        if asked != names:
+            raise PlanMismatch(
+                f"the plan is for {', '.join(names)}, not {', '.join(asked)}; leave gpus out, or compile "
+                "without the plan"
+            )
+    return planned
+
+
+def _check_mode(mode: str | None, plan: Plan | None) -> str:
+    if mode not in (None, "sync", "async"):
         raise InvalidArgument(f"mode={mode!r}; it must be 'sync' or 'async'")
+    if plan is None:
+        return mode or "sync"
+    if plan.mode == "forward":
+        raise PlanMismatch("the plan is for evaluation (mode 'forward'), which trains nothing; make another")
+    if mode not in (None, plan.mode):
+        raise PlanMismatch(
+            f"the plan is for mode {plan.mode!r}, not {mode!r}; leave mode out, or compile without the plan"
+        )
+    return plan.mode
 
 
 def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ...] | None:

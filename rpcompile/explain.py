@@ -17,17 +17,17 @@ from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, OTHER_UPLOAD, PHRASES, U
 from rpcompile.ir import Stage, StageKind
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s
-from rpcompile.simulate import simulate
+from rpcompile.simulate import simulate, simulate_steady
 
 if TYPE_CHECKING:
     from rpcompile.ir import Schedule
     from rpcompile.plan import Plan
-    from rpcompile.simulate import Timeline
 
 MOST_MORE = 16  # microbatches that are tried
 MOST_STAGES = 3  # whose upload is looked into
 SOLVER_S = 1.0
 WORTH = 0.01  # a change of the time per microbatch that is worth a sentence
+_SMALLEST = 1e-9  # share of the GPUs' time that counts as idle
 HIDDEN = 0.01  # what may be left of a wait that counts as hidden
 
 
@@ -125,7 +125,7 @@ def explain(plan: Plan, replan: bool = True) -> Explanation:
     tried = sorted(asked.variations(replan), key=lambda found: found.change)
     return Explanation(
         cut=tuple(_cut(plan)),
-        idle=tuple(_idle(plan, asked.timeline, asked.gaps)),
+        idle=tuple(_idle(plan, asked.run)),
         stages=tuple(asked.notes),
         variations=tuple(tried),
         advice=tuple(_advice(tried, asked.notes)),
@@ -159,8 +159,13 @@ def _balance(plan: Plan) -> str:
     loads = [0.0] * plan.gpus
     for job in plan.schedule.jobs:
         stage = plan.partition.stages[job.stage]
-        loads[job.gpu] += len(job.microbatches) * compute_s(plan, stage)
+        loads[job.gpu] += len(job.microbatches) * compute_s(plan, stage, job.gpu)
     mean = sum(loads) / plan.gpus
+    if plan.schedule.rotate:
+        return (
+            f"Each iteration is shifted by {plan.schedule.rotate} GPUs against the one before: over some "
+            f"iterations every GPU computes {seconds(mean)} an iteration."
+        )
     heaviest = max(range(plan.gpus), key=loads.__getitem__)
     over = 100 * (loads[heaviest] / mean - 1) if mean else 0.0
     if over < 0.05:
@@ -172,8 +177,12 @@ def _balance(plan: Plan) -> str:
 
 
 def _limit(plan: Plan) -> str:
-    peak, limit = max(plan.prediction.gpu_peak_bytes), plan.chain.hardware.usable_bytes
-    share = 100 * peak / limit if limit else math.inf
+    peaks = plan.prediction.gpu_peak_bytes
+    limits = [plan.chain.hardware_of(gpu).usable_bytes for gpu in range(plan.gpus)]
+    share, peak, limit = max(
+        (100 * peak / limit if limit else math.inf, peak, limit)
+        for peak, limit in zip(peaks, limits, strict=True)
+    )
     memory = "memory may bind the cuts" if share > 90 else "memory does not bind the cuts"
     partition = plan.partition
     proof = (
@@ -188,17 +197,18 @@ def _limit(plan: Plan) -> str:
 # ------------------------------------------------------------------- where the idle time goes
 
 
-def _idle(plan: Plan, timeline: Timeline, found: tuple[Gap, ...]) -> list[str]:
-    total = sum(gap.seconds for gap in found)
-    if not total:
-        return ["No GPU is ever idle."]
+def _idle(plan: Plan, run: _Run) -> list[str]:
+    whole = plan.gpus * run.iteration_s
+    total = sum(gap.seconds for gap in run.gaps) / run.iterations
+    steady = " in the steady state" if plan.mode == "async" else ""
+    if total <= _SMALLEST * whole:
+        return [f"No GPU is ever idle{steady}."]
     causes: dict[str, float] = defaultdict(float)
-    for gap in found:
+    for gap in run.gaps:
         for cause, value in gap.causes.items():
-            causes[cause] += value
-    whole = plan.gpus * timeline.makespan_s
+            causes[cause] += value / run.iterations
     lines = [
-        f"GPUs are idle for {100 * total / whole:.1f} % of {plan.gpus} x {seconds(timeline.makespan_s)}:"
+        f"GPUs are idle for {100 * total / whole:.1f} % of {plan.gpus} x {seconds(run.iteration_s)}{steady}:"
     ]
     for cause, value in sorted(causes.items(), key=lambda item: -item[1]):
         lines.append(f"{100 * value / whole:.1f} % {PHRASES[cause]} ({seconds(value)} over all GPUs)")
@@ -208,22 +218,51 @@ def _idle(plan: Plan, timeline: Timeline, found: tuple[Gap, ...]) -> list[str]:
 # ------------------------------------------------------------------- stages and what helps
 
 
+class _Run:
+    """The simulation of a plan's schedule or of a variation: one iteration, or the steady state of many."""
+
+    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+        self._schedule = schedule
+        if plan.mode == "async":
+            self.timeline = simulate_steady(schedule, plan.links)
+            self.iteration_s = self.timeline.period_s
+        else:
+            self.timeline = simulate(schedule, links=plan.links)
+            self.iteration_s = self.timeline.makespan_s
+        # In the middle of many iterations, as many as begin on every GPU once.
+        ends_s = self.timeline.iteration_end_s
+        turn = schedule.gpus // math.gcd(schedule.rotate, schedule.gpus)
+        self.iterations = min(turn, len(ends_s) // 2) or 1
+        first = (len(ends_s) - self.iterations) // 2
+        self._window = (ends_s[first - 1] if first else 0.0, ends_s[first - 1 + self.iterations])
+
+    @cached_property
+    def gaps(self) -> tuple[Gap, ...]:
+        """Of `iterations` iterations."""
+        return gaps(self._schedule, self.timeline, self._window)
+
+    @cached_property
+    def waits(self) -> dict[int, dict[str, float]]:
+        """By stage, the seconds of an iteration that its GPUs idle before its microbatches, by cause."""
+        found: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for gap in self.gaps:
+            if gap.stage is not None:
+                for cause, value in gap.causes.items():
+                    found[gap.stage][cause] += value / self.iterations
+        return found
+
+
 class _Question:
     """A plan and the simulations of its variations, each made once."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.timeline = plan.simulate()
-        self.gaps = gaps(plan.schedule, self.timeline)
-        self._more: dict[int, tuple[Timeline, dict[int, float]]] = {}
+        self.run = _Run(plan, plan.schedule)
+        self._more: dict[int, _Run] = {}
 
     @cached_property
     def notes(self) -> list[StageNote]:
-        waits: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for gap in self.gaps:
-            if gap.stage is not None:
-                for cause, value in gap.causes.items():
-                    waits[gap.stage][cause] += value
+        waits = self.run.waits
         uploads = {stage: causes[UPLOAD] for stage, causes in waits.items() if causes.get(UPLOAD, 0.0) > 0}
         longest = sorted(uploads, key=lambda stage: -uploads[stage])[:MOST_STAGES]
         return [self._note(stage, waits[stage.index], longest) for stage in self.plan.partition.stages]
@@ -258,7 +297,7 @@ class _Question:
         """How many more microbatches hide the upload of a stage; None if `MOST_MORE` do not."""
 
         def hidden(more: int) -> bool:
-            return self.with_more(more)[1].get(stage, 0.0) <= HIDDEN * wait_s
+            return self.with_more(more).waits[stage][UPLOAD] <= HIDDEN * wait_s
 
         if not hidden(MOST_MORE):
             return None
@@ -268,43 +307,35 @@ class _Question:
             low, high = (low, middle) if hidden(middle) else (middle, high)
         return high
 
-    def with_more(self, more: int) -> tuple[Timeline, dict[int, float]]:
-        """The timeline with more microbatches, and each stage's wait for its upload."""
+    def with_more(self, more: int) -> _Run:
+        """The simulation with more microbatches."""
         if more not in self._more:
-            schedule = variations.with_microbatches(self.plan, more)
-            timeline = simulate(schedule)
-            waits: dict[int, float] = defaultdict(float)
-            for gap in gaps(schedule, timeline):
-                if gap.stage is not None:
-                    waits[gap.stage] += gap.causes.get(UPLOAD, 0.0)
-            self._more[more] = timeline, waits
+            self._more[more] = _Run(self.plan, variations.with_microbatches(self.plan, more))
         return self._more[more]
 
     def variations(self, replan: bool) -> list[Variation]:
-        plan, hardware = self.plan, self.plan.chain.hardware
-        double = replace(
-            hardware,
-            h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s,
-            d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s,
-        )
+        plan = self.plan
         count = 2 * plan.microbatches
         found = [
-            self._variation(f"twice the microbatches ({count})", self.with_more(plan.microbatches)[0], count),
-            self._tried("links twice as fast", variations.with_hardware(plan, double)),
+            self._variation(f"twice the microbatches ({count})", self.with_more(plan.microbatches), count),
+            self._tried("links twice as fast", variations.with_faster_links(plan, 2.0)),
         ]
         found += [self._tried(what, schedule) for what, schedule in self._other_stages()]
         if replan:
-            for gpus in (plan.gpus + 1, 2 * plan.gpus):
-                found += self._replanned(gpus)
+            found += self._replanned(plan.gpus + 1)
+            found += self._replanned(2 * plan.gpus)
         return found
 
     def _other_stages(self) -> list[tuple[str, Schedule]]:
         """One stage fewer and one more, where the dispatch is plainly round robin."""
         plan = self.plan
         jobs = plan.schedule.jobs
-        plain = [(job.stage, job.gpu) for job in jobs] == [
-            (stage.index, stage.index % plan.gpus) for stage in plan.partition.stages
-        ]
+        plain = (
+            plan.mode != "async"
+            and not plan.chain.kinds
+            and [(job.stage, job.gpu) for job in jobs]
+            == [(stage.index, stage.index % plan.gpus) for stage in plan.partition.stages]
+        )
         if not plain:
             return []
         found: list[tuple[str, Schedule]] = []
@@ -319,23 +350,46 @@ class _Question:
 
         plan = self.plan
         effort = "fast" if plan.schedule.policy == "searched" else None
-        options = PlanOptions(gpus, plan.microbatches, plan.mode, solver_time_s=SOLVER_S, effort=effort)
+        options = PlanOptions(
+            gpus,
+            plan.microbatches,
+            plan.mode,
+            solver_time_s=SOLVER_S,
+            effort=effort,
+            links=plan.links,
+        )
+        # What is added to different GPUs are the first of them once more.
+        kind_of = (
+            tuple(plan.chain.kind_of[gpu % plan.gpus] for gpu in range(gpus)) if plan.chain.kinds else ()
+        )
         try:
             other = plan_chain(
-                plan.chain, options, ModelDescription(plan.model_name, plan.fingerprint, plan.dtype)
+                replace(plan.chain, kind_of=kind_of),
+                options,
+                ModelDescription(plan.model_name, plan.fingerprint, plan.dtype),
             )
         except RpcompileError:  # e.g. more GPUs than segments: there is nothing to say
             return []
-        return [self._variation(f"{gpus} GPUs in place of {plan.gpus}", other.simulate(), plan.microbatches)]
+        added = (
+            f" (one {plan.chain.hardware_of(0).name} more)"
+            if plan.chain.kinds and gpus == plan.gpus + 1
+            else ""
+        )
+        what = f"{gpus} GPUs in place of {plan.gpus}{added}"
+        return [self._variation(what, _Run(other, other.schedule), plan.microbatches)]
 
     def _tried(self, what: str, schedule: Schedule) -> Variation:
-        return self._variation(what, simulate(schedule), schedule.microbatches)
+        return self._variation(what, _Run(self.plan, schedule), schedule.microbatches)
 
-    def _variation(self, what: str, timeline: Timeline, microbatches: int) -> Variation:
-        own = self.timeline.makespan_s / self.plan.microbatches
-        change = timeline.makespan_s / microbatches / own - 1 if own else 0.0
-        fits = max(timeline.gpu_peak_bytes) <= self.plan.chain.hardware.usable_bytes
-        return Variation(what, timeline.makespan_s, microbatches, change, fits)
+    def _variation(self, what: str, run: _Run, microbatches: int) -> Variation:
+        own = self.run.iteration_s / self.plan.microbatches
+        change = run.iteration_s / microbatches / own - 1 if own else 0.0
+        chain, gpus = self.plan.chain, self.plan.gpus
+        fits = all(
+            peak <= chain.hardware_of(gpu % gpus).usable_bytes
+            for gpu, peak in enumerate(run.timeline.gpu_peak_bytes)
+        )
+        return Variation(what, run.iteration_s, microbatches, change, fits)
 
 
 def _merged(plan: Plan) -> tuple[Stage, ...] | None:

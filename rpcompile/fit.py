@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
+from rpcompile.mixed_gpus import Box
 from rpcompile.plan import size as in_units
 from rpcompile.planner import PlanOptions
 from rpcompile.round_robin_time import StageCosts, stages_between
@@ -36,7 +37,7 @@ class Fit:
         size: The largest that fits; 0 if not even 1 does.
         sizes: All sizes of a microbatch, `size` included.
         gpu_peak_bytes: Peak of the plan at this size, simulated; 0 without a plan.
-        gpu_limit_bytes: What a plan may use of the GPU.
+        gpu_limit_bytes: What a plan may use of the GPU; of different ones, of the smallest.
         host_bytes: What the plan takes on the host, optimizer included.
         host_limit_bytes: What the host has.
         binds: Why a larger size does not fit.
@@ -73,7 +74,7 @@ class Fit:
 
 def largest_that_fits(
     captured: CapturedModel,
-    hardware: Hardware,
+    hardware: Hardware | Box,
     asked: str,
     fixed: Mapping[str, int],
     *,
@@ -86,7 +87,7 @@ def largest_that_fits(
 
     Args:
         captured: The model.
-        hardware: The GPU.
+        hardware: The GPU; or a box of as many as `gpus`, of which the smallest binds.
         asked: The size to make as large as possible: "batch" or "sequence".
         fixed: The other sizes of a microbatch.
         gpus: Number of GPUs.
@@ -117,7 +118,7 @@ def largest_that_fits(
         size=found,
         sizes={**fixed, asked: found},
         gpu_peak_bytes=0 if plan is None else max(plan.prediction.gpu_peak_bytes),
-        gpu_limit_bytes=hardware.usable_bytes,
+        gpu_limit_bytes=search.usable_bytes,
         host_bytes=0 if plan is None else plan.prediction.host_peak_bytes,
         host_limit_bytes=host_bytes,
         binds=binds,
@@ -128,7 +129,7 @@ def largest_that_fits(
 @contextmanager
 def naming_the_longest(
     captured: CapturedModel,
-    hardware: Hardware,
+    hardware: Hardware | Box,
     sizes: Mapping[str, int],
     *,
     gpus: int,
@@ -139,7 +140,7 @@ def naming_the_longest(
 
     Args:
         captured: The model.
-        hardware: The GPU.
+        hardware: The GPU, or a box of them.
         sizes: Of a microbatch.
         gpus, microbatches: As planned for.
         divided: Options of `CapturedModel.bind`.
@@ -169,7 +170,7 @@ def _longest(search: _Search, size: int, least: int) -> int:
     size, and each step, by the ratio to the limit, lands a little above what fits.
     """
     while size >= least:
-        over = search.finest(size)[0] / search.hardware.usable_bytes
+        over = search.finest(size)[0] / search.usable_bytes
         if over <= 1:
             return size
         size = min(int(size / over), size - max(1, size // 64))
@@ -179,7 +180,7 @@ def _longest(search: _Search, size: int, least: int) -> int:
 @dataclass
 class _Search:
     captured: CapturedModel
-    hardware: Hardware
+    hardware: Hardware | Box
     asked: str
     fixed: dict[str, int]
     gpus: int
@@ -191,6 +192,11 @@ class _Search:
         self.bar: Any = tqdm(disable=True)
         self.plans: dict[int, Plan] = {}
         self._problems: dict[int, str | None] = {}
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of the smallest GPU."""
+        return (self.hardware.smallest if isinstance(self.hardware, Box) else self.hardware).usable_bytes
 
     def chain(self, size: int) -> SegmentChain:
         self.bar.update()
@@ -211,11 +217,11 @@ class _Search:
     def finest_problem(self, size: int) -> str | None:
         """Why the finest partition does not fit on a GPU; None if it does."""
         needed, name = self.finest(size)
-        if needed <= self.hardware.usable_bytes:
+        if needed <= self.usable_bytes:
             return None
         return (
             f"at {self.asked} {size:,} a stage of {name} alone needs "
-            f"{in_units(needed)} of the GPU's {in_units(self.hardware.usable_bytes)}"
+            f"{in_units(needed)} of the GPU's {in_units(self.usable_bytes)}"
         )
 
     def problem(self, size: int) -> str | None:
@@ -226,7 +232,8 @@ class _Search:
 
     def _plan(self, size: int) -> str | None:
         chain = self.chain(size)
-        options = PlanOptions(min(self.gpus, len(chain.segments)), self.microbatches, solver_time_s=SOLVER_S)
+        gpus = self.gpus if chain.kinds else min(self.gpus, len(chain.segments))
+        options = PlanOptions(gpus, self.microbatches, solver_time_s=SOLVER_S, effort=None)
         try:
             plan = self.captured.plan(chain, options, progress=False)
         except PartitionError as error:

@@ -10,15 +10,20 @@ import difflib
 import functools
 import json
 import re
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
 
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Hardware
+from rpcompile.shared_links import SharedLinks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _RESERVE_BYTES = 3 * 2**29  # 1.5 GiB
 _LATENCY_S = 10e-6
@@ -55,7 +60,10 @@ class HardwareNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
 
 
 class HardwareFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A hardware file, as `rpcompile.probe` writes it; fields as in `HardwareProbe`."""
+    """A hardware file, as `rpcompile.probe` writes it; fields as in `HardwareProbe`.
+
+    `roots` and `root_bytes_per_s`, as in `SharedLinks`, are not probed: whoever knows them adds them.
+    """
 
     format: str
     version: int
@@ -63,6 +71,8 @@ class HardwareFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     host_memory_bytes_per_s: Rate | None = None
     h2d_both_bytes_per_s: Rate | None = None
     d2h_both_bytes_per_s: Rate | None = None
+    roots: tuple[tuple[Bytes, ...], ...] = ()
+    root_bytes_per_s: Rate | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -132,6 +142,29 @@ def lookup(name: str, dtype: str = "bfloat16", *, accumulate: str = "fp32") -> H
     )
 
 
+def shared_links(names: Iterable[str]) -> SharedLinks | None:
+    """What the transfers of a box share, as far as its hardware files say; None where they say nothing.
+
+    Args:
+        names: As for `lookup`; the catalogue knows no box.
+
+    Raises:
+        InvalidArgument: Two files say different things, or one is damaged.
+    """
+    files = [_file(Path(name)) for name in dict.fromkeys(names) if name.endswith(".json")]
+    said: list[SharedLinks] = []
+    for file in files:
+        links = replace(SharedLinks.of(file), roots=file.roots, root_bytes_per_s=file.root_bytes_per_s)
+        if links != SharedLinks(host_bytes_per_s=None) and links not in said:
+            said.append(links)
+    if len(said) > 1:
+        raise InvalidArgument(
+            f"the hardware files say different things about one box: {said[0]} and {said[1]}; leave host "
+            "memory, both directions and roots to one of them"
+        )
+    return said[0] if said else None
+
+
 def detect() -> str | None:
     """The catalogue name of this machine's first CUDA device; None without one or if it is not listed."""
     if not torch.cuda.is_available():
@@ -141,6 +174,10 @@ def detect() -> str | None:
 
 
 def _load(path: Path) -> Hardware:
+    return Hardware(**msgspec.structs.asdict(_file(path).hardware))
+
+
+def _file(path: Path) -> HardwareFile:
     try:
         file = msgspec.json.decode(path.read_bytes(), type=HardwareFile)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -150,7 +187,7 @@ def _load(path: Path) -> Hardware:
             f"{path} has format {file.format!r} version {file.version}; this rpcompile reads {FORMAT!r} "
             f"version {VERSION}"
         )
-    return Hardware(**msgspec.structs.asdict(file.hardware))
+    return file
 
 
 def _catalogue() -> dict[str, dict[str, Any]]:

@@ -7,10 +7,11 @@ time it ran, what that one waited for is to blame for the time before, and so on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from rpcompile.event_loop import chain_events
 from rpcompile.ir import Op, Stream
-from rpcompile.ordering import ActionGraph
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,60 +68,82 @@ class Gap:
         return self.end_s - self.start_s
 
 
-def gaps(schedule: Schedule, timeline: Timeline) -> tuple[Gap, ...]:
-    """Every gap of every GPU from second 0 to the end of the last action, by GPU, then time.
+def gaps(
+    schedule: Schedule, timeline: Timeline, window: tuple[float, float] | None = None
+) -> tuple[Gap, ...]:
+    """Every gap of every GPU, by GPU, then time.
 
     Args:
         schedule: With events.
-        timeline: Its simulation.
+        timeline: Its simulation, of one or several iterations.
+        window: Seconds to look at; None: from second 0 to the end of the last action.
     """
-    graph = ActionGraph.from_events(schedule)
-    number_of = {action.id: number for number, action in enumerate(graph.actions)}
+    order = _Order(schedule, timeline)
+    begin_s, end_s = window or (0.0, timeline.makespan_s)
     found: list[Gap] = []
-    working = {queue.gpu: queue.actions for queue in schedule.queues if queue.stream is Stream.COMPUTE}
-    for gpu in range(schedule.gpus):
-        free_s = 0.0
-        for action in working.get(gpu, ()):
-            if action.op is Op.FREE:
-                continue
-            start_s = timeline.start_s[action.id]
+    for gpu, working in enumerate(order.compute()):
+        free_s = begin_s
+        for number in working:
+            action = order.action(number)
+            start_s = min(order.start_s[number], end_s)
             if start_s > free_s + _SMALLEST_S:
-                causes = _blame(graph, timeline, number_of[action.id], free_s)
-                found.append(Gap(gpu, free_s, start_s, action.id, action.stage, causes))
-            free_s = max(free_s, timeline.end_s[action.id])
-        if timeline.makespan_s > free_s + _SMALLEST_S:
-            rest = timeline.makespan_s - free_s
-            found.append(Gap(gpu, free_s, timeline.makespan_s, None, None, {DRAIN: rest}))
+                causes = order.blame(number, free_s, start_s)
+                found.append(Gap(gpu, free_s, start_s, order.names[number], action.stage, causes))
+            free_s = max(free_s, order.end_s[number])
+        if end_s > free_s + _SMALLEST_S:
+            found.append(Gap(gpu, free_s, end_s, None, None, {DRAIN: end_s - free_s}))
     return tuple(found)
 
 
-def _blame(graph: ActionGraph, timeline: Timeline, number: int, since_s: float) -> dict[str, float]:
-    """Seconds from `since_s` to an action's start, by cause."""
-    causes: dict[str, float] = {}
-    job = graph.actions[number].job
-    until_s = timeline.start_s[graph.actions[number].id]
-    while until_s > since_s + _SMALLEST_S:
-        source = _last_source(graph, timeline, number)
-        if source is None:
-            causes[COPY] = causes.get(COPY, 0.0) + until_s - since_s
-            break
-        action = graph.actions[source]
-        began_s = max(since_s, timeline.start_s[action.id])
-        if began_s < until_s:
-            cause = _cause(action, job)
-            causes[cause] = causes.get(cause, 0.0) + until_s - began_s
-            until_s = began_s
-        number = source
-    return causes
+class _Order:
+    """Chained iterations as numbers, with their times."""
+
+    def __init__(self, schedule: Schedule, timeline: Timeline) -> None:
+        mode = "async" if schedule.mode == "async" else "sync"
+        self.events = chain_events(schedule, len(timeline.iteration_end_s), mode, timeline.rotate)
+        self.names = self.events.names()
+        self.start_s = [timeline.start_s[name] for name in self.names]
+        self.end_s = [timeline.end_s[name] for name in self.names]
+        self._previous = {after: before for order in self.events.order for before, after in pairwise(order)}
+
+    def action(self, number: int) -> Action:
+        return self.events.actions[number % len(self.events.actions)]
+
+    def compute(self) -> list[list[int]]:
+        """The numbers that each GPU computes, in order."""
+        found: list[list[int]] = [[] for _ in range(self.events.schedule.gpus)]
+        for order in self.events.order:
+            if order and self.action(order[0]).stream is Stream.COMPUTE:
+                working = [number for number in order if self.action(number).op is not Op.FREE]
+                found[self.events.gpu(order[0])] = working
+        return found
+
+    def blame(self, number: int, since_s: float, until_s: float) -> dict[str, float]:
+        """Seconds of an action's wait, by cause."""
+        causes: dict[str, float] = {}
+        job, iteration = self.action(number).job, number // len(self.events.actions)
+        while until_s > since_s + _SMALLEST_S:
+            source = self._last_source(number)
+            if source is None:
+                causes[COPY] = causes.get(COPY, 0.0) + until_s - since_s
+                break
+            began_s = max(since_s, self.start_s[source])
+            if began_s < until_s:
+                own = iteration == source // len(self.events.actions)
+                cause = _cause(self.action(source), job if own else None)
+                causes[cause] = causes.get(cause, 0.0) + until_s - began_s
+                until_s = began_s
+            number = source
+        return causes
+
+    def _last_source(self, number: int) -> int | None:
+        sources = list(self.events.sources[number])
+        if number in self._previous:
+            sources.append(self._previous[number])
+        return max(sources, key=self.end_s.__getitem__, default=None)
 
 
-def _last_source(graph: ActionGraph, timeline: Timeline, number: int) -> int | None:
-    previous = graph.previous(number)
-    sources = graph.predecessors[number] if previous is None else (previous, *graph.predecessors[number])
-    return max(sources, key=lambda source: timeline.end_s[graph.actions[source].id], default=None)
-
-
-def _cause(action: Action, job: int) -> str:
+def _cause(action: Action, job: int | None) -> str:
     if action.op is Op.PREFETCH:
         return UPLOAD if action.job == job else OTHER_UPLOAD
     return _CAUSES.get(action.op, OTHER_STAGE)

@@ -307,10 +307,32 @@ class ClassCost:
 
 
 @dataclass(frozen=True)
-class SegmentChain:
-    """The segments of a model, priced for one microbatch size and one kind of GPU.
+class GpuKind:
+    """One kind of GPU in a box of several: what it is, and what the segments of a chain take on it.
 
-    `op_classes` are estimates, also where the segments' seconds are measured; a profile has none.
+    Attributes:
+        hardware: The GPU and its link.
+        forward_s: Forward time of each segment.
+        backward_s: Backward time of each segment, without recompute.
+    """
+
+    hardware: Hardware
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SegmentChain:
+    """The segments of a model, priced for one microbatch size and one kind of GPU, or for several kinds.
+
+    Attributes:
+        segments: In order; their seconds are those on `hardware`.
+        bindings: Symbol name -> size of one microbatch.
+        hardware: The GPU; of several kinds the one with the least memory, in which segments have to fit.
+        tied: Tensors that several segments read.
+        op_classes: Estimates, also where the segments' seconds are measured; a profile has none.
+        kinds: The kinds of GPUs where there are several, `hardware` among them; else none.
+        kind_of: By GPU, its place in `kinds`; empty where all are alike.
     """
 
     segments: tuple[Segment, ...]
@@ -318,6 +340,19 @@ class SegmentChain:
     hardware: Hardware
     tied: tuple[TiedWeight, ...] = ()
     op_classes: tuple[ClassCost, ...] = ()
+    kinds: tuple[GpuKind, ...] = ()
+    kind_of: tuple[int, ...] = ()
+
+    def hardware_of(self, gpu: int) -> Hardware:
+        """What a GPU is."""
+        return self.kinds[self.kind_of[gpu]].hardware if self.kinds else self.hardware
+
+    def seconds_on(self, gpu: int, segment: int) -> tuple[float, float]:
+        """Forward and backward seconds of one segment on one GPU."""
+        if self.kinds:
+            kind = self.kinds[self.kind_of[gpu]]
+            return kind.forward_s[segment], kind.backward_s[segment]
+        return self.segments[segment].forward_s, self.segments[segment].backward_s
 
     @property
     def first_backward(self) -> int:
@@ -561,12 +596,14 @@ class Schedule:
 
     Attributes:
         policy: "round_robin", ...
-        mode: "sync" (training), or "forward" (evaluation only).
+        mode: How iterations follow one another in training, "sync" or "async" (see `simulate`); or
+            "forward" (evaluation only).
         gpus: Number of GPUs.
         microbatches: Number of microbatches.
         jobs: In dispatch order.
         queues: One a GPU and stream that has work, ordered by GPU then stream.
         buffers: Buffer name -> size in bytes.
+        rotate: As in `Dispatch`.
     """
 
     policy: str
@@ -576,6 +613,7 @@ class Schedule:
     jobs: tuple[Job, ...]
     queues: tuple[Queue, ...]
     buffers: dict[str, int] = field(default_factory=dict[str, int])
+    rotate: int = 0
 
     def actions(self) -> Iterator[Action]:
         """Every action, queue by queue."""

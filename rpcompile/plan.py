@@ -29,9 +29,12 @@ from rpcompile.errors import PlanFileError, RpcompileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.host_memory import HostMemory
 from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, StageKind
+from rpcompile.mixed_gpus import box_text
 from rpcompile.plan_checks import plan_problem
+from rpcompile.plan_summary import compute_s, upload_s
 from rpcompile.plan_versions import SCHEDULED_SINCE, VERSION, known, upgrade
-from rpcompile.simulate import Timeline, simulate
+from rpcompile.shared_links import SharedLinks
+from rpcompile.simulate import Timeline, simulate, simulate_steady
 from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from rpcompile.explain import Explanation
 
 _WIDTH = 120
+_TRACED = 4  # iterations of an asynchronous plan that a trace shows
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,15 @@ class Prediction:
     """What the simulator says about one iteration of a schedule.
 
     Attributes:
-        iteration_s: Makespan.
-        tokens_per_s: Tokens of all microbatches over the makespan; None where there are no tokens.
-        bubble: Share of the GPUs' compute time that is idle.
+        iteration_s: Makespan; in mode "async" the period, which each of many iterations takes that follow one
+            another without a pause.
+        tokens_per_s: Tokens of all microbatches over `iteration_s`; None where there are no tokens.
+        bubble: Share of the GPUs' compute time that is idle, in mode "async" of the period.
         gpu_peak_bytes: Peak memory of each GPU.
         host_peak_bytes: Peak memory of the host.
         host: What it is made of; None where that is not known.
+        traffic: Weights uploaded, in units of `stage_bytes.upload_unit_bytes`; None where that is not known.
+        alone_s: In mode "async", the makespan of an iteration that nothing precedes or follows; else None.
     """
 
     iteration_s: float
@@ -64,6 +71,8 @@ class Prediction:
     gpu_peak_bytes: tuple[int, ...]
     host_peak_bytes: int
     host: HostMemory | None = None
+    traffic: float | None = None
+    alone_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,13 @@ class Plan:
         dtype: Of most parameters.
         gpus: Number of GPUs.
         microbatches: Parts that each batch is split into.
-        mode: "sync", or "forward" for evaluation.
+        mode: "sync", "async", or "forward" for evaluation.
         chain: The segments and their prices.
         partition: The stages.
         schedule: What every stream does.
         prediction: What the simulator says about it.
         provenance: Versions that made it.
+        links: What its transfers and host work share; None for an idle machine, where nothing is shared.
     """
 
     model_name: str
@@ -95,6 +105,7 @@ class Plan:
     schedule: Schedule
     prediction: Prediction
     provenance: dict[str, str]
+    links: SharedLinks | None = None
 
     @property
     def id(self) -> str:
@@ -103,8 +114,12 @@ class Plan:
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:8]
 
     def simulate(self) -> Timeline:
-        """The timeline of one iteration."""
-        return simulate(self.schedule)
+        """The timeline of one iteration, which nothing precedes or follows."""
+        return simulate(self.schedule, links=self.links)
+
+    def simulate_steady(self) -> Timeline:
+        """The timeline of iterations that follow one another until each takes as long as the next."""
+        return simulate_steady(self.schedule, self.links)
 
     def actions(self) -> ActionTable:
         """What each GPU computes and when, as plain data."""
@@ -173,8 +188,11 @@ class Plan:
         return plot(self, path)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the simulated timeline for ui.perfetto.dev or chrome://tracing."""
-        write_trace(self.schedule, self.simulate(), Path(path))
+        """Writes the simulated timeline, if asynchronous of several iterations, for ui.perfetto.dev."""
+        timeline = self.simulate()
+        if self.mode == "async":
+            timeline = simulate(self.schedule, links=self.links, iterations=_TRACED)
+        write_trace(self.schedule, timeline, Path(path))
 
     def __str__(self) -> str:
         return _format(self)
@@ -289,14 +307,14 @@ def _host(host: HostMemory) -> str:
         "optimizer": host.optimizer_bytes,
         "boundaries": host.boundary_bytes,
         "inputs": host.input_bytes,
+        "copy": host.copy_bytes,
     }
     return " · ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
 
 
 def _header(plan: Plan) -> list[tuple[str, str]]:
-    hardware, predicted, partition = plan.chain.hardware, plan.prediction, plan.partition
+    predicted, partition = plan.prediction, plan.partition
     sizes = " x ".join(str(size) for size in plan.chain.bindings.values()) or "the given size"
-    link = hardware.sources.get("h2d_bytes_per_s", "assumed").partition(":")[0]
     rate = "" if predicted.tokens_per_s is None else f" · {predicted.tokens_per_s:,.0f} tok/s"
     return [
         (
@@ -305,20 +323,44 @@ def _header(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "Hardware",
-            f"{plan.gpus} x {hardware.name} {hardware.memory_bytes / 2**30:.0f} GiB · "
-            f"h2d {hardware.h2d_bytes_per_s / 1e9:.1f} GB/s ({link})",
+            f"{box_text(plan.chain, plan.gpus)} · h2d {_links(plan)}",
         ),
         (
             "Simulated",
             f"{seconds(predicted.iteration_s)}/step{rate} · bubble {100 * predicted.bubble:.1f} % · "
             f"GPU peak {size(max(predicted.gpu_peak_bytes))} · host peak {size(predicted.host_peak_bytes)}",
         ),
+        *_iterations(plan),
         *([("Host", _host(predicted.host))] if predicted.host else []),
         (
             "Solver",
             f"{partition.solver} {partition.status} · gap {100 * partition.gap:.1f} % · "
             f"{partition.solve_s:.1f} s",
         ),
+    ]
+
+
+def _links(plan: Plan) -> str:
+    """Rates of the links up and where they are from, the fastest first."""
+    every = [plan.chain.hardware_of(gpu) for gpu in range(plan.gpus)]
+    sources = {gpu.h2d_bytes_per_s: gpu.sources.get("h2d_bytes_per_s", "assumed") for gpu in every}
+    rates = sorted(sources.items(), reverse=True)
+    text = ", ".join(f"{rate / 1e9:.1f} GB/s ({source.partition(':')[0]})" for rate, source in rates)
+    return text + ("" if plan.links is None else " · shared links and host memory simulated")
+
+
+def _iterations(plan: Plan) -> list[tuple[str, str]]:
+    """How an asynchronous plan's iterations follow one another."""
+    alone_s = plan.prediction.alone_s
+    if alone_s is None:
+        return []
+    shift = f", each shifted by {plan.schedule.rotate} GPUs" if plan.schedule.rotate else ""
+    return [
+        (
+            "Iterations",
+            f"the step's time is the steady state's: iterations overlap without a pause{shift}; "
+            f"one alone takes {seconds(alone_s)}",
+        )
     ]
 
 
@@ -343,10 +385,7 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
     shared = _shared_path(plan)
     names = [_without(name, shared) for name in names]
     weights = sum(stage_bytes.weight_bytes(plan.chain, stage.segments).values())
-    compute_s = sum(segment.forward_s for segment in segments)
-    if stage.kind is not StageKind.F:
-        compute_s += sum(segment.backward_s for segment in segments)
-    upload_s = weights / plan.chain.hardware.h2d_bytes_per_s
+    computing_s, uploading_s = compute_s(plan, stage), upload_s(plan, stage)
     return (
         str(stage.index),
         stage.kind.value,
@@ -354,9 +393,9 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
         names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
         size(weights),
         size(_outgoing_bytes(plan.chain, stage)),
-        seconds(compute_s),
-        seconds(upload_s),
-        "compute" if plan.microbatches * compute_s >= upload_s else "upload",
+        seconds(computing_s),
+        seconds(uploading_s),
+        "compute" if plan.microbatches * computing_s >= uploading_s else "upload",
     )
 
 

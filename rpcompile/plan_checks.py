@@ -20,7 +20,7 @@ def plan_problem(plan: Plan) -> str | None:
 
     Takes time and memory in proportion to the file, whatever numbers stand in it.
     """
-    return _sizes(plan) or _small_numbers(plan) or _references(plan) or _actions(plan)
+    return _sizes(plan) or _small_numbers(plan) or _kinds(plan) or _references(plan) or _actions(plan)
 
 
 def _sizes(plan: Plan) -> str | None:
@@ -39,21 +39,40 @@ def _sizes(plan: Plan) -> str | None:
 
 def _small_numbers(plan: Plan) -> str | None:
     """Numbers outside the schedule; `_actions` looks at those inside."""
-    hardware = plan.chain.hardware
     if not _finite(
         msgspec.to_builtins(replace(plan, schedule=replace(plan.schedule, queues=(), buffers={})))
     ):
         return "it holds a number that is not finite or too large"
-    for name in ("flops_per_s", "memory_bytes_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s"):
-        if getattr(hardware, name) <= 0:
-            return f"hardware.{name} is {getattr(hardware, name)}; it must be above 0"
-    if hardware.usable_bytes < 0 or hardware.memory_bytes < 0:
-        return "its hardware has negative memory"
+    for hardware in (plan.chain.hardware, *(kind.hardware for kind in plan.chain.kinds)):
+        for name in ("flops_per_s", "memory_bytes_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s"):
+            if getattr(hardware, name) <= 0:
+                return f"hardware.{name} is {getattr(hardware, name)}; it must be above 0"
+        if hardware.usable_bytes < 0 or hardware.memory_bytes < 0:
+            return "its hardware has negative memory"
     for segment in plan.chain.segments:
         if segment.forward_s < 0 or segment.backward_s < 0 or segment.weight_bytes < 0:
             return f"segment {segment.name!r} takes negative time or bytes"
     if plan.prediction.iteration_s < 0 or min(plan.prediction.gpu_peak_bytes) < 0:
         return "it predicts a negative time or size"
+    return None
+
+
+def _kinds(plan: Plan) -> str | None:
+    """GPUs that are not alike, and how iterations follow one another."""
+    chain, schedule, count = plan.chain, plan.schedule, len(plan.chain.segments)
+    if len(chain.kind_of) != (plan.gpus if chain.kinds else 0):
+        return f"it says of {len(chain.kind_of)} GPUs of {plan.gpus} what kind they are"
+    if any(not 0 <= kind < len(chain.kinds) for kind in chain.kind_of):
+        return f"it names a kind of GPU that is none of {len(chain.kinds)}"
+    for kind in chain.kinds:
+        if (len(kind.forward_s), len(kind.backward_s)) != (count, count):
+            return f"it does not have the seconds of {count} segments on {kind.hardware.name}"
+        if min(*kind.forward_s, *kind.backward_s) < 0:
+            return f"a segment takes negative time on {kind.hardware.name}"
+    if plan.mode != schedule.mode:
+        return f"its mode is {plan.mode!r} and its schedule's {schedule.mode!r}"
+    if not 0 <= schedule.rotate < plan.gpus:
+        return f"its iterations are shifted by {schedule.rotate} of {plan.gpus} GPUs"
     return None
 
 

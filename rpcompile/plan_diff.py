@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from rpcompile.mixed_gpus import box_text
 from rpcompile.plan import seconds, size
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def _facts(left: Plan, right: Plan) -> Iterator[Difference]:
             f"hardware.{name}": str(getattr(plan.chain.hardware, name))
             for name in ("name", "usable_bytes", "flops_per_s", "h2d_bytes_per_s", "d2h_bytes_per_s")
         }
+        if plan.chain.kinds:
+            hardware["GPUs"] = box_text(plan.chain, plan.gpus)
         model = {"model": plan.model_name, "fingerprint": plan.fingerprint[:12]}
         return {**model, **found, "policy": plan.schedule.policy, **sizes, **hardware}
 

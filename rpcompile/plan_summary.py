@@ -10,17 +10,21 @@ from rpcompile import stage_bytes
 from rpcompile.ir import DOWN_STREAMS, UP_STREAMS, StageKind
 
 if TYPE_CHECKING:
-    from rpcompile.ir import Stage
+    from rpcompile.ir import Hardware, Stage
     from rpcompile.plan import Plan
 
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Everything about a plan but its transfers; numbers in the units that the keys end with.
 
+    Of GPUs that are not alike, `hardware` is the smallest and `gpu_hardware` has each. In mode "async",
+    `prediction.iteration_s` is the period of the steady state, and `actions` are those of one iteration
+    alone, which takes `alone_s`; the next one is shifted by `rotate` GPUs.
+
     `source` says that the times are simulated. `stages[].upload_s` is one upload of the stage's weights at
     the link's full rate; `compute_s` is one microbatch; `actions` is `rpcompile/action_table.py`'s table.
     """
-    predicted, partition, hardware = plan.prediction, plan.partition, plan.chain.hardware
+    predicted, partition, chain = plan.prediction, plan.partition, plan.chain
     return {
         "source": "simulated",
         "id": plan.id,
@@ -32,17 +36,18 @@ def summary(plan: Plan) -> dict[str, Any]:
         "gpus": plan.gpus,
         "microbatches": plan.microbatches,
         "sizes": plan.chain.bindings,
-        "hardware": {
-            "name": hardware.name,
-            "memory_bytes": hardware.memory_bytes,
-            "usable_bytes": hardware.usable_bytes,
-            "h2d_bytes_per_s": hardware.h2d_bytes_per_s,
-            "d2h_bytes_per_s": hardware.d2h_bytes_per_s,
-        },
+        "hardware": _hardware(chain.hardware),
+        "gpu_hardware": [_hardware(chain.hardware_of(gpu)) for gpu in range(plan.gpus)]
+        if chain.kinds
+        else None,
+        "links": msgspec.to_builtins(plan.links),
+        "rotate": plan.schedule.rotate,
         "prediction": {
             "iteration_s": predicted.iteration_s,
             "tokens_per_s": predicted.tokens_per_s,
+            "alone_s": predicted.alone_s,
             "bubble": predicted.bubble,
+            "traffic": predicted.traffic,
             "gpu_peak_bytes": list(predicted.gpu_peak_bytes),
             "host_peak_bytes": predicted.host_peak_bytes,
             "host": msgspec.to_builtins(predicted.host),
@@ -61,11 +66,29 @@ def summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def compute_s(plan: Plan, stage: Stage) -> float:
-    """Seconds of one microbatch of a stage, by the chain."""
-    segments = [plan.chain.segments[index] for index in stage.segments]
-    backward_s = sum(segment.backward_s for segment in segments)
-    return sum(segment.forward_s for segment in segments) + (0.0 if stage.kind is StageKind.F else backward_s)
+def compute_s(plan: Plan, stage: Stage, gpu: int | None = None) -> float:
+    """Seconds of one microbatch of a stage, by the chain.
+
+    Args:
+        plan: The plan.
+        stage: One of its stages.
+        gpu: Where; None for the mean over its microbatches, wherever they run.
+    """
+    if gpu is None and plan.chain.kinds:
+        jobs = [job for job in plan.schedule.jobs if job.stage == stage.index]
+        runs = sum(len(job.microbatches) for job in jobs)
+        total_s = sum(len(job.microbatches) * compute_s(plan, stage, job.gpu) for job in jobs)
+        return total_s / runs if runs else 0.0
+    each = [plan.chain.seconds_on(gpu or 0, index) for index in stage.segments]
+    backward_s = 0.0 if stage.kind is StageKind.F else sum(seconds for _, seconds in each)
+    return sum(seconds for seconds, _ in each) + backward_s
+
+
+def upload_s(plan: Plan, stage: Stage) -> float:
+    """Seconds of one upload of a stage's weights at the full rate of the slowest link that it takes."""
+    weights = sum(stage_bytes.weight_bytes(plan.chain, stage.segments).values())
+    gpus = {job.gpu for job in plan.schedule.jobs if job.stage == stage.index} or {0}
+    return weights / min(plan.chain.hardware_of(gpu).h2d_bytes_per_s for gpu in gpus)
 
 
 def upload_traffic(plan: Plan) -> tuple[int, int]:
@@ -73,6 +96,16 @@ def upload_traffic(plan: Plan) -> tuple[int, int]:
     up = sum(action.nbytes for action in plan.schedule.actions() if action.stream in UP_STREAMS)
     down = sum(action.nbytes for action in plan.schedule.actions() if action.stream in DOWN_STREAMS)
     return up, down
+
+
+def _hardware(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "name": hardware.name,
+        "memory_bytes": hardware.memory_bytes,
+        "usable_bytes": hardware.usable_bytes,
+        "h2d_bytes_per_s": hardware.h2d_bytes_per_s,
+        "d2h_bytes_per_s": hardware.d2h_bytes_per_s,
+    }
 
 
 def _stage(plan: Plan, stage: Stage) -> dict[str, Any]:
@@ -97,5 +130,5 @@ def _stage(plan: Plan, stage: Stage) -> dict[str, Any]:
         ],
         "weight_bytes": weights,
         "compute_s": compute_s(plan, stage),
-        "upload_s": weights / plan.chain.hardware.h2d_bytes_per_s,
+        "upload_s": upload_s(plan, stage),
     }

@@ -14,7 +14,7 @@ from rpcompile.errors import PlanFileError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VERSION = 3
+VERSION = 4
 SCHEDULED_SINCE = 3
 """Version from which on schedules are as they are now: RECOMPUTE is an action of its own."""
 
@@ -29,7 +29,12 @@ def _from_2(plan: dict[str, Any]) -> dict[str, Any]:
     return plan
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+def _from_3(plan: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 knows GPUs that are not alike, shared links and asynchronous plans; the rest stays."""
+    return plan
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """Version -> what makes its `plan` one of the next version."""
 
 

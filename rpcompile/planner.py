@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,69 +19,37 @@ from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
 from rpcompile.cost_file import CostFile
-from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
+from rpcompile.errors import InvalidArgument, PlanMismatch
 from rpcompile.host_memory import host_memory
-from rpcompile.memory_bound import gpu_memory_bounds
+from rpcompile.mixed_gpus import Box, box_of, with_ratios, with_speeds
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
 from rpcompile.passes.choose_tiles import ChooseTiles
-from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.passes.find_stage_memory import FindStageMemory
-from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.measure_chain import MeasureChain
-from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
-from rpcompile.simulate import Timeline, simulate
+from rpcompile.scheduling import Found, PlanOptions, find_schedule, traffic_of
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from os import PathLike
 
     from torch import nn
 
-    from rpcompile.ir import Capture, CostedGraph, Dispatch, Hardware, Partition, Schedule, SegmentChain
+    from rpcompile.ir import Capture, CostedGraph, Hardware, SegmentChain
     from rpcompile.profile import Profile
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
-EFFORTS = ("fast", "default", "thorough")
 SOURCES = ("estimated", "measured")  # of seconds, besides profiles
-_MEMORY_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 _log = logging.getLogger("rpcompile")
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a plan is made for.
-
-    Attributes:
-        gpus: Number of GPUs.
-        microbatches: Parts that each batch is split into.
-        mode: "sync" (training), or "forward" (evaluation).
-        solver_time_s: Seconds the partition solver may take.
-        seed: Seed of the partition solver and of the search.
-        effort: None: the solver's stages, one job each, round robin. "fast" (2 s), "default" (20 s) or
-            "thorough" (90 s): also searches for stages, replicas and order together, and takes what is
-            predicted to be faster. Replicas' gradients are summed job by job, which rounds otherwise than
-            one sum over microbatches.
-        max_traffic: Most uploads that a search may use, in units of `SearchedSchedule.traffic`; None for no
-            limit.
-    """
-
-    gpus: int
-    microbatches: int
-    mode: str = "sync"
-    solver_time_s: float = 3.0
-    seed: int = 0
-    effort: str | None = None
-    max_traffic: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +64,7 @@ class CapturedModel:
 
     def bind(
         self,
-        hardware: Hardware,
+        hardware: Hardware | Box,
         sizes: Mapping[str, int] | None = None,
         *,
         seconds: str | Profile = "estimated",
@@ -106,10 +73,11 @@ class CapturedModel:
         head_groups: str | int = "auto",
         progress: bool | None = None,
     ) -> SegmentChain:
-        """Prices the segments for one size of microbatch on one kind of GPU. Nothing is captured again.
+        """Prices the segments for one size of microbatch on a kind of GPU. Nothing is captured again.
 
         Args:
-            hardware: The GPU.
+            hardware: The GPU; or a box of several, for which segments have to fit in the smallest, and of
+                which each takes longer or shorter by the ratio of the estimates for it and for the smallest.
             sizes: Sizes of one microbatch, e.g. {"batch": 4, "sequence": 2048}; those left out are
                 as in the example inputs.
             seconds: Where seconds come from. "estimated": a roofline over FLOPs and bytes. "measured": each
@@ -127,6 +95,13 @@ class CapturedModel:
                 another model.
             ExecutionError: A segment fails on the device.
         """
+        if isinstance(hardware, Box):
+            chain = self.bind(
+                hardware.smallest, sizes, seconds=seconds, device=device, tiles=tiles, progress=progress
+            )
+            if len(hardware.kinds) == 1:
+                return chain
+            return with_ratios(chain, hardware, self._ratios(hardware, chain.bindings))
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
         chain = ChooseTiles(self.costed, tiles, head_groups).run(chain)
@@ -138,6 +113,17 @@ class CapturedModel:
         if isinstance(seconds, str):
             raise InvalidArgument(f"seconds={seconds!r}; it must be 'estimated', 'measured' or a profile")
         return _with_given_seconds(chain, seconds)
+
+    def _ratios(self, box: Box, bindings: Mapping[str, int]) -> list[tuple[list[float], list[float]]]:
+        """By kind of GPU, the estimated time of each segment's passes over that on the smallest GPU."""
+        own = BindChain(bindings, box.smallest).seconds(self.costed)
+        found: list[tuple[list[float], list[float]]] = []
+        for hardware in box.kinds:
+            other = BindChain(bindings, hardware).seconds(self.costed)
+            pairs = list(zip(other, own, strict=True))
+            forward, backward = ([a[i] / b[i] if b[i] else 1.0 for a, b in pairs] for i in (0, 1))
+            found.append((forward, backward))
+        return found
 
     def plan(self, chain: SegmentChain, options: PlanOptions, progress: bool | None = None) -> Plan:
         """Partitions and schedules a chain that `bind` made.
@@ -165,7 +151,7 @@ class CapturedModel:
                 f"the plan is of {plan.model_name} {plan.fingerprint[:12]}, this model is "
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
-        chain = self.bind(plan.chain.hardware, {**plan.chain.bindings, **sizes})
+        chain = self.bind(box_of(plan.chain, plan.gpus), {**plan.chain.bindings, **sizes})
         partition = FindStageMemory(self.capture, chain).run(plan.partition)
         rebound = laid_out_again(replace(plan, chain=chain, partition=partition))
         rebound.verify()
@@ -228,7 +214,11 @@ def _report(shares: tuple[UnknownShare, ...]) -> None:
 
 
 def plan_profile(
-    profile: Profile, options: PlanOptions, name: str = "profile", progress: bool | None = None
+    profile: Profile,
+    options: PlanOptions,
+    name: str = "profile",
+    progress: bool | None = None,
+    box: Box | None = None,
 ) -> Plan:
     """A plan from somebody's measurement, without the model.
 
@@ -237,15 +227,19 @@ def plan_profile(
         options: What to plan for.
         name: What to call the model.
         progress: Show a progress bar; default: if standard error is a terminal.
+        box: The GPUs, with their speeds beside the one that the profile is of; None: all are that one.
 
     Returns:
         A plan that can be printed, simulated, verified and saved, but not run: it has no graph.
 
     Raises:
+        InvalidArgument: A speed is missing.
         PartitionError: Nothing fits.
     """
+    chain = profile.to_chain()
+    chain = chain if box is None else with_speeds(chain, box)
     with progress_bar(progress) as bar:
-        return plan_chain(profile.to_chain(), options, ModelDescription(name, "", "given"), bar)
+        return plan_chain(chain, options, ModelDescription(name, "", "given"), bar)
 
 
 def plan_chain(
@@ -269,12 +263,11 @@ def plan_chain(
         InvalidArgument: An option is out of range.
         PartitionError: Nothing fits.
     """
-    _check(options)
     started = time.perf_counter()
-    partition, schedule, timeline = _schedule(chain, options, bar, capture)
+    found = find_schedule(chain, options, bar, capture)
     announce(bar, "verify")
-    verify_schedule(schedule, chain, partition)
-    prediction = _prediction(chain, schedule, timeline, model.dtype)
+    verify_schedule(found.schedule, chain, found.partition)
+    prediction = _prediction(chain, found, model.dtype)
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -284,10 +277,11 @@ def plan_chain(
         microbatches=options.microbatches,
         mode=options.mode,
         chain=chain,
-        partition=partition,
-        schedule=schedule,
+        partition=found.partition,
+        schedule=found.schedule,
         prediction=prediction,
         provenance=_provenance(options),
+        links=options.links,
     )
 
 
@@ -298,106 +292,26 @@ def laid_out_again(plan: Plan) -> Plan:
         ScheduleError, PartitionError: The plan contradicts itself.
     """
     schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
-    prediction = _prediction(plan.chain, schedule, simulate(schedule), plan.dtype)
-    return replace(plan, schedule=schedule, prediction=prediction)
+    again = replace(plan, schedule=schedule)
+    steady = again.simulate_steady() if plan.mode == "async" else None
+    timed = Found(plan.partition, schedule, again.simulate(), steady)
+    return replace(again, prediction=_prediction(plan.chain, timed, plan.dtype))
 
 
-def _prediction(chain: SegmentChain, schedule: Schedule, timeline: Timeline, dtype: str) -> Prediction:
+def _prediction(chain: SegmentChain, found: Found, dtype: str) -> Prediction:
+    schedule, timeline, steady = found.schedule, found.timeline, found.steady
     tokens = schedule.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
     host = host_memory(chain, schedule, dtype)
     return Prediction(
-        iteration_s=timeline.makespan_s,
-        tokens_per_s=tokens / timeline.makespan_s if "sequence" in chain.bindings else None,
-        bubble=timeline.bubble,
-        gpu_peak_bytes=timeline.gpu_peak_bytes,
+        iteration_s=found.iteration_s,
+        tokens_per_s=tokens / found.iteration_s if "sequence" in chain.bindings else None,
+        bubble=timeline.bubble if steady is None else steady.steady_bubble,
+        gpu_peak_bytes=(steady or timeline).gpu_peak_bytes,
         host_peak_bytes=host.total_bytes,
         host=host,
+        traffic=traffic_of(chain, schedule, timeline),
+        alone_s=None if steady is None else timeline.makespan_s,
     )
-
-
-def _schedule(
-    chain: SegmentChain, options: PlanOptions, bar: tqdm[Any] | None, capture: Capture | None
-) -> tuple[Partition, Schedule, Timeline]:
-    """Stages and schedule whose peak fits, however long actions take; the fastest that was found."""
-
-    def round_robin(limit_bytes: int) -> tuple[Partition, Dispatch, str]:
-        return _round_robin(chain, options, limit_bytes, bar)
-
-    if options.effort is None or options.mode == "forward":
-        return _fitting(chain, bar, capture, round_robin)
-    found = [_fitting(chain, bar, capture, lambda limit: _searched(chain, options, limit, bar))]
-    if options.max_traffic is None:
-        with suppress(PartitionError):
-            found.append(_fitting(chain, bar, capture, round_robin))
-    return min(found, key=lambda item: item[2].makespan_s)
-
-
-def _fitting(
-    chain: SegmentChain,
-    bar: tqdm[Any] | None,
-    capture: Capture | None,
-    make: Callable[[int], tuple[Partition, Dispatch, str]],
-) -> tuple[Partition, Schedule, Timeline]:
-    """Makes a dispatch for less and less memory until its schedule fits.
-
-    A partition is held to a bound on what its schedule takes, which the schedule's own can exceed.
-    """
-    usable, excess = chain.hardware.usable_bytes, 0
-    for share in _MEMORY_SHARES:
-        try:
-            partition, dispatch, mode = make(int(share * usable))
-        except PartitionError:
-            if excess:
-                break
-            raise
-        if capture is not None:
-            announce(bar, FindStageMemory.name)
-            partition = FindStageMemory(capture, chain).run(partition)
-        announce(bar, InsertTransfers.name)
-        schedule = lay_out(chain, partition, dispatch, mode)
-        excess = max(gpu_memory_bounds(schedule)) - usable
-        if excess <= 0:
-            return replace(partition, memory_limit_bytes=usable), schedule, simulate(schedule)
-    raise PartitionError(
-        f"no schedule was found whose peak fits in the {usable:,} usable bytes of {chain.hardware.name}: the "
-        f"last one needs {usable + excess:,}. Use more microbatches (smaller ones) or GPUs with more memory"
-    )
-
-
-def _round_robin(
-    chain: SegmentChain, options: PlanOptions, limit_bytes: int, bar: tqdm[Any] | None
-) -> tuple[Partition, Dispatch, str]:
-    announce(bar, PartitionStages.name)
-    partition = PartitionStages(
-        options.gpus,
-        options.microbatches,
-        memory_limit_bytes=limit_bytes,
-        time_limit_s=options.solver_time_s,
-        seed=options.seed,
-        mode=options.mode,
-    ).run(chain)
-    return partition, DispatchRoundRobin(options.gpus, options.microbatches).run(partition), options.mode
-
-
-def _searched(
-    chain: SegmentChain, options: PlanOptions, limit_bytes: int, bar: tqdm[Any] | None
-) -> tuple[Partition, Dispatch, str]:
-    # It compiles its inner loop; who does not search need not wait for that.
-    from rpcompile.passes.search_schedule import SearchSchedule
-
-    announce(bar, SearchSchedule.name)
-    found = SearchSchedule(
-        options.gpus,
-        options.microbatches,
-        max_traffic=options.max_traffic,
-        effort=str(options.effort),
-        seed=options.seed,
-        memory_limit_bytes=limit_bytes,
-    ).run(chain)
-    if found.unused_gpus:
-        names = ", ".join(map(str, found.unused_gpus))
-        _log.warning("there is not enough work for %d GPUs; idle: %s", options.gpus, names)
-    return found.partition, found.dispatch, "sync"
 
 
 def progress_bar(progress: bool | None) -> tqdm[Any]:
@@ -413,23 +327,19 @@ def announce(bar: tqdm[Any] | None, step: str) -> None:
         bar.set_description(step)
 
 
+def find_gpu(gpu: str | Hardware | None) -> str | Hardware:
+    """The GPU that is named, else the one that is found, else the default."""
+    return (gpu or catalogue.detect() or DEFAULT_GPU) if gpu is None or isinstance(gpu, str) else gpu
+
+
 def find_hardware(gpu: str | Hardware | None) -> Hardware:
     """The GPU that is named, else the one that is found, else the default.
 
     Raises:
         InvalidArgument: No such GPU.
     """
-    if gpu is None or isinstance(gpu, str):
-        return catalogue.lookup(gpu or catalogue.detect() or DEFAULT_GPU)
-    return gpu
-
-
-def _check(options: PlanOptions) -> None:
-    for option, value in (("gpus", options.gpus), ("microbatches", options.microbatches)):
-        if value < 1:
-            raise InvalidArgument(f"{option}={value}; at least 1 is needed")
-    if options.effort not in (None, *EFFORTS):
-        raise InvalidArgument(f"effort={options.effort!r}; it must be None, {', '.join(map(repr, EFFORTS))}")
+    gpu = find_gpu(gpu)
+    return catalogue.lookup(gpu) if isinstance(gpu, str) else gpu
 
 
 def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rpcompile.errors import InvalidArgument
 from rpcompile.gantt import LANES, bars, palette, tone
 from rpcompile.idle import gaps
+from rpcompile.mixed_gpus import box_text
 from rpcompile.plan import seconds
 
 if TYPE_CHECKING:
@@ -97,9 +98,10 @@ def _finish(axes: Axes, plan: Plan, end: float, unit: str) -> None:
     axes.set_xlabel(f"{unit} (simulated); thin rows: {rows}; hatched: idle")
     sizes = " x ".join(map(str, plan.chain.bindings.values()))
     axes.set_title(
-        f"{plan.model_name} on {plan.gpus} x {plan.chain.hardware.name}, {plan.microbatches} microbatches"
+        f"{plan.model_name} on {box_text(plan.chain, plan.gpus)}, {plan.microbatches} microbatches"
         f"{f' of {sizes}' if sizes else ''}: {seconds(plan.prediction.iteration_s)}, "
-        f"bubble {100 * plan.prediction.bubble:.1f} %",
+        f"bubble {100 * plan.prediction.bubble:.1f} %"
+        + ("" if plan.prediction.alone_s is None else " in the steady state; here one iteration alone"),
         fontsize=9,
         loc="left",
     )

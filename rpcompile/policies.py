@@ -15,12 +15,13 @@ from rpcompile.passes.dispatch_looped_bfs import DispatchLoopedBFS
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.partition_by_rule import PartitionByRule
 from rpcompile.passes.partition_pipeline import PartitionPipeline
-from rpcompile.simulate import simulate
+from rpcompile.simulate import simulate, simulate_steady
 from rpcompile.variations import lay_out
 
 if TYPE_CHECKING:
     from rpcompile.ir import Schedule, SegmentChain
     from rpcompile.plan import Plan
+    from rpcompile.shared_links import SharedLinks
     from rpcompile.simulate import Timeline
 
 POLICIES = {
@@ -38,7 +39,7 @@ class PolicyResult:
 
     Attributes:
         policy: Its name.
-        iteration_s: Makespan.
+        iteration_s: Makespan, or period of the steady state.
         bubble: Idle share of the GPUs' compute time.
         gpu_peak_bytes: Peak of each GPU.
         host_peak_bytes: Peak of the host.
@@ -104,29 +105,40 @@ def parse_partition(text: str, chain: SegmentChain) -> Partition:
 
 
 def schedule_policy(
-    chain: SegmentChain, partition: Partition, policy: str, gpus: int, microbatches: int
+    chain: SegmentChain,
+    partition: Partition,
+    policy: str,
+    gpus: int,
+    microbatches: int,
+    mode: str = "sync",
 ) -> Schedule:
     """A policy's schedule with transfers and events.
 
     Raises:
-        InvalidArgument: No such policy.
+        InvalidArgument: No such policy, or the chain is priced for another number of different GPUs.
         PartitionError: The policy cannot run these stages.
     """
     check_policy(policy)
+    if chain.kinds and len(chain.kind_of) != gpus:
+        raise InvalidArgument(
+            f"gpus={gpus}, but the segments are priced for {len(chain.kind_of)} GPUs that are not alike; "
+            "leave gpus out"
+        )
     dispatch = POLICIES[policy](gpus, microbatches).run(partition)
-    return lay_out(chain, partition, dispatch, "sync")
+    return lay_out(chain, partition, dispatch, mode)
 
 
 def result_of(policy: str, chain: SegmentChain, timeline: Timeline, own: bool) -> PolicyResult:
-    """The figures of one simulation."""
+    """The figures of one simulation; of the steady state, where several iterations were simulated."""
+    iterations, peaks = len(timeline.iteration_end_s), timeline.gpu_peak_bytes
     return PolicyResult(
         policy,
-        timeline.makespan_s,
-        timeline.bubble,
-        timeline.gpu_peak_bytes,
+        timeline.makespan_s if iterations == 1 else timeline.period_s,
+        timeline.bubble if iterations == 1 else timeline.steady_bubble,
+        peaks,
         timeline.host_peak_bytes,
-        timeline.upload_bytes,
-        fits=max(timeline.gpu_peak_bytes) <= chain.hardware.usable_bytes,
+        timeline.upload_bytes // iterations,
+        fits=all(peak <= chain.hardware_of(gpu).usable_bytes for gpu, peak in enumerate(peaks)),
         own=own,
     )
 
@@ -139,18 +151,28 @@ def compare_policies(plan: Plan) -> tuple[PolicyResult, ...]:
     """
     if plan.mode == "forward":
         return ()
-    own = result_of(f"this plan ({plan.schedule.policy})", plan.chain, plan.simulate(), own=True)
-    return own, *compare_chain(plan.chain, plan.gpus, plan.microbatches)
+    timeline = plan.simulate_steady() if plan.mode == "async" else plan.simulate()
+    own = result_of(f"this plan ({plan.schedule.policy})", plan.chain, timeline, own=True)
+    others = compare_chain(plan.chain, plan.gpus, plan.microbatches, plan.mode, plan.links)
+    return own, *others
 
 
-def compare_chain(chain: SegmentChain, gpus: int, microbatches: int) -> tuple[PolicyResult, ...]:
-    """Every policy with its usual stages on one chain."""
+def compare_chain(
+    chain: SegmentChain,
+    gpus: int,
+    microbatches: int,
+    mode: str = "sync",
+    links: SharedLinks | None = None,
+) -> tuple[PolicyResult, ...]:
+    """Every policy with its usual stages on one chain; in mode "async" the steady state of each."""
     found: list[PolicyResult] = []
     for policy in POLICIES:
         try:
             partition = default_partition(chain, policy, gpus)
-            schedule = schedule_policy(chain, partition, policy, gpus, microbatches)
-            timeline = simulate(schedule)
+            schedule = schedule_policy(chain, partition, policy, gpus, microbatches, mode)
+            timeline = (
+                simulate_steady(schedule, links) if mode == "async" else simulate(schedule, links=links)
+            )
         except RpcompileError as error:
             found.append(PolicyResult(policy, problem=str(error)))
             continue

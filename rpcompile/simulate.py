@@ -11,6 +11,7 @@ weights in front of it, `CHUNK_BYTES` of `rpcompile/runtime/weight_arenas.py` at
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from rpcompile.event_loop import Events
     from rpcompile.ir import Action, Schedule
 
-__all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate"]
+__all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate", "simulate_steady"]
+
+_FEWEST_ITERATIONS, _MOST_ITERATIONS = 8, 20  # that are chained to see them settle
+_MOST_ACTIONS = 400_000  # in all of them, from the fewest on
 
 _BOUNDS = {
     Op.PREFETCH: "upload",
@@ -126,14 +130,35 @@ class Timeline:
     def period_s(self) -> float:
         """Seconds an iteration takes once iterations have settled; see `steady_period`.
 
+        Where they rotate and do not repeat yet, the mean over the last ones that begin on every GPU once.
+
         Raises:
             InvalidArgument: Only one iteration was simulated.
         """
         if len(self.iteration_end_s) < 2:
             raise InvalidArgument("one iteration has no period; use simulate(schedule, iterations=16) or so")
-        ends_s = self.iteration_end_s
         # Nothing follows the last one and takes bandwidth from it: it may end early.
-        return steady_period(ends_s[:-1] if len(ends_s) > 2 else ends_s)[0]
+        ends_s = self.iteration_end_s[:-1] if len(self.iteration_end_s) > 2 else self.iteration_end_s
+        period_s, repeats = steady_period(ends_s)
+        gpus = len(self.gpu_memory)
+        turn = gpus // math.gcd(self.rotate, gpus)
+        if not repeats and turn < len(ends_s):
+            span = turn * max(1, len(ends_s) // 2 // turn)
+            period_s = (ends_s[-1] - ends_s[-1 - span]) / span
+        # What has not settled may seem faster for a while than the GPU with most work can be for long.
+        busy_s = [seconds for (_, stream), seconds in self.busy_s.items() if stream is Stream.COMPUTE]
+        most_s = sum(busy_s) / gpus if self.rotate else max(busy_s, default=0.0)
+        return max(period_s, most_s / len(self.iteration_end_s))
+
+    @property
+    def steady_bubble(self) -> float:
+        """Share of the GPUs' compute time that is idle once iterations have settled.
+
+        Raises:
+            InvalidArgument: Only one iteration was simulated.
+        """
+        computing = (1 - self.bubble) * self.makespan_s / len(self.iteration_end_s)
+        return max(0.0, 1 - computing / self.period_s) if self.period_s else 0.0
 
 
 def simulate(
@@ -141,8 +166,8 @@ def simulate(
     *,
     links: SharedLinks | None = None,
     iterations: int = 1,
-    mode: str = "sync",
-    rotate: int = 0,
+    mode: str | None = None,
+    rotate: int | None = None,
 ) -> Timeline:
     """Runs a schedule on paper.
 
@@ -151,8 +176,9 @@ def simulate(
         links: What transfers and host work share besides each GPU's link; None for nothing.
         iterations: How many, one behind the other; GPUs do not pause between them.
         mode: How they are chained: "sync" (an upload waits for its segment's UPDATE in the iteration
-            before; without UPDATEs, for everything) or "async" (for that of the iteration before the last).
-        rotate: GPUs by which each iteration is shifted against the one before.
+            before; without UPDATEs, for everything) or "async" (for that of the iteration before the last);
+            None: as the schedule says.
+        rotate: GPUs by which each iteration is shifted against the one before; None: as the schedule says.
 
     Returns:
         The timeline. A buffer takes memory from the start of the first action that writes it to the
@@ -163,10 +189,27 @@ def simulate(
         ScheduleError: A deadlock, an event that nobody or more than one action records, or a buffer
             without a size.
     """
-    events = chain_events(schedule, iterations, mode, rotate)
+    mode = mode or ("async" if schedule.mode == "async" else "sync")
+    events = chain_events(schedule, iterations, mode, schedule.rotate if rotate is None else rotate)
     starts, ends = run_shared(events, links or SharedLinks(None))
     timeline = _timeline(events, starts, ends)
     return replace(timeline, steps=_critical_path(events, list(timeline.start_s), starts, ends))
+
+
+def simulate_steady(schedule: Schedule, links: SharedLinks | None = None) -> Timeline:
+    """Runs as many iterations as show what each takes once they have settled.
+
+    Where iterations rotate, that is the mean over the GPUs on which the schedule may begin, as far as
+    `_MOST_ITERATIONS` and `_MOST_ACTIONS` reach.
+
+    Args:
+        schedule: With events; its mode and rotation say how iterations follow one another.
+        links: As for `simulate`.
+    """
+    turn = schedule.gpus // math.gcd(schedule.rotate, schedule.gpus)
+    within = _MOST_ACTIONS // max(1, sum(len(queue.actions) for queue in schedule.queues))
+    iterations = max(_FEWEST_ITERATIONS, min(2 * turn + 2, _MOST_ITERATIONS, within))
+    return simulate(schedule, links=links, iterations=iterations)
 
 
 def measured(schedule: Schedule, times: Mapping[str, tuple[float, float]]) -> Timeline:

@@ -78,23 +78,23 @@ class StageTime(NamedTuple):
         return self.ahead_s + self.rest_s
 
 
-def stage_time(chain: SegmentChain, stage: Stage) -> StageTime:
-    """What one microbatch of a stage costs.
+def stage_time(chain: SegmentChain, stage: Stage, gpu: int = 0) -> StageTime:
+    """What one microbatch of a stage costs on a GPU.
 
     A backward stage recomputes its segments, but for the chain's last one: where that has a forward of
     its own (no fused stage), its few activations are kept, as published schedules do. Where the last of
     its segments is one whose backward runs all of the forward in tiles, that forward is not ahead.
     """
-    segments = [chain.segments[index] for index in stage.segments]
-    forward_s = sum(segment.forward_s for segment in segments)
+    each = [chain.seconds_on(gpu, index) for index in stage.segments]
+    forward_s = sum(seconds for seconds, _ in each)
     if stage.kind is StageKind.F:
         return StageTime(0.0, forward_s)
+    last_s, _ = each[-1]
     if stage.kind is StageKind.B and stage.last == len(chain.segments) - 1:
-        forward_s -= segments[-1].forward_s
-    backward_s = sum(segment.backward_s for segment in segments)
-    if stage.kind is StageKind.B and segments[-1].reruns:
-        ahead_s = sum(segment.forward_s for segment in segments[:-1])
-        return StageTime(ahead_s, segments[-1].forward_s + backward_s)
+        forward_s -= last_s
+    backward_s = sum(seconds for _, seconds in each)
+    if stage.kind is StageKind.B and chain.segments[stage.last].reruns:
+        return StageTime(forward_s - last_s, last_s + backward_s)
     return StageTime(forward_s, backward_s)
 
 
@@ -133,7 +133,11 @@ def simulate_dispatch(
         for found in (run.start_s, run.end_s)
     )
     makespan_s = max((gpu[-1] for gpu in ends if gpu), default=0.0)
-    work_s = sum(run.times[dispatch.jobs[job].stage].seconds for order in dispatch.order for job, _ in order)
+    work_s = sum(
+        run.times[gpu][dispatch.jobs[job].stage].seconds
+        for gpu, order in enumerate(dispatch.order)
+        for job, _ in order
+    )
     if not work_s > 0:
         raise InvalidArgument("all compute times are zero; a bubble needs at least one that is not")
     backward = tuple(
@@ -250,7 +254,12 @@ class _Run:
         semantics: str,
     ) -> None:
         self.stages, self.dispatch, self.semantics = partition.stages, dispatch, semantics
-        self.times = [stage_time(chain, stage) for stage in self.stages]
+        by_kind: dict[int, list[StageTime]] = {}
+        for gpu, kind in enumerate(chain.kind_of or (0,)):
+            if kind not in by_kind:
+                by_kind[kind] = [stage_time(chain, stage, gpu) for stage in self.stages]
+        # By GPU, the times of its stages.
+        self.times = [by_kind[kind] for kind in chain.kind_of or (0,) * dispatch.gpus]
         self.hops = [_hop_s(chain, stage) if hop_s is None else hop_s for stage in self.stages]
         self.owner: dict[_Action, int] = {
             (dispatch.jobs[job].stage, microbatch): job
@@ -284,7 +293,7 @@ class _Run:
         """Runs an action; or returns one whose result it lacks."""
         job, microbatch = action
         stage = self.dispatch.jobs[job].stage
-        seconds, ahead_s = self.times[stage].seconds, self.times[stage].ahead_s
+        seconds, ahead_s = self.times[gpu][stage].seconds, self.times[gpu][stage].ahead_s
         start_s = self.free_s[gpu]
         for source_stage, early in self._sources(stage):
             if (source_stage, microbatch) not in self.owner:

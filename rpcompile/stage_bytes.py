@@ -34,6 +34,17 @@ def gradient_bytes(chain: SegmentChain, segments: Iterable[int]) -> dict[int, in
     return sizes
 
 
+def upload_unit_bytes(chain: SegmentChain, gpus: int, microbatches: int) -> float:
+    """What counts as an upload traffic of 1: every segment once for each of its passes in each round.
+
+    A round is as many microbatches as there are GPUs; the last segment has one pass, and so have those in
+    front of the first backward.
+    """
+    weights = [segment.weight_bytes for segment in chain.segments]
+    backward = sum(weights[chain.first_backward : -1])
+    return max(1.0, microbatches / gpus) * (sum(weights) + backward)
+
+
 class Workspaces:
     """Device memory that one microbatch of a stage needs besides its buffers, from tables.
 

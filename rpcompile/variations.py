@@ -27,8 +27,15 @@ def dispatch_of(schedule: Schedule) -> Dispatch:
                 if action.op in COMPUTE_OPS and action.op is not Op.RECOMPUTE
                 if action.microbatch is not None
             )
-    counts = schedule.gpus, schedule.microbatches
-    return Dispatch(schedule.policy, *counts, schedule.jobs, tuple(order), recompute_ahead=True)
+    return Dispatch(
+        schedule.policy,
+        schedule.gpus,
+        schedule.microbatches,
+        schedule.jobs,
+        tuple(order),
+        recompute_ahead=True,
+        rotate=schedule.rotate,
+    )
 
 
 def lay_out(chain: SegmentChain, partition: Partition, dispatch: Dispatch, mode: str) -> Schedule:
@@ -67,9 +74,15 @@ def with_microbatches(plan: Plan, more: int) -> Schedule:
     return lay_out(plan.chain, plan.partition, grown, plan.mode)
 
 
-def with_hardware(plan: Plan, hardware: Hardware) -> Schedule:
-    """The same stages, GPUs and order over other links; compute times stay as they are."""
-    chain = replace(plan.chain, hardware=hardware)
+def with_faster_links(plan: Plan, factor: float) -> Schedule:
+    """The same stages, GPUs and order over links of `factor` times the rate; compute stays as it is."""
+
+    def faster(hardware: Hardware) -> Hardware:
+        up, down = hardware.h2d_bytes_per_s, hardware.d2h_bytes_per_s
+        return replace(hardware, h2d_bytes_per_s=factor * up, d2h_bytes_per_s=factor * down)
+
+    kinds = tuple(replace(kind, hardware=faster(kind.hardware)) for kind in plan.chain.kinds)
+    chain = replace(plan.chain, hardware=faster(plan.chain.hardware), kinds=kinds)
     return lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
 
 

@@ -21,6 +21,7 @@ from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.ordering import ActionGraph, HappensBefore
 from rpcompile.simulate import simulate
 from rpcompile.verify_actions import check_actions
+from rpcompile.verify_iterations import check_iterations, memory_limits
 
 if TYPE_CHECKING:
     from rpcompile.buffers import ParsedNames
@@ -49,12 +50,13 @@ def verify_schedule(
       reaches the host.
     - With optimizer updates: each segment that has a gradient is updated once, from the gradients of
       all its jobs, each counted once, and only after the last upload of its weights.
-    - However long actions take, no GPU holds more than the limit; the simulated host does not either.
+    - However long actions take, no GPU holds more than its limit; the simulated host does not either.
+    - Asynchronous iterations can follow one another; see `rpcompile/verify_iterations.py`.
 
     Args:
         schedule: With transfers and events.
         chain: The segments.
-        partition: The stages that the jobs run, and the memory limit of a GPU.
+        partition: The stages that the jobs run, and the memory limit of a GPU where all are alike.
         host_limit_bytes: What the host may hold; None does not check it.
 
     Raises:
@@ -68,12 +70,15 @@ def verify_schedule(
     _check_order(order)
     _check_results(order, schedule)
     _check_updates(order, chain, totals)
+    limits = memory_limits(chain, partition, schedule.gpus)
     for gpu, peak in enumerate(gpu_memory_bounds(schedule, order, order.uses)):
-        if peak > partition.memory_limit_bytes:
+        if peak > limits[gpu]:
             raise ScheduleError(
                 f"gpu{gpu} may need {peak:,} bytes at its peak, over the limit of "
-                f"{partition.memory_limit_bytes:,}; use smaller stages or microbatches"
+                f"{limits[gpu]:,}; use smaller stages or microbatches"
             )
+    if schedule.mode == "async" or schedule.rotate:
+        check_iterations(schedule, chain, limits)
     if host_limit_bytes is not None and (peak := simulate(schedule).host_peak_bytes) > host_limit_bytes:
         raise ScheduleError(
             f"the host needs {peak:,} bytes at its simulated peak, over the limit of {host_limit_bytes:,}; "

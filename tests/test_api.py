@@ -29,7 +29,7 @@ from rpcompile.errors import (
 from tests import models, reference
 from tests.test_capture import Branching
 
-QUICK = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
+QUICK = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 
 
 def compiled_mlp(**options: object) -> tuple[rpcompile.Compiled, models.Case]:

@@ -16,7 +16,7 @@ from rpcompile.memory_bound import gpu_memory_bounds
 from tests import models
 from tests.fake_streams import FakeEngine, Machine
 
-OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
+OPTIONS = {"gpus": 3, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 
 
 def gradients(case: models.Case, compiled: rpcompile.Compiled, machine: Machine | None) -> list[torch.Tensor]:

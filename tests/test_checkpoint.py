@@ -61,6 +61,7 @@ def make(
         example_inputs=case.batch,
         gpu=models.SLOW_GPU,
         solver_time_s=0.3,
+        effort=None,
         **options,
     )
     optimizer = optim.AdamW(compiled.parameters(), lr=0.02, amsgrad=True)

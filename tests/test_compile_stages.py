@@ -15,7 +15,7 @@ from rpcompile.exporting import EXPORT_LOCK, deferred_code
 from rpcompile.runtime.compiled_stages import CompiledStages, structure
 from tests import models, reference
 
-OPTIONS = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
+OPTIONS = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 

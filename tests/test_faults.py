@@ -20,7 +20,7 @@ from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
 from rpcompile.ir import Op
 from tests import models
 
-OPTIONS = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU}
+OPTIONS = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 
 
 def compile_mlp(**options: Any) -> tuple[rpcompile.Compiled, models.Case]:

@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "solver_time_s": 0.5,
     "gpu": models.SLOW_GPU,
     "devices": ["cuda:0"] * GPUS,
+    "effort": None,
 }
 
 

@@ -13,7 +13,13 @@ import rpcompile
 from tests import models, reference
 
 STEPS, MICROBATCHES, GPUS = 5, 4, 3
-COMPILE = {"gpus": GPUS, "microbatches": MICROBATCHES, "solver_time_s": 1.0, "gpu": models.SLOW_GPU}
+COMPILE = {
+    "gpus": GPUS,
+    "microbatches": MICROBATCHES,
+    "solver_time_s": 1.0,
+    "gpu": models.SLOW_GPU,
+    "effort": None,
+}
 # Family -> the two names of its tied tensor.
 TIED = {
     "qwen3-tied": ("model.embed_tokens.weight", "lm_head.weight"),

@@ -68,7 +68,7 @@ def test_what_is_loaded_equals_what_was_saved(problem: tuple, tmp_path: Path) ->
 
 def test_file_is_json_with_sorted_keys_and_nothing_else_beside_it(saved: Path) -> None:
     content = json.loads(saved.read_text())
-    assert (content["format"], content["version"]) == ("rpcompile.plan", 3)
+    assert (content["format"], content["version"]) == ("rpcompile.plan", 4)
     assert list(content["plan"]) == sorted(content["plan"])
     assert [path.name for path in saved.parent.iterdir()] == ["plan.json"]
 
@@ -111,7 +111,7 @@ ACTION = ("plan", "schedule", "queues", 0, "actions", 0)
     ("path", "value", "message"),
     [
         (("format",), "other", "its format is 'other', not 'rpcompile.plan'"),
-        (("version",), 4, "made by a newer rpcompile: its version is 4, this one reads 3"),
+        (("version",), 5, "made by a newer rpcompile: its version is 5, this one reads 4"),
         (("version",), 0, "made by an unknown rpcompile: its version is 0"),
         (("plan", "gpus"), None, r"missing required field `gpus` - at `\$\.plan`"),
         (("plan", "gpus"), "two", r"Expected `int`, got `str` - at `\$\.plan\.gpus`"),
@@ -127,6 +127,9 @@ ACTION = ("plan", "schedule", "queues", 0, "actions", 0)
         (("plan", "chain", "hardware", "h2d_bytes_per_s"), 0, "h2d_bytes_per_s is 0.0; it must be above 0"),
         ((*ACTION, "writes"), ["gpu0:nothing"], "names the unknown buffer 'gpu0:nothing'"),
         ((*ACTION, "op"), "Q", "Invalid enum value 'Q'"),
+        (("plan", "schedule", "rotate"), 2, "its iterations are shifted by 2 of 2 GPUs"),
+        (("plan", "schedule", "mode"), "async", "its mode is 'sync' and its schedule's 'async'"),
+        (("plan", "chain", "kind_of"), [0], "it says of 1 GPUs of 2 what kind they are"),
         ((*ACTION, "id"), "0F1", "its schedule does not hold"),
         (("plan", "schedule", "queues", 0, "actions"), [], "its schedule does not hold"),
     ],
@@ -206,7 +209,7 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan e2bce0a8  Toy · float32 · 2 microbatches of the given size · sync
+Plan cb67d73b  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  42.00 s/step · bubble 54.8 % · GPU peak 37 B · host peak 32 B
 Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B

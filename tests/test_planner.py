@@ -19,7 +19,7 @@ from tests import reference
 from tests.models import SLOW_GPU, make
 
 PROFILES = Path(__file__).parents[1] / "benchmarks" / "profiles"
-OPTIONS = PlanOptions(gpus=2, microbatches=4, solver_time_s=0.5)
+OPTIONS = PlanOptions(gpus=2, microbatches=4, solver_time_s=0.5, effort=None)
 
 
 def ids(batch: int, sequence: int) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_a_profile_alone_makes_a_plan(captured: CapturedModel) -> None:
 
 def test_a_search_is_never_slower_than_round_robin() -> None:
     profile = Profile.load(PROFILES / "qwen3-1.7b.json")
-    options = PlanOptions(gpus=8, microbatches=16, solver_time_s=1.0)
+    options = PlanOptions(gpus=8, microbatches=16, solver_time_s=1.0, effort=None)
     plain = plan_profile(profile, options)
     searched = plan_profile(profile, replace(options, effort="fast"))
     searched.verify()

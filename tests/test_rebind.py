@@ -23,7 +23,9 @@ def captured() -> CapturedModel:
 
 @pytest.fixture(scope="module")
 def plan(captured: CapturedModel) -> Plan:
-    return captured.plan(captured.bind(HARDWARE), PlanOptions(1, 3, solver_time_s=0.2), progress=False)
+    return captured.plan(
+        captured.bind(HARDWARE), PlanOptions(1, 3, solver_time_s=0.2, effort=None), progress=False
+    )
 
 
 def test_same_stages_new_times_and_bytes(captured: CapturedModel, plan: Plan) -> None:

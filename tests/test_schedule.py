@@ -216,8 +216,8 @@ def test_refuses_options(options, message):
 
 
 def test_refuses_other_modes():
-    with pytest.raises(InvalidArgument, match="mode is 'async'; schedules are for 'sync' and 'forward'"):
-        computes(chain(3), STAGES, 1, 1, mode="async")
+    with pytest.raises(InvalidArgument, match="mode is 'asynk'; schedules are for"):
+        computes(chain(3), STAGES, 1, 1, mode="asynk")
 
 
 DISPATCH = DispatchRoundRobin(2, 2).run(STAGES)

@@ -15,7 +15,9 @@ from rpcompile.dispatch_costs import price_stages
 from rpcompile.dispatch_time import SLICES, Machine, play
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
+from rpcompile.mixed_gpus import Box, with_speeds
 from rpcompile.passes._dispatch_moves import stages_of
+from rpcompile.passes._dispatch_starts import first_states
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
@@ -53,6 +55,12 @@ def decoder(layers: int, head: float = 3.0, **changes: object) -> SegmentChain:
 
 def search(chain: SegmentChain, gpus: int, microbatches: int, **options: object) -> SearchedSchedule:
     return SearchSchedule(gpus, microbatches, **{"effort": "fast", **options}).run(chain)  # type: ignore[arg-type]
+
+
+def mixed(chain: SegmentChain, speeds: tuple[float, ...]) -> SegmentChain:
+    """The chain on GPUs that compute this much faster than the one its seconds are for."""
+    gpus = tuple(replace(chain.hardware, name=f"{speed}x") for speed in speeds)
+    return with_speeds(chain, Box(gpus, speeds))
 
 
 def compiled(chain: SegmentChain, found: SearchedSchedule, **options: object) -> Schedule:
@@ -205,7 +213,7 @@ def test_any_shape_is_planned_and_proved(gpus: int, microbatches: int, mode: str
     chain = decoder(5)
     found = search(chain, gpus, microbatches, mode=mode)
     assert 0 < found.partition.bound_s <= found.partition.objective_s
-    verify_schedule(compiled(chain, found), chain, found.partition)
+    verify_schedule(compiled(chain, found, mode=mode), chain, found.partition)
 
 
 def test_more_gpus_than_work_says_which_are_unused() -> None:
@@ -230,6 +238,32 @@ def test_asynchronous_iterations_leave_no_bubble() -> None:
     assert found.dispatch.rotate == len(found.dispatch.jobs) % 4
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_without_replicas_every_stage_has_one_job(mode: str) -> None:
+    for replicas in (False, True):
+        found = search(decoder(8), 4, 8, mode=mode, replicas=replicas)
+        assert (len(found.dispatch.jobs) > len(found.partition.stages)) == replicas
+
+
+def test_given_partitions_are_among_the_starts() -> None:
+    chain = decoder(6)
+    cuts = [(0, 1, 6, 8, 14), (0, 3, 6, 8, 14), (0, 2, 6, 8, 9, 14), (0, 5, 6, 8, 12, 14), (0, 4, 6, 8, 14)]
+    given = [Partition(stages_between(each, 7), 0, 0.0, 0.0, "FEASIBLE", 0.0, "by hand") for each in cuts]
+    problem, _ = SearchSchedule(3, 6)._problem(chain, [10**10] * 3)
+
+    def starts(partitions: list[Partition]) -> list[tuple[int, ...]]:
+        states = first_states(problem, partitions, 8)
+        energies = [problem.energy(state) for state in states]
+        assert energies == sorted(energies)
+        return [tuple(state.cuts[: state.size[0] + 1].tolist()) for state in states]
+
+    assert not set(cuts) & set(starts([]))
+    assert len(starts(given)) == len(set(starts(given))) == 8
+    # Half of the places are theirs, and go to the best of them.
+    assert len(set(cuts) & set(starts(given))) == 4
+    assert set(cuts[:2]) <= set(starts(given[:2]))
+
+
 def test_the_same_seed_gives_the_same_schedule() -> None:
     chain = decoder(6)
     first, second = (search(chain, 3, 6, seed=5, time_limit_s=1e9) for _ in range(2))
@@ -248,8 +282,8 @@ def test_a_clock_that_ends_the_search_is_reported_with_the_gap() -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_faster_gpus_get_more_work(mode: str) -> None:
-    chain = decoder(8)
-    found = search(chain, 2, 8, mode=mode, relative_speed=(3.0, 1.0))
+    chain = mixed(decoder(8), (3.0, 1.0))
+    found = search(chain, 2, 8, mode=mode)
     stages = found.partition.stages
     work = [0.0, 0.0]
     for job in found.dispatch.jobs:
@@ -275,7 +309,7 @@ def test_a_stage_that_changes_buffers_has_one_job(mode: str) -> None:
     jobs = [job.stage for job in found.dispatch.jobs]
     kinds = [stage.kind for stage in found.partition.stages]
     assert all(jobs.count(index) == 1 for index, kind in enumerate(kinds) if kind != "B")
-    verify_schedule(compiled(chain, found), chain, found.partition)
+    verify_schedule(compiled(chain, found, mode=mode), chain, found.partition)
 
 
 def test_a_predicted_time_is_that_of_all_copies_and_events() -> None:
@@ -285,9 +319,9 @@ def test_a_predicted_time_is_that_of_all_copies_and_events() -> None:
 
 
 def test_faster_gpus_compute_faster_in_the_schedule() -> None:
-    chain = decoder(2)
-    found = search(chain, 2, 4, relative_speed=(2.0, 1.0))
-    schedule = compiled(chain, found, relative_speed=(2.0, 1.0))
+    chain = mixed(decoder(2), (2.0, 1.0))
+    found = search(chain, 2, 4)
+    schedule = compiled(chain, found)
     assert simulate(schedule).makespan_s == pytest.approx(found.partition.objective_s, rel=0.05)
 
 
@@ -307,10 +341,6 @@ def test_faster_gpus_compute_faster_in_the_schedule() -> None:
         ({"fused_segments": 0}, "fused_segments=0 must be at least 1"),
         ({"host_bytes_per_s": 0.0}, "host_bytes_per_s=0.0 must be above 0"),
         ({"update_s_per_byte": -1.0}, "update_s_per_byte=-1.0 must be finite, at least 0"),
-        (
-            {"relative_speed": (1.0,)},
-            "relative_speed=(1.0,) must have one finite figure above 0 for each of 2",
-        ),
         (
             {"memory_limit_bytes": (1, 2, 3)},
             "memory_limit_bytes=(1, 2, 3) must be at least 1, once",
@@ -335,12 +365,12 @@ def test_no_times_at_all() -> None:
 
 
 def test_a_segment_that_does_not_fit() -> None:
-    with pytest.raises(StageTooLarge, match=r"layer0 needs .* has 0.3 GB usable. Use more microbatches"):
+    with pytest.raises(StageTooLarge, match=r"layer0 needs .* has 300.0 MB usable. Use more microbatches"):
         search(decoder(2), 2, 2, memory_limit_bytes=300_000_000)
 
 
 def test_nothing_that_fits_names_the_tightest() -> None:
-    with pytest.raises(PartitionError, match=r"over the 0.6 GB .* The tightest is the backward of segment"):
+    with pytest.raises(PartitionError, match=r"over the 560.0 MB .* The tightest is the backward of layer"):
         search(decoder(3), 2, 2, memory_limit_bytes=560_000_000)
 
 

@@ -18,23 +18,24 @@ from rpcompile.runtime.host_queue import HostQueue
 from tests import models, reference
 
 MICROBATCHES = 4
-_plans: dict[tuple[str, str], Plan] = {}
+_plans: dict[tuple[str, str, str], Plan] = {}
 
 
 def compile_case(case: models.Case, key: str, **options: Any) -> rpcompile.Compiled:
     """Compiles for two GPUs; cases of one key share a plan."""
-    found = _plans.get((key, str(options.get("compute_dtype"))))
+    known = key, str(options.get("compute_dtype")), options.get("mode", "sync")
     compiled = rpcompile.compile(
         case.model,
         example_inputs=case.batch,
         gpus=2,
         microbatches=MICROBATCHES,
         solver_time_s=0.3,
+        effort=None,
         gpu=models.SLOW_GPU,
-        plan=found,
+        plan=_plans.get(known),
         **options,
     )
-    _plans[key, str(options.get("compute_dtype"))] = compiled.plan
+    _plans[known] = compiled.plan
     return compiled
 
 

@@ -20,10 +20,21 @@ ModelName = Annotated[
 ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="A profile file, in place of a model.", metavar="FILE")
 ]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Number of GPUs (8, or as many as --gpu lists).")
+]
 Gpu = Annotated[
     str | None,
     typer.Option("--gpu", help="Kind of GPU: a catalogue name, or a hardware file of `rpcompile probe`."),
+]
+Box = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="Kind of GPU: a catalogue name, or a hardware file of `rpcompile probe`. Different ones as a "
+        "list, 2xrtx4090,rtx3090; with --profile each with its speed beside the profile's GPU, "
+        "2xrtx4090,rtx3090@0.45.",
+    ),
 ]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Rows of a whole batch (default 64).")]
 Sequence = Annotated[int | None, typer.Option("--seq", min=1, help="Tokens of a row (default 2048).")]
@@ -33,7 +44,9 @@ Microbatches = Annotated[
         "--microbatches", min=1, help="Parts of a batch (default: most that divide it, up to 2 x GPUs)."
     ),
 ]
-Mode = Annotated[str, typer.Option("--mode", help="sync, or forward (evaluation).")]
+Mode = Annotated[
+    str, typer.Option("--mode", help="sync, async (for iterations that overlap), or forward (evaluation).")
+]
 Lora = Annotated[
     int | None, typer.Option("--lora", min=1, help="Train LoRA adapters of this rank on all linear layers.")
 ]
@@ -45,10 +58,11 @@ SolverTime = Annotated[
 ]
 
 Effort = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--effort",
-        help="Also search stages, replicas and order: fast (2 s), default (20 s) or thorough (90 s).",
+        help="Search of stages, replicas and order: fast (2 s), default (20 s), thorough (90 s); or none: one "
+        "job a stage, round robin, which adds gradients in the order of plain PyTorch.",
     ),
 ]
 MaxTraffic = Annotated[
@@ -56,7 +70,7 @@ MaxTraffic = Annotated[
     typer.Option(
         "--max-traffic",
         min=0.01,
-        help="Most uploads of a search; 1 is every layer once a pass and round of GPUS microbatches.",
+        help="Most uploads of weights; 1 is every layer once a pass and round of GPUS microbatches.",
     ),
 ]
 Tiles = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,25 +12,25 @@ from rpcompile.cli import options
 from rpcompile.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from rpcompile.plan import Plan
-    from rpcompile.planner import CapturedModel, PlanOptions
-    from rpcompile.profile import Profile
+    from rpcompile.mixed_gpus import Box
+    from rpcompile.planner import CapturedModel
 
 DEFAULT_BATCH = 64
+DEFAULT_GPUS = 8
 
 
 def plan(
     model: options.ModelName = None,
     profile: options.ProfileFile = None,
-    gpus: options.Gpus = 8,
-    gpu: options.Gpu = None,
+    gpus: options.Gpus = None,
+    gpu: options.Box = None,
     batch: options.Batch = None,
     seq: options.Sequence = None,
     microbatches: options.Microbatches = None,
     mode: options.Mode = "sync",
     lora: options.Lora = None,
     dtype: options.Dtype = None,
-    effort: options.Effort = None,
+    effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
     head_groups: options.HeadGroups = "auto",
@@ -43,21 +44,34 @@ def plan(
     if list_:
         _list(as_json)
         return
+    from rpcompile.fit import naming_the_longest
     from rpcompile.planner import PlanOptions, plan_profile
+    from rpcompile.profile import Profile
 
     check_one_source(model, profile)
+    box, number = find_box(gpu, gpus)
+    level = None if effort == "none" else effort
+
+    def asked(count: int) -> PlanOptions:
+        return PlanOptions(number, count, mode, solver_time, seed, level, max_traffic, box.links)
+
     if profile is not None:
-        divided = {"tiles": tiles, "head_groups": head_groups}
-        chosen = {name: None if value == "auto" else value for name, value in divided.items()}
+        given = {"tiles": tiles, "head_groups": head_groups}
+        chosen = {name: None if value == "auto" else value for name, value in given.items()}
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, **chosen)
-        given = PlanOptions(gpus, microbatches or 2 * gpus, mode, solver_time, seed, effort, max_traffic)
-        found = plan_profile(load_profile(profile, gpu), given, profile.stem)
+        loaded = Profile.load(profile)
+        given = asked(microbatches or 2 * number)
+        found = plan_profile(loaded, given, profile.stem, None, None if gpu is None else box)
     else:
         assert model is not None
-        rows, count = divide(batch, microbatches, gpus)
+        if any(box.speeds):
+            raise InvalidArgument(f"--gpu {gpu}: speeds are for --profile; a model is priced for each GPU")
+        rows, count = divide(batch, microbatches, number)
         captured = capture(model, dtype, lora)
-        given = PlanOptions(gpus, count, mode, solver_time, seed, effort, max_traffic)
-        found = plan_model(captured, rows, seq, gpu, given, _number(tiles), _number(head_groups))
+        sizes, given = sizes_of(captured, rows, seq), asked(count)
+        divided = _divided(tiles, head_groups)
+        with naming_the_longest(captured, box, sizes, gpus=number, microbatches=count, **divided):
+            found = captured.plan(captured.bind(box, sizes, **divided), given)
     if out is not None:
         found.save(out)
     from rpcompile.plan_summary import summary
@@ -68,8 +82,8 @@ def plan(
 
 def fit(
     model: options.ModelName,
-    gpu: options.Gpu = None,
-    gpus: options.Gpus = 8,
+    gpu: options.Box = None,
+    gpus: options.Gpus = None,
     batch: Annotated[
         int | None,
         typer.Option("--batch", min=1, help="Rows of a microbatch; asks for the longest sequence."),
@@ -87,21 +101,21 @@ def fit(
 ) -> int:
     """Find the largest microbatch, or the longest sequence, whose plan fits GPU and host."""
     from rpcompile.fit import largest_that_fits
-    from rpcompile.planner import find_hardware
 
     assert model is not None
     if (batch is None) == (seq is None):
         raise InvalidArgument(
             "give --seq to find the largest microbatch, or --batch to find the longest sequence"
         )
+    box, number = find_box(gpu, gpus)
     captured = capture(model, dtype, lora)
     asked, fixed = ("batch", {"sequence": seq}) if batch is None else ("sequence", {"batch": batch})
     found = largest_that_fits(
         captured,
-        find_hardware(gpu),
+        box,
         asked,
         {name: size for name, size in fixed.items() if size is not None},
-        gpus=gpus,
+        gpus=number,
         microbatches=microbatches,
         host_bytes=host_memory_bytes() if host_gb is None else int(host_gb * 1e9),
     )
@@ -156,29 +170,24 @@ def capture(name: str, dtype: str | None = None, lora: int | None = None) -> Cap
         return capture_model(found.module, ExampleInputs.of(example), bar)
 
 
-def _number(text: str) -> str | int:
-    return int(text) if text.isdigit() else text
+def _divided(tiles: str, head_groups: str) -> dict[str, Any]:
+    """The two as options of `CapturedModel.bind`."""
+    given = {"tiles": tiles, "head_groups": head_groups}
+    return {name: int(text) if text.isdigit() else text for name, text in given.items()}
 
 
-def plan_model(
-    captured: CapturedModel,
-    rows: int,
-    sequence: int | None,
-    gpu: str | None,
-    given: PlanOptions,
-    tiles: str | int = "auto",
-    head_groups: str | int = "auto",
-) -> Plan:
-    """Binds a captured model to its sizes and plans it."""
-    from rpcompile.fit import naming_the_longest
-    from rpcompile.planner import find_hardware
+def find_box(gpu: str | None, gpus: int | None) -> tuple[Box, int]:
+    """What `--gpu` and `--gpus` say: the GPUs, or one if all are alike; and how many there are."""
+    from rpcompile.mixed_gpus import Box
+    from rpcompile.planner import find_gpu
 
-    sizes = sizes_of(captured, rows, sequence)
-    hardware = find_hardware(gpu)
-    divided: dict[str, Any] = {"tiles": tiles, "head_groups": head_groups}
-    many = {"gpus": given.gpus, "microbatches": given.microbatches}
-    with naming_the_longest(captured, hardware, sizes, **many, **divided):
-        return captured.plan(captured.bind(hardware, sizes, **divided), given)
+    found = Box.of([find_gpu(None)]) if gpu is None else Box.parse(gpu)
+    listed = gpu is not None and ("," in gpu or re.match(r"\d+x", gpu) is not None)
+    if listed and gpus not in (None, len(found.gpus)):
+        raise InvalidArgument(
+            f"--gpu {gpu} lists {len(found.gpus)} GPUs, --gpus says {gpus}; leave --gpus out"
+        )
+    return found, len(found.gpus) if listed else gpus or DEFAULT_GPUS
 
 
 def sizes_of(captured: CapturedModel, rows: int, sequence: int | None) -> dict[str, int]:
@@ -189,20 +198,6 @@ def sizes_of(captured: CapturedModel, rows: int, sequence: int | None) -> dict[s
     elif "sequence" in captured.capture.symbols:
         sizes["sequence"] = captured.capture.example_sizes["sequence"]
     return sizes
-
-
-def load_profile(path: Path, gpu: str | None) -> Profile:
-    """A profile, for another GPU's memory and link if one is named."""
-    from msgspec.structs import replace
-
-    from rpcompile.profile import Profile
-
-    found = Profile.load(path)
-    if gpu is None:
-        return found
-    found = replace(found, hardware=gpu, gpu_memory_bytes=None)
-    found.to_chain()
-    return found
 
 
 def host_memory_bytes() -> int:

@@ -30,12 +30,16 @@ def show(plan: options.PlanFile, as_json: options.Json = False) -> None:
     found = load(plan)
     from rpcompile.plan import size
 
-    limit = found.chain.hardware.usable_bytes
-    lines = ["", "Memory     peak of each GPU, simulated; a plan may use " + size(limit)]
+    lines = ["", "Memory     peak of each GPU, simulated, and what a plan may use"]
     for gpu, peak in enumerate(found.prediction.gpu_peak_bytes):
-        lines.append(f"  gpu{gpu:<3}   {size(peak):>9}  {100 * peak / limit if limit else 0.0:5.1f} %")
+        hardware = found.chain.hardware_of(gpu)
+        limit = hardware.usable_bytes
+        share = f"{100 * peak / limit if limit else 0.0:5.1f} %"
+        lines.append(f"  gpu{gpu:<3}   {size(peak):>9} of {size(limit):>9}  {share}  {hardware.name}")
     up, down = upload_traffic(found)
-    lines.append(f"Traffic    {size(up)} to the GPUs and {size(down)} back in an iteration")
+    traffic = found.prediction.traffic
+    ratio = "" if traffic is None else f"; weights {traffic:.2f}x of one upload a layer, pass and round"
+    lines.append(f"Traffic    {size(up)} to the GPUs and {size(down)} back in an iteration{ratio}")
     lines.append(f"Bounds     {_bounds(found)}")
     options.show(str(found) + "\n".join(lines) + "\n", summary(found), as_json)
 

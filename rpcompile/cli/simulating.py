@@ -50,7 +50,7 @@ def simulate(
                 "--gpus and --microbatches need --policy or --profile; the plan has its own"
             )
         found = load(plan)
-        timeline = found.simulate()
+        timeline = found.simulate_steady() if found.mode == "async" else found.simulate()
         result = policies.result_of(found.schedule.policy, found.chain, timeline, own=True)
     else:
         chain, count, parts = _chain(plan, profile, gpus, microbatches)
@@ -96,14 +96,14 @@ def _chain(
     plan: Path | None, profile: Path | None, gpus: int | None, microbatches: int | None
 ) -> tuple[SegmentChain, int, int]:
     """The chain of a plan or a profile, GPUs and microbatches."""
-    from rpcompile.cli.planning import load_profile
     from rpcompile.cli.reading import load
+    from rpcompile.profile import Profile
 
     if (plan is None) == (profile is None):
         raise InvalidArgument("give a PLAN or --profile FILE, one of them")
     if profile is not None:
         count = gpus or 8
-        return load_profile(profile, None).to_chain(), count, microbatches or 2 * count
+        return Profile.load(profile).to_chain(), count, microbatches or 2 * count
     assert plan is not None
     found = load(plan)
     return found.chain, gpus or found.gpus, microbatches or found.microbatches

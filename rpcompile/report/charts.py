@@ -55,7 +55,7 @@ def gpu_load(plan: Plan) -> Any:
     loads = {kind: [0.0] * plan.gpus for kind in StageKind}
     for job in plan.schedule.jobs:
         stage = plan.partition.stages[job.stage]
-        loads[stage.kind][job.gpu] += len(job.microbatches) * compute_s(plan, stage) * 1e3
+        loads[stage.kind][job.gpu] += len(job.microbatches) * compute_s(plan, stage, job.gpu) * 1e3
     kinds = [kind for kind in StageKind if any(loads[kind])]
     data: dict[str, Any] = {"gpu": names} | {kind.value: loads[kind] for kind in kinds}
     chart = _figure(FactorRange(factors=names), "milliseconds of an iteration")

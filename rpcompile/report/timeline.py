@@ -88,16 +88,17 @@ def gantt(plan: Plan, timeline: Timeline, x_range: Range1d) -> Any:
 
 def memory(plan: Plan, timeline: Timeline, x_range: Range1d) -> Any:
     """Memory of each GPU over time, against what a plan may use."""
-    limit = plan.chain.hardware.usable_bytes / 1e9
-    top = 1.2 * max(limit, *(peak / 1e9 for peak in timeline.gpu_peak_bytes))
+    limits = {plan.chain.hardware_of(gpu).usable_bytes / 1e9 for gpu in range(plan.gpus)}
+    top = 1.2 * max(*limits, *(peak / 1e9 for peak in timeline.gpu_peak_bytes))
     chart = _figure(x_range, height=280, y_range=Range1d(start=0, end=top))
     for gpu, steps in enumerate(timeline.gpu_memory):
         label = f"gpu{gpu}" if gpu < len(LINES) else "more"
         _steps(chart, steps, LINES[gpu % len(LINES)], label, f"gpu{gpu}", timeline.makespan_s)
-    chart.add_layout(
-        Span(location=limit, dimension="width", line_color="#d64545", line_dash="dashed", line_width=2)
-    )
-    chart.yaxis.axis_label = "GB on a GPU (dashed: limit)"
+    for limit in sorted(limits):
+        chart.add_layout(
+            Span(location=limit, dimension="width", line_color="#d64545", line_dash="dashed", line_width=2)
+        )
+    chart.yaxis.axis_label = f"GB on a GPU (dashed: limit{'s' * (len(limits) > 1)})"
     _finish_lines(chart)
     return chart
 

@@ -12,6 +12,7 @@ from bokeh.resources import Resources
 from rpcompile.errors import PlanFileError
 from rpcompile.explain import Explanation, explain
 from rpcompile.files import write_in_one_step
+from rpcompile.mixed_gpus import box_text
 from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s, upload_traffic
 from rpcompile.policies import compare_policies
@@ -65,7 +66,7 @@ def report_html(plan: Plan, *, compare: bool = True) -> str:
     script, divs = components(figures)
     explanation = explain(plan, replan=False)
     values = {
-        "title": html.escape(f"{plan.model_name} on {plan.gpus} x {plan.chain.hardware.name}"),
+        "title": html.escape(f"{plan.model_name} on {box_text(plan.chain, plan.gpus)}"),
         "subtitle": html.escape(_subtitle(plan)),
         "cards": _cards(plan),
         "words": _words(explanation),
@@ -88,13 +89,23 @@ def _subtitle(plan: Plan) -> str:
     sizes = " x ".join(map(str, plan.chain.bindings.values())) or "the given size"
     return (
         f"plan {plan.id} · {plan.schedule.policy} · {plan.mode} · {plan.microbatches} microbatches "
-        f"of {sizes} · {plan.dtype} · every figure is simulated"
+        f"of {sizes} · {plan.dtype} · every figure is simulated{_iterations(plan)}"
+    )
+
+
+def _iterations(plan: Plan) -> str:
+    if plan.prediction.alone_s is None:
+        return ""
+    return (
+        "; time and bubble are those of the steady state, where iterations overlap, and charts over time "
+        f"show one iteration alone, which takes {seconds(plan.prediction.alone_s)}"
     )
 
 
 def _cards(plan: Plan) -> str:
-    predicted, limit = plan.prediction, plan.chain.hardware.usable_bytes
-    peak = max(predicted.gpu_peak_bytes)
+    predicted = plan.prediction
+    peak, gpu = max((peak, gpu) for gpu, peak in enumerate(predicted.gpu_peak_bytes))
+    limit = plan.chain.hardware_of(gpu).usable_bytes
     up, down = upload_traffic(plan)
     rate = "–" if predicted.tokens_per_s is None else f"{predicted.tokens_per_s:,.0f}"
     cards = (

@@ -155,6 +155,7 @@ class Engine:
             raise
         for worker in self._workers:
             worker.clear()
+        self._rotate()
         if iteration.failure is not None:
             if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
@@ -162,6 +163,14 @@ class Engine:
         times = iteration.times or {}
         self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
         return self._result(host, len(inputs))
+
+    def _rotate(self) -> None:
+        """Where the schedule rotates, the next iteration runs shifted by that many GPUs."""
+        gpus, rotate = len(self._workers), self._program.schedule.rotate
+        self._shift = (self._shift + rotate) % gpus
+        places = [worker.place for worker in self._workers]
+        for number, worker in enumerate(self._workers):
+            worker.place = places[(number + rotate) % gpus]
 
     def _await_host(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
         """Makes uploads wait for the host's work; its failure is the iteration's."""
@@ -180,7 +189,7 @@ class Engine:
 
     def _await(self, iteration: Iteration) -> None:
         drains = [event for worker in self._workers for event in worker.drain()]
-        await_all(drains, iteration, self._program.schedule, self._options.timeout_s)
+        await_all(drains, iteration, self._program.schedule, self._options.timeout_s, self._shift)
 
     def _come_to_rest(self, iteration: Iteration) -> None:
         """Waits for what runs; leaves behind what does not end, with the memory it may write to."""
@@ -216,6 +225,7 @@ class Engine:
 
     def _make_workers(self) -> None:
         names = self._program.schedule.buffers
+        self._shift = 0
         self._slots = HostSlots(names, pin=self._options.cuda)
         self._workers[:] = [
             Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)

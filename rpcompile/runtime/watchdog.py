@@ -18,7 +18,11 @@ _POLL_S = 1.0
 
 
 def await_all(
-    events: Iterable[threading.Event], iteration: Iteration, schedule: Schedule, timeout_s: float
+    events: Iterable[threading.Event],
+    iteration: Iteration,
+    schedule: Schedule,
+    timeout_s: float,
+    shift: int = 0,
 ) -> None:
     """Blocks until all events have happened.
 
@@ -27,6 +31,7 @@ def await_all(
         iteration: What the workers run.
         schedule: The schedule that it is a run of.
         timeout_s: How long no instruction may come to its end.
+        shift: GPUs by which the iteration is shifted against the schedule.
 
     Raises:
         WorkerTimeout: Nothing has happened for that long.
@@ -37,16 +42,20 @@ def await_all(
             if idle_s > timeout_s:
                 raise WorkerTimeout(
                     f"no instruction came to its end for {idle_s:.1f} s (timeout_s={timeout_s:g}). "
-                    f"{report(iteration, schedule)}. Pass a larger timeout_s to rpcompile.compile if an "
-                    f"instruction may take that long. Weights, gradients and buffers are as they were before "
-                    f"this call; what is stuck is left behind, and the next call uses new workers."
+                    f"{report(iteration, schedule, shift)}. Pass a larger timeout_s to rpcompile.compile if "
+                    f"an instruction may take that long. Weights, gradients and buffers are as they were "
+                    f"before this call; what is stuck is left behind, and the next call uses new workers."
                 )
 
 
-def report(iteration: Iteration, schedule: Schedule) -> str:
+def report(iteration: Iteration, schedule: Schedule, shift: int = 0) -> str:
     """What every stream is doing, since when; first those that run, then those that wait, and for whom."""
     recorders = {event: action for action in schedule.actions() for event in action.records}
     now = time.perf_counter()
+
+    def place(action: Action) -> str:
+        return f"{action.id} (gpu{(action.gpu + shift) % schedule.gpus} {action.stream.value})"
+
     busy: list[str] = []
     waiting: list[str] = []
     for (gpu, stream), (instruction, since) in sorted(iteration.running.copy().items()):
@@ -56,11 +65,7 @@ def report(iteration: Iteration, schedule: Schedule) -> str:
             busy.append(f"{where} has been running {instruction} {for_s}")
         elif event in recorders:
             source = recorders[event]
-            waiting.append(f"{where} has been waiting {for_s} for {event} from {_place(source)}")
+            waiting.append(f"{where} has been waiting {for_s} for {event} from {place(source)}")
         else:
             waiting.append(f"{where} has been waiting {for_s} for {event}")
     return "; ".join([*busy, *waiting]) or "No stream is running anything"
-
-
-def _place(action: Action) -> str:
-    return f"{action.id} (gpu{action.gpu} {action.stream.value})"

@@ -60,6 +60,15 @@ class Worker:
         self._iteration: Iteration | None = None
         self._microbatches: Sequence[Microbatch] = ()
 
+    @property
+    def place(self) -> tuple[Streams, Sequence[StageRunner]]:
+        """The streams that it runs on, and what runs stages there; may be changed between iterations."""
+        return self._streams, self.runners
+
+    @place.setter
+    def place(self, place: tuple[Streams, Sequence[StageRunner]]) -> None:
+        self._streams, self.runners = place
+
     def start(self, iteration: Iteration, microbatches: Sequence[Microbatch]) -> None:
         """Begins to run the GPU's graph."""
         self._iteration = iteration

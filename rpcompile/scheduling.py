@@ -1,0 +1,309 @@
+"""From a chain to a schedule that fits: what is tried, and which of it is taken."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rpcompile import stage_bytes
+from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.memory_bound import gpu_memory_bounds
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
+from rpcompile.passes.find_stage_memory import FindStageMemory
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.partition_stages import PartitionStages
+from rpcompile.passes.propose_partitions import ProposePartitions
+from rpcompile.shared_links import SharedLinks
+from rpcompile.simulate import Timeline, simulate, simulate_steady
+from rpcompile.variations import lay_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tqdm import tqdm
+
+    from rpcompile.ir import Capture, Dispatch, Partition, Schedule, SegmentChain
+
+EFFORTS = {"fast": 2.0, "default": 20.0, "thorough": 90.0}
+"""Names and seconds of wall time for all that `effort` asks for; the search's own `EFFORTS` counts moves."""
+MODES = ("sync", "async", "forward")
+_PROPOSING = 0.2  # share of that time in which CP-SAT proposes partitions
+_LEAST_SEARCH = 0.2  # share of that time that a search has, however late it is
+_SHARE_STEP, _LEAST_SHARE = 0.05, 0.5  # of memory, where what was made does not fit after all
+_log = logging.getLogger("rpcompile")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is made for.
+
+    Attributes:
+        gpus: Number of GPUs.
+        microbatches: Parts that each batch is split into.
+        mode: "sync" or "async" (training), or "forward" (evaluation). "async" plans for the shortest
+            steady state of iterations that follow one another without a pause, "sync" for the shortest
+            single iteration.
+        solver_time_s: Seconds the partition solver may take.
+        seed: Seed of the partition solver and of the search.
+        effort: None: one job a stage, and gradients summed in the order of microbatches: the solver's stages,
+            round robin; in mode "async", or where GPUs differ, searched for as with "fast". "fast" (2 s),
+            "default" (20 s) or "thorough" (90 s): searches for stages, replicas and order together, from
+            partitions that the solver proposes, and takes what is predicted to be faster. Replicas'
+            gradients are summed job by job, which rounds otherwise than one sum over microbatches.
+        max_traffic: Most uploads of weights in an iteration, in units of `SearchedSchedule.traffic`; None
+            for no limit.
+        links: What transfers and host work share; None for an idle machine, where nothing is shared.
+    """
+
+    gpus: int
+    microbatches: int
+    mode: str = "sync"
+    solver_time_s: float = 3.0
+    seed: int = 0
+    effort: str | None = "fast"
+    max_traffic: float | None = None
+    links: SharedLinks | None = None
+
+
+class Found(NamedTuple):
+    """A schedule that fits.
+
+    Attributes:
+        partition: Its stages.
+        schedule: With transfers and events.
+        timeline: Of one iteration.
+        steady: Of iterations that follow one another, in mode "async".
+    """
+
+    partition: Partition
+    schedule: Schedule
+    timeline: Timeline
+    steady: Timeline | None
+
+    @property
+    def iteration_s(self) -> float:
+        """What each iteration takes."""
+        return self.timeline.makespan_s if self.steady is None else self.steady.period_s
+
+
+def find_schedule(
+    chain: SegmentChain,
+    options: PlanOptions,
+    bar: tqdm[Any] | None = None,
+    capture: Capture | None = None,
+) -> Found:
+    """Stages and schedule whose peak fits, however long actions take; the fastest that was found.
+
+    Args:
+        chain: The segments, priced.
+        options: What is wanted.
+        bar: Is advanced by one for each pass.
+        capture: The graph, to find the memory of stages by running them.
+
+    Raises:
+        InvalidArgument: An option is out of range.
+        PartitionError: Nothing fits in the memory or the traffic allowed.
+    """
+    _check(chain, options)
+    finding = _Finding(chain, options, bar, capture)
+    if options.mode == "forward" or (options.effort is None and options.mode == "sync" and not chain.kinds):
+        return finding.fitting(finding.round_robin)
+    return finding.searched()
+
+
+def traffic_of(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> float:
+    """Weights uploaded in an iteration, in units of `upload_unit_bytes`."""
+    uploaded = timeline.weight_bytes / len(timeline.iteration_end_s)
+    return uploaded / max(1.0, stage_bytes.upload_unit_bytes(chain, schedule.gpus, schedule.microbatches))
+
+
+def _check(chain: SegmentChain, options: PlanOptions) -> None:
+    for option, value in (("gpus", options.gpus), ("microbatches", options.microbatches)):
+        if value < 1:
+            raise InvalidArgument(f"{option}={value}; at least 1 is needed")
+    if options.mode not in MODES:
+        raise InvalidArgument(f"mode={options.mode!r}; it must be {', '.join(map(repr, MODES))}")
+    if options.effort not in (None, *EFFORTS):
+        raise InvalidArgument(f"effort={options.effort!r}; it must be None, {', '.join(map(repr, EFFORTS))}")
+    if options.max_traffic is not None and not options.max_traffic > 0:
+        raise InvalidArgument(
+            f"max_traffic={options.max_traffic}; it must be above 0, or None to lift the limit"
+        )
+    if not any(segment.forward_s or segment.backward_s for segment in chain.segments):
+        raise InvalidArgument(
+            f"all times of the {len(chain.segments)} segments are 0; give what they take, or estimate it"
+        )
+    if chain.kinds and len(chain.kind_of) != options.gpus:
+        raise InvalidArgument(
+            f"gpus={options.gpus}, but the chain was priced for {len(chain.kind_of)} GPUs of different "
+            "kinds; bind it to as many"
+        )
+
+
+class _DoesNotFit(PartitionError):
+    """One schedule takes more memory than a GPU has; of what it takes, `fits_share` is there."""
+
+    def __init__(self, message: str, fits_share: float) -> None:
+        super().__init__(message)
+        self.fits_share = fits_share
+
+
+_Made = tuple["Partition", "Dispatch"]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One question: a chain, and what is wanted of it."""
+
+    chain: SegmentChain
+    options: PlanOptions
+    bar: tqdm[Any] | None
+    capture: Capture | None
+
+    def searched(self) -> Found:
+        """The best of a search, and of the proposed partitions round robin."""
+        options, effort = self.options, self.options.effort or "fast"
+        ends = time.monotonic() + EFFORTS[effort]
+        self.announce(ProposePartitions.name)
+        proposing = ProposePartitions(
+            options.gpus, options.microbatches, _PROPOSING * EFFORTS[effort], options.seed
+        )
+        proposed = proposing.run(self.chain)
+        found = [self.fitting(lambda share: self._search(effort, share, proposed, ends))]
+        if proposed and options.mode == "sync" and options.max_traffic is None and not self.chain.kinds:
+            with suppress(PartitionError):
+                found.append(self._fit(*self._dispatched(proposed[0])))
+        # The last first: if times are equal, sums are taken in the order of plain PyTorch.
+        best = min(reversed(found), key=lambda item: item.iteration_s)
+        # The search's bound is one for every schedule of the chain.
+        bound_s = min(best.iteration_s, max(item.partition.bound_s for item in (best, found[0])))
+        return best._replace(partition=replace(best.partition, bound_s=bound_s))
+
+    def round_robin(self, share: float) -> _Made:
+        """The solver's stages, one job each."""
+        chain, options = self.chain, self.options
+        forward = options.mode == "forward"
+        self.announce(PartitionStages.name)
+        partition = PartitionStages(
+            min(options.gpus, len(chain.segments)) if forward else options.gpus,
+            options.microbatches,
+            memory_limit_bytes=int(share * chain.hardware.usable_bytes),
+            time_limit_s=options.solver_time_s,
+            seed=options.seed,
+            mode=options.mode,
+        ).run(chain)
+        self._check_traffic(partition)
+        return self._dispatched(partition)
+
+    def _dispatched(self, partition: Partition) -> _Made:
+        return partition, DispatchRoundRobin(self.options.gpus, self.options.microbatches).run(partition)
+
+    def _check_traffic(self, partition: Partition) -> None:
+        """Each stage is uploaded once: no schedule of these stages uploads less.
+
+        Raises:
+            PartitionError: It is more than allowed.
+        """
+        options, chain = self.options, self.chain
+        stages = [sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in partition.stages]
+        unit = stage_bytes.upload_unit_bytes(chain, options.gpus, options.microbatches)
+        least = sum(stages) / max(1.0, unit)
+        if options.max_traffic is not None and least > options.max_traffic * (1 + 1e-9):
+            raise PartitionError(
+                f"max_traffic={options.max_traffic}, but one upload a stage takes {least:.2f}; set "
+                f"max_traffic to {math.ceil(100 * least) / 100:.2f} or more, or search for other stages with "
+                'effort="fast"'
+            )
+
+    def _search(self, effort: str, share: float, proposed: tuple[Partition, ...], ends: float) -> _Made:
+        # It compiles its inner loop; who does not search need not wait for that.
+        from rpcompile.passes.search_schedule import SearchSchedule
+
+        chain, options = self.chain, self.options
+        self.announce(SearchSchedule.name)
+        found = SearchSchedule(
+            options.gpus,
+            options.microbatches,
+            mode=options.mode,
+            max_traffic=options.max_traffic,
+            # A second try, where the first did not fit after all, is a short one, and cools down sooner.
+            effort=effort if share == 1.0 else "fast",
+            seed=options.seed,
+            time_limit_s=max(_LEAST_SEARCH * EFFORTS[effort], ends - time.monotonic()),
+            memory_limit_bytes=tuple(
+                int(share * chain.hardware_of(gpu).usable_bytes) for gpu in range(options.gpus)
+            ),
+            partitions=proposed,
+            replicas=options.effort is not None,
+            host_bytes_per_s=_host_rate(options.links),
+        ).run(chain)
+        if found.unused_gpus:
+            names = ", ".join(map(str, found.unused_gpus))
+            _log.warning("there is not enough work for %d GPUs; idle: %s", options.gpus, names)
+        return found.partition, found.dispatch
+
+    def fitting(self, make: Callable[[float], _Made]) -> Found:
+        """Makes a dispatch for a smaller and smaller share of the memory until its schedule fits.
+
+        A partition is held to a bound on what its schedule takes, which the schedule's own can exceed.
+        """
+        problem: _DoesNotFit | None = None
+        share = 1.0
+        while share >= _LEAST_SHARE:
+            try:
+                partition, dispatch = make(share)
+            except PartitionError:
+                if problem is not None:
+                    break
+                raise
+            try:
+                return self._fit(partition, dispatch)
+            except _DoesNotFit as error:
+                problem = error
+                share = min(share - _SHARE_STEP, share * error.fits_share)
+        assert problem is not None
+        raise problem
+
+    def _fit(self, partition: Partition, dispatch: Dispatch) -> Found:
+        """A dispatch laid out and timed.
+
+        Raises:
+            _DoesNotFit: Its peak is over what a GPU has.
+        """
+        chain, options = self.chain, self.options
+        if self.capture is not None:
+            self.announce(FindStageMemory.name)
+            partition = FindStageMemory(self.capture, chain).run(partition)
+        self.announce(InsertTransfers.name)
+        usable = [chain.hardware_of(gpu).usable_bytes for gpu in range(options.gpus)]
+        partition = replace(partition, memory_limit_bytes=max(usable))
+        schedule = lay_out(chain, partition, dispatch, options.mode)
+        peaks, steady = gpu_memory_bounds(schedule), None
+        if options.mode == "async":
+            steady = simulate_steady(schedule, options.links)
+            peaks = tuple(map(max, peaks, steady.gpu_peak_bytes))
+        excess, worst = max((peak - usable[gpu], gpu) for gpu, peak in enumerate(peaks))
+        if excess > 0:
+            raise _DoesNotFit(
+                f"no schedule was found whose peak fits in the {usable[worst]:,} usable bytes of "
+                f"{chain.hardware_of(worst).name} (GPU {worst}): the last one needs {peaks[worst]:,}. Use "
+                "more microbatches (smaller ones) or GPUs with more memory",
+                usable[worst] / peaks[worst],
+            )
+        return Found(partition, schedule, simulate(schedule, links=options.links), steady)
+
+    def announce(self, step: str) -> None:
+        """Shows that a step begins."""
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_description(step)
+
+
+def _host_rate(links: SharedLinks | None) -> float:
+    """The search always has a host; where nothing is said of it, the usual one."""
+    said = None if links is None else links.host_bytes_per_s
+    return said or SharedLinks().host_bytes_per_s or math.inf
