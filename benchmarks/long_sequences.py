@@ -2,7 +2,7 @@
 
 One sequence a microbatch, 8 GPUs, the finest stages (one segment each); the peaks are predicted by running
 each distinct segment on tensors without data. Nothing is measured on a GPU. Beside them are the longest
-sequences that RoundPipe is published to have trained. "time" is what tiling adds to the estimated seconds
+sequences that RoundPipe is published to have trained. "time" is what dividing adds to the estimated seconds
 of all passes at that length.
 
     python -m benchmarks.long_sequences [--output PATH]
@@ -33,15 +33,20 @@ GPUS, MICROBATCHES = 8, 8
 LONGEST = 1 << 20
 # RoundPipe's longest, in tokens: from its artifact (exp/raw-data.csv), 8 x RTX 4090.
 PUBLISHED = {"qwen3-1.7b": 73 * 1024, "llama3.1-8b": 49 * 1024, "qwen3-32b": 28 * 1024}
-TECHNIQUES: tuple[tuple[str, str | int], ...] = (
-    ("whole", 1),
-    ("loss in chunks", "loss"),
-    ("+ token-wise regions in chunks", "auto"),
+# Name -> `tiles` and `head_groups`.
+Divided = tuple[str | int, str | int]
+WHOLE: Divided = (1, 1)
+TECHNIQUES: tuple[tuple[str, Divided], ...] = (
+    ("whole", WHOLE),
+    ("loss in chunks", ("loss", 1)),
+    ("+ token-wise regions in chunks", ("auto", 1)),
+    ("+ attention backward by groups of heads", ("auto", "auto")),
 )
 
 
-def bind(model: CapturedModel, hardware: Hardware, sequence: int, tiles: str | int) -> SegmentChain:
-    return model.bind(hardware, {"batch": 1, "sequence": sequence}, tiles=tiles)
+def bind(model: CapturedModel, hardware: Hardware, sequence: int, divided: Divided) -> SegmentChain:
+    sizes = {"batch": 1, "sequence": sequence}
+    return model.bind(hardware, sizes, tiles=divided[0], head_groups=divided[1])
 
 
 def excess_bytes(chain: SegmentChain) -> int:
@@ -53,12 +58,12 @@ def excess_bytes(chain: SegmentChain) -> int:
     return max(costs.resident_bytes(cuts, stages)) - chain.hardware.usable_bytes
 
 
-def longest(model: CapturedModel, hardware: Hardware, tiles: str | int) -> int:
+def longest(model: CapturedModel, hardware: Hardware, divided: Divided) -> int:
     """The longest sequence whose finest stages fit, to a thousand tokens."""
     low, high = 0, LONGEST // 1024 + 1
     while high - low > 1:
         middle = (low + high) // 2
-        fits = excess_bytes(bind(model, hardware, 1024 * middle, tiles)) <= 0
+        fits = excess_bytes(bind(model, hardware, 1024 * middle, divided)) <= 0
         low, high = (middle, high) if fits else (low, middle)
     return 1024 * low
 
@@ -73,9 +78,9 @@ def rows(name: str, hardware: Hardware) -> list[dict[str, Any]]:
     example = ExampleInputs.of({"input_ids": tokens, "labels": tokens})
     model = capture_model(named_models.build(name).module, example)
     found: list[dict[str, Any]] = []
-    for technique, tiles in TECHNIQUES:
-        length = longest(model, hardware, tiles)
-        tiled, whole = (bind(model, hardware, max(length, 1), choice) for choice in (tiles, 1))
+    for technique, divided in TECHNIQUES:
+        length = longest(model, hardware, divided)
+        tiled, whole = (bind(model, hardware, max(length, 1), choice) for choice in (divided, WHOLE))
         found.append(
             {
                 "model": name,
@@ -84,6 +89,7 @@ def rows(name: str, hardware: Hardware) -> list[dict[str, Any]]:
                 "published_roundpipe_tokens": PUBLISHED[name],
                 "more_time": seconds(tiled) / seconds(whole) - 1,
                 "tiles": sorted({segment.tiles for segment in tiled.segments}),
+                "head_groups": max(segment.head_groups for segment in tiled.segments),
             }
         )
     return found

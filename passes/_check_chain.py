@@ -10,7 +10,7 @@ from rpcompile.ir import Stage, StageKind
 
 if TYPE_CHECKING:
     from rpcompile.ir import Hardware, SegmentChain
-    from rpcompile.round_robin_time import StageCosts
+    from rpcompile.round_robin_time import StageCost, StageCosts
 
 
 def check_chain(chain: SegmentChain, training: bool) -> None:
@@ -73,13 +73,18 @@ def check_segments(
     for index, segment in enumerate(chain.segments):
         if _alone_bytes(costs, index, forward_only) <= limit:
             continue
-        needed = _least_bytes(costs, index, forward_only)
-        if needed > limit:
+        least = _least(costs, index, forward_only)
+        if least.memory_bytes > limit:
             size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
+            weights = least.weight_bytes + least.gradient_bytes
+            copies = costs.sets * (least.load_bytes + least.store_bytes)
             raise StageTooLarge(
-                f"{segment.name} needs {size_text(needed)} for one microbatch of {size} but"
+                f"{segment.name} needs {size_text(least.memory_bytes)} for one microbatch of {size} but"
                 f" {(hardware or chain.hardware).name} has {size_text(limit)} usable. Use more microbatches"
-                " (smaller ones), shorter sequences or GPUs with more memory."
+                " (smaller ones), shorter sequences or GPUs with more memory. It takes"
+                f" {size_text(weights)} for weights and gradients,"
+                f" {size_text(least.memory_bytes - weights - copies)} for activations and"
+                f" {size_text(copies)} for what is copied while it computes."
             )
 
 
@@ -93,23 +98,27 @@ def _alone_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
     return max(costs.of(Stage(0, kind, segment, segment)).memory_bytes for kind in kinds)
 
 
-def _least_bytes(costs: StageCosts, segment: int, forward_only: bool) -> int:
-    """Least bytes in which the segment can run all its passes, over all stages around it."""
+def _least(costs: StageCosts, segment: int, forward_only: bool) -> StageCost:
+    """The stage that takes most memory of all that run the segment's passes, at its least."""
     last = len(costs.chain.segments) - 1
 
-    def least(kind: StageKind, lowest: int, highest: int) -> int:
+    def least(kind: StageKind, lowest: int, highest: int) -> StageCost:
         firsts, lasts = range(lowest, segment + 1), range(segment, highest + 1)
-        return min(costs.of(Stage(0, kind, i, k)).memory_bytes for i in firsts for k in lasts)
+        return min((costs.of(Stage(0, kind, i, k)) for i in firsts for k in lasts), key=_memory)
 
     if forward_only:
         return least(StageKind.F, 0, last)
-    fused = min(costs.of(Stage(0, StageKind.FB, i, last)).memory_bytes for i in range(segment + 1))
+    fused = min((costs.of(Stage(0, StageKind.FB, i, last)) for i in range(segment + 1)), key=_memory)
     if segment == last:
         return fused
     apart = least(StageKind.F, 0, last - 1)
     if segment >= costs.chain.first_backward:
-        apart = max(apart, least(StageKind.B, costs.chain.first_backward, last - 1))
-    return min(fused, apart)
+        apart = max(apart, least(StageKind.B, costs.chain.first_backward, last - 1), key=_memory)
+    return min(fused, apart, key=_memory)
+
+
+def _memory(cost: StageCost) -> int:
+    return cost.memory_bytes
 
 
 def size_text(nbytes: int) -> str:

@@ -28,6 +28,8 @@ _PRODUCTS = frozenset(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm
 _LOSS = "aten.cross_entropy_loss"
 _MEAN, _SUM = 1, 2
 _GETITEM = operator.getitem
+TOKEN_SYMBOLS = ("sequence", "target_sequence")
+"""The sizes that count tokens: those of a text, and those that a decoder makes of another's."""
 
 
 @dataclass
@@ -37,6 +39,7 @@ class TokenRegion:
     Attributes:
         members: In graph order.
         segment: The segment that they are of.
+        symbol: The size that counts the tokens.
         loss: The cross entropy at its end, if it has one; not among `members`.
         copies: Views and sizes from elsewhere that the region makes for itself, in graph order.
         inputs: What it is given: node -> dimension of its tokens, None where it has none.
@@ -45,6 +48,7 @@ class TokenRegion:
 
     members: list[Node]
     segment: int
+    symbol: str
     loss: Node | None = None
     copies: list[Node] = field(default_factory=list[Node])
     inputs: dict[Node, int | None] = field(default_factory=dict["Node", "int | None"])
@@ -56,27 +60,39 @@ class TokenRegion:
 
 
 def find_regions(
-    graph: Graph,
-    torch_names: Mapping[str, str],
-    segment_of: Mapping[str, int],
-    sequence: str = "sequence",
+    graph: Graph, torch_names: Mapping[str, str], segment_of: Mapping[str, int]
 ) -> list[TokenRegion]:
-    """The regions that can be tiled, in graph order. Each lies in one segment.
+    """The regions that can be tiled, in the order in which they end. Each lies in one segment.
 
     Args:
         graph: Of one stage.
-        torch_names: Symbol name -> torch's name for it in the graph's metadata.
+        torch_names: Symbol name -> torch's name for it in the graph's metadata; there are no regions
+            without one of `TOKEN_SYMBOLS`.
         segment_of: Segment of each node, by name; nodes without one may be in any region.
-        sequence: The symbol that counts tokens; there are no regions without it.
     """
     nodes = list(graph.nodes)
-    if sequence not in torch_names:
-        return []
-    rules = TokenRules(torch_names, sequence)
     changed = _changed_memory(nodes)
-    barriers: set[Node] = set()
+    found: list[TokenRegion] = []
+    for symbol in TOKEN_SYMBOLS:
+        if symbol in torch_names:
+            taken = {node for region in found for node in (*region.members, region.last)}
+            found += _regions_along(
+                symbol, nodes, TokenRules(torch_names, symbol), segment_of, changed, taken
+            )
+    return sorted(found, key=lambda region: region.last)
+
+
+def _regions_along(
+    symbol: str,
+    nodes: list[Node],
+    rules: TokenRules,
+    segment_of: Mapping[str, int],
+    changed: list[set[Node]],
+    barriers: set[Node],
+) -> list[TokenRegion]:
+    """Those whose tokens one symbol counts, without `barriers`, to which it adds."""
     while True:
-        scan = _Scan(rules, barriers)
+        scan = _Scan(symbol, rules, barriers)
         regions = [region for region in scan.regions(nodes, segment_of) if _is_worth_it(region)]
         refused = {node for region in regions for node in scan.close(region, changed)}
         if not refused:
@@ -115,8 +131,8 @@ def _is_worth_it(region: TokenRegion) -> bool:
 class _Scan:
     """One walk over a graph; `barriers` are taken for barriers whatever the rules say."""
 
-    def __init__(self, rules: TokenRules, barriers: set[Node]) -> None:
-        self._rules, self._barriers = rules, barriers
+    def __init__(self, symbol: str, rules: TokenRules, barriers: set[Node]) -> None:
+        self._symbol, self._rules, self._barriers = symbol, rules, barriers
         self._known: dict[Node, Axes] = {}
         self._tokenwise: set[Node] = set()
 
@@ -128,7 +144,7 @@ class _Scan:
 
         def end(loss: Node | None = None) -> None:
             if current and segment is not None:
-                found.append(TokenRegion(list(current), segment, loss))
+                found.append(TokenRegion(list(current), segment, self._symbol, loss))
             current.clear()
             members.clear()
 

@@ -1,87 +1,100 @@
-"""SegmentChain -> SegmentChain: runs token-wise regions in chunks where a segment does not fit otherwise."""
+"""SegmentChain -> SegmentChain: divides tokens and heads where a segment does not fit otherwise."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
-
-import sympy
 
 from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Partition, SegmentChain, Stage, StageKind
 from rpcompile.passes._segment_memory import SegmentMemories, tiled_piece
+from rpcompile.passes._tile_costs import NOTHING, TileCost, TileCosts
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.passes.group_heads import key_heads
 from rpcompile.random_streams import microbatch_seed
-from rpcompile.sizes import symbol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rpcompile.ir import CostedGraph, Segment, StageGraph
     from rpcompile.passes._token_regions import TokenRegion
     from rpcompile.peak_memory import Piece, PieceMemory
 
 # Shorter chunks would leave a GPU's matrix units idle.
 _LEAST_TOKENS = 256
-# What a loss may take of a GPU's memory before it is tiled. Its chunks cost no time, for its forward and
+# What a loss may take of a GPU's memory before it is tiled. Its chunks cost little time, for its forward and
 # backward run together, and the memory that it leaves makes larger stages.
 _LOSS_SHARE = 0.125
 # What a segment's own need may take of the memory that its weights, gradients and boundaries leave.
-_SHARE = 0.9
+_SHARE = 0.95
+# Where that is not to be had: more chunks are not worth their time for less than this part of the need.
+_WORTH = 0.1
 _NAMED = ("auto", "loss")
 
 
 @dataclass(frozen=True)
 class ChooseTiles:
-    """Doubles the number of chunks of each segment until what it needs fits.
+    """Takes, for each kind of segment, what costs least time of all that fits.
 
-    A segment that mixes tokens somewhere (attention) runs its regions twice in the backward when it is
-    tiled, which its `backward_s` then holds. One that is token-wise throughout (`reruns`) runs its forward
-    only once, in the backward, if it is the last of its stage; elsewhere that time is not priced.
+    More chunks of tokens need less memory and cost more time: weights are read, and their gradients added
+    up, once a chunk. Groups of heads cost no time that is priced. So each number of chunks is tried with the
+    most groups, from one chunk on, until what the segment needs fits; then the fewest groups that do are
+    taken. `backward_s` holds the time of the chunks and of what runs twice: a segment that mixes tokens
+    somewhere (attention) runs its regions twice in the backward when it is tiled. One that is token-wise
+    throughout (`reruns`) runs its forward only once, in the backward, if it is the last of its stage;
+    elsewhere that time is not priced.
 
     Attributes:
         costed: The graph that the chain was bound from.
-        tiles: "auto"; "loss": the same for the segment that ends in the loss, and no other; or the number
-            of chunks of every region, 1 for none.
+        tiles: "auto"; "loss": the same for the segment that ends in the loss, and one chunk elsewhere; or the
+            number of chunks of every region.
+        head_groups: "auto"; or into how many groups every attention's heads are divided at most.
         kernels: Of which device the memory is; as in `BindChain`.
     """
 
     name: ClassVar[str] = "choose-tiles"
     costed: CostedGraph
     tiles: str | int = "auto"
+    head_groups: str | int = "auto"
     kernels: Kernels | None = None
 
     def run(self, chain: SegmentChain) -> SegmentChain:
-        """Sets `tiles`, memory and seconds of the segments.
+        """Sets `tiles`, `head_groups`, memory and seconds of the segments.
 
         Raises:
-            InvalidArgument: `tiles` is something else.
+            InvalidArgument: An option is something else.
         """
         if self.tiles not in _NAMED and (not isinstance(self.tiles, int) or self.tiles < 1):
             raise InvalidArgument(
                 f"tiles={self.tiles!r}; it must be 'auto', 'loss' or a number of chunks from 1 on"
             )
-        if self.tiles == 1 or "sequence" not in chain.bindings:
-            return chain
+        if self.head_groups != "auto" and (not isinstance(self.head_groups, int) or self.head_groups < 1):
+            raise InvalidArgument(
+                f"head_groups={self.head_groups!r}; it must be 'auto' or a number of groups from 1 on"
+            )
         kernels = self.kernels or Kernels("cpu" if chain.hardware.name == "cpu" else "cuda")
         chooser = _Chooser(self, chain, kernels)
-        segments = tuple(chooser.tiled(index) for index in range(len(chain.segments)))
+        segments = tuple(chooser.divided(index) for index in range(len(chain.segments)))
         return replace(chain, segments=segments)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What tiling makes of one kind of segment.
-
-    `again` is the share of its forward that runs twice; None where all of it is in the backward.
-    """
+    """What dividing makes of one kind of segment; `more` is what that costs."""
 
     tiles: int
+    head_groups: int
     saved_bytes: int
     peak_bytes: int
     forward_peak_bytes: int
-    again: float | None
+    rematerialised_bytes: int
+    more: TileCost = NOTHING
+
+    @property
+    def need_bytes(self) -> int:
+        return self.saved_bytes + self.peak_bytes
 
 
 class _Chooser:
@@ -91,15 +104,15 @@ class _Chooser:
         self._names = self._capture.graph_module.meta.get("symbols", {})
         self._pieces = SegmentMemories(self._capture, chain.bindings, kernels)
         self._whole = self._pieces.peak
-        self._sizes = {symbol(name): sympy.Integer(size) for name, size in chain.bindings.items()}
+        self._costs = TileCosts(options.costed, chain)
         self._known: dict[object, _Choice | None] = {}
 
-    def tiled(self, index: int) -> Segment:
-        segment = self._chain.segments[index]
-        tiles, last = self._options.tiles, index == len(self._chain.segments) - 1
-        if not segment.needs_backward or (tiles == "loss" and not last):
-            return segment
-        if tiles in _NAMED and self._fits(index, segment):
+    def divided(self, index: int) -> Segment:
+        segment, options = self._chain.segments[index], self._options
+        automatic = options.tiles in _NAMED and options.head_groups == "auto"
+        if not segment.needs_backward or (
+            automatic and segment.saved_bytes + segment.peak_bytes <= self._goal(index)
+        ):
             return segment
         key = self._whole.key(self._pieces.piece(index, index)), segment.weight_bytes
         if key not in self._known:
@@ -110,74 +123,115 @@ class _Chooser:
         return replace(
             segment,
             tiles=choice.tiles,
+            head_groups=choice.head_groups,
             saved_bytes=choice.saved_bytes,
             peak_bytes=choice.peak_bytes,
             forward_peak_bytes=choice.forward_peak_bytes,
-            backward_s=segment.backward_s + (choice.again or 0.0) * segment.forward_s,
-            reruns=choice.again is None,
+            rematerialised_bytes=choice.rematerialised_bytes,
+            forward_s=segment.forward_s + choice.more.forward_s,
+            backward_s=segment.backward_s + choice.more.backward_s,
+            reruns=choice.more.reruns,
         )
 
-    def _fits(self, index: int, segment: Segment | _Choice) -> bool:
-        """Whether the segment can be a stage of its own."""
-        return segment.saved_bytes + segment.peak_bytes <= _SHARE * self._free(index)
+    # ------------------------------------------------------------------ what fits
 
-    def _free(self, index: int) -> int:
-        """What weights, gradients and boundaries leave of a GPU for the segment's own need."""
+    def _free(self, index: int) -> float:
+        """What the segment's own need may be for it to be a stage of its own."""
         chain = self._chain
-        own, usable = chain.segments[index], chain.hardware.usable_bytes
-        before = chain.segments[index - 1] if index else None
-        crossing = own.boundary_bytes + own.boundary_gradient_bytes + own.input_bytes
-        crossing += before.boundary_bytes + before.boundary_gradient_bytes if before else 0
-        free = usable - 2 * (own.weight_bytes + own.gradient_bytes + crossing)
-        return min(free, int(_LOSS_SHARE * usable)) if index == len(chain.segments) - 1 else free
+        own, before = chain.segments[index], chain.segments[index - 1] if index else None
+        around = chain.segments[max(0, index - 1) : index + 2]
+        # Beside it are a neighbour's weights, on their way up, and gradients, on their way down,
+        taken = own.weight_bytes + max(other.weight_bytes for other in around) + own.rematerialised_bytes
+        taken += own.gradient_bytes + max(other.gradient_bytes for other in around)
+        # and what two microbatches copy.
+        taken += 2 * (own.input_bytes + own.boundary_gradient_bytes)
+        taken += 2 * (before.boundary_bytes + before.boundary_gradient_bytes) if before else 0
+        return _SHARE * (chain.hardware.usable_bytes - taken)
+
+    def _goal(self, index: int) -> float:
+        free = self._free(index)
+        return min(free, _LOSS_SHARE * self._chain.hardware.usable_bytes) if self._is_last(index) else free
+
+    def _is_last(self, index: int) -> bool:
+        return index == len(self._chain.segments) - 1
+
+    # ------------------------------------------------------------------ the choice
 
     def _choose(self, index: int) -> _Choice | None:
-        """Fewest chunks that fit, else those that need least; None where tiling does not help."""
-        segment, tokens = self._chain.segments[index], self._chain.bindings["sequence"]
-        regions = self._regions(index)
-        if not regions:
+        """The cheapest that fits; else the cheapest of those that need hardly more than the least."""
+        regions, groups = self._regions(index), self._groups(index)
+        chunks = list(self._chunks(index, regions))
+        if (chunks, groups) == ([1], [1]):
             return None
-        if self._options.tiles not in _NAMED:
-            return self._measure(index, regions, int(self._options.tiles))
-        best, least = None, segment.saved_bytes + segment.peak_bytes
-        free = _SHARE * self._free(index)
-        # What a segment needs falls no faster than its chunks.
-        tiles = 2 ** max(1, math.ceil(math.log2(least / free))) if free > 0 else 2
-        while tokens >= tiles * _LEAST_TOKENS:
-            found = self._measure(index, regions, tiles)
-            if self._fits(index, found):
-                return found
-            need = found.saved_bytes + found.peak_bytes
-            if need < least:
-                best, least = found, need
-            tiles *= 2
-        return best
+        goal, tried = self._goal(index), list[_Choice]()
+        for tiles in chunks:
+            if tried and 0 < tiles * goal < tried[0].need_bytes:
+                continue  # what a segment needs falls no faster than its chunks
+            tried.append(self._measure(index, tiles, groups[-1]))
+            if tried[-1].need_bytes <= goal:
+                break
+        least = min(choice.need_bytes for choice in tried)
+        limit = max(least, goal, min((1 + _WORTH) * least, self._free(index)))
+        found = next(choice for choice in tried if choice.need_bytes <= limit)
+        for fewer in groups[:-1]:
+            other = self._measure(index, found.tiles, fewer)
+            if other.need_bytes <= max(found.need_bytes, goal):
+                found = other
+                break
+        if (found.tiles, found.head_groups) == (1, 1):
+            return None
+        return replace(found, more=self._costs.of(index, regions, found.tiles))
+
+    def _chunks(self, index: int, regions: list[TokenRegion]) -> Iterator[int]:
+        """Numbers of chunks to try, ascending."""
+        tiles = self._options.tiles
+        if not regions or (tiles == "loss" and not self._is_last(index)):
+            yield 1
+        elif tiles not in _NAMED:
+            yield int(tiles)
+        else:
+            tokens, count = min(self._chain.bindings[region.symbol] for region in regions), 1
+            while count == 1 or tokens >= count * _LEAST_TOKENS:
+                yield count
+                count *= 2
+
+    def _groups(self, index: int) -> list[int]:
+        """Numbers of groups of heads to try, ascending."""
+        nodes, gradients = self._whole.nodes, self._capture.requires_grad
+        names = self._chain.segments[index].nodes
+        heads = max(key_heads(nodes[name], gradients) for name in names)
+        if self._options.head_groups != "auto":
+            return [min(heads, int(self._options.head_groups))]
+        return [count for count in range(1, heads + 1) if heads % count == 0]
 
     def _regions(self, index: int) -> list[TokenRegion]:
         segment_of = dict.fromkeys(self._chain.segments[index].nodes, index)
-        kind = StageKind.FB if index == len(self._chain.segments) - 1 else StageKind.B
-        return find_regions(self._stage(index, kind, 1).graph_module.graph, self._names, segment_of)
+        kind = StageKind.FB if self._is_last(index) else StageKind.B
+        return find_regions(self._stage(index, kind, 1, 1).graph_module.graph, self._names, segment_of)
 
-    def _measure(self, index: int, regions: list[TokenRegion], tiles: int) -> _Choice:
-        piece, last = self._pieces.piece(index, index), index == len(self._chain.segments) - 1
-        found = self._run(self._stage(index, StageKind.FB if last else StageKind.B, tiles), piece)
+    # ------------------------------------------------------------------ its memory
+
+    def _measure(self, index: int, tiles: int, groups: int) -> _Choice:
+        piece, last = self._pieces.piece(index, index), self._is_last(index)
+        found = self._run(self._stage(index, StageKind.FB if last else StageKind.B, tiles, groups), piece)
         # A backward stage need not make what it returns; a forward stage has to.
-        forward = found if last else self._run(self._stage(index, StageKind.F, tiles), piece)
+        forward = found if last else self._run(self._stage(index, StageKind.F, tiles, groups), piece)
         nbytes = self._whole.nbytes
         gradients_out = sum(map(nbytes, piece.gradients_out))
         return _Choice(
             tiles=tiles,
+            head_groups=groups,
             saved_bytes=found.saved_bytes,
             peak_bytes=max(0, found.training_bytes - found.saved_bytes - gradients_out),
             forward_peak_bytes=forward.forward_bytes - sum(map(nbytes, piece.boundary)),
-            again=self._again(index, regions),
+            rematerialised_bytes=max(found.rematerialised_bytes, forward.rematerialised_bytes),
         )
 
-    def _stage(self, index: int, kind: StageKind, tiles: int) -> StageGraph:
+    def _stage(self, index: int, kind: StageKind, tiles: int, groups: int) -> StageGraph:
         """The segment as a stage of its own."""
         stage = Stage(0, kind, index, index)
         segments = list(self._chain.segments)
-        segments[index] = replace(segments[index], tiles=tiles)
+        segments[index] = replace(segments[index], tiles=tiles, head_groups=groups)
         chain = replace(self._chain, segments=tuple(segments))
         partition = Partition((stage,), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
         return ExtractStages(self._capture, chain).run(partition)[0]
@@ -187,14 +241,3 @@ class _Chooser:
         memory, tiled = tiled_piece(self._whole, stage, piece)
         with microbatch_seed(0):  # which a stage's random operators ask for
             return memory.of(tiled)
-
-    def _again(self, index: int, regions: list[TokenRegion]) -> float | None:
-        names = set(self._chain.segments[index].nodes)
-        tiled = {node.name for region in regions for node in (*region.members, region.last)} & names
-        costs = self._options.costed.costs
-        outside = [name for name in names - tiled if costs[name].op_class in ("matmul", "attention")]
-        if not outside:
-            return None
-        numbers = ((name, costs[name].forward_flops.xreplace(self._sizes)) for name in names)
-        flops = {name: float(sympy.Float(number)) for name, number in numbers}
-        return sum(flops[name] for name in tiled) / max(1.0, sum(flops.values()))

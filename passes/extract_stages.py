@@ -8,6 +8,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from rpcompile.graphs import is_random
 from rpcompile.ir import Capture, Partition, SegmentChain, Stage, StageGraph, StageKind
+from rpcompile.passes.group_heads import GroupHeads
 from rpcompile.passes.keep_attention import KeepAttention
 from rpcompile.passes.tile_tokens import TileTokens
 from rpcompile.random_streams import seeded
@@ -30,11 +31,13 @@ class ExtractStages:
     name = "extract-stages"
 
     def run(self, partition: Partition) -> tuple[StageGraph, ...]:
-        """One graph a stage, in stage order, its attention kept and tiled as the chain's segments say."""
+        """One graph a stage, in stage order, attention kept, tokens and heads divided as the segments say."""
         saved = {stage.first - 1 for stage in partition.stages if stage.kind is StageKind.B}
         keep = KeepAttention(self.chain)
         tile = TileTokens(self.chain, self.capture.graph_module.meta.get("symbols", {}))
-        return tuple(tile.run(keep.run(self._extract(stage, saved))) for stage in partition.stages)
+        group = GroupHeads(self.chain, self.capture.requires_grad)
+        graphs = (keep.run(self._extract(stage, saved)) for stage in partition.stages)
+        return tuple(group.run(tile.run(graph)) for graph in graphs)
 
     def segment_tensors(self) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
         """Per segment: names of the parameters and buffers it reads, and of the buffers it changes."""

@@ -60,8 +60,8 @@ class _Finder:
             has_buffers += sum(kept_bytes(self._chain, stage).values())
         elif stage.first:
             has_buffers = self._chain.segments[stage.first - 1].boundary_gradient_bytes
-        tiles = tuple((segment.tiles, segment.offloads) for segment in segments)
-        key = stage.kind, tiles, self._segments.peak.key(piece)
+        variant = tuple((segment.tiles, segment.offloads, segment.head_groups) for segment in segments)
+        key = stage.kind, variant, self._segments.peak.key(piece)
         if key not in self._known:
             self._known[key] = self._run(stage, piece)
         nbytes = self._known[key] - has_buffers
@@ -84,7 +84,7 @@ class _Finder:
     def _run(self, stage: Stage, piece: Piece) -> int:
         memory = self._segments.peak
         segments = [self._chain.segments[index] for index in stage.segments]
-        if any(segment.tiles > 1 or segment.offloads for segment in segments):
+        if any(segment.tiles > 1 or segment.offloads or segment.head_groups > 1 for segment in segments):
             memory, piece = tiled_piece(memory, self._graphs[stage.index], piece)
         with microbatch_seed(0):  # which the random operators of an extracted stage ask for
             return memory.peak_bytes(piece, train=stage.kind is not StageKind.F)

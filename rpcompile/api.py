@@ -19,6 +19,7 @@ from rpcompile.errors import (
     PartitionError,
     PlanMismatch,
 )
+from rpcompile.fit import naming_the_longest
 from rpcompile.host_memory import installed_bytes
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.mixed_gpus import Box, box_of
@@ -70,6 +71,7 @@ def compile(
     seconds: str | Profile | PathLike[str] = "estimated",
     tiles: str | int = "auto",
     attention: str = "auto",
+    head_groups: str | int = "auto",
     effort: str | None = "fast",
     max_traffic: float | None = None,
     solver_time_s: float = 3.0,
@@ -127,6 +129,9 @@ def compile(
             faster; the host's memory is a limit if the model's weights are in it. "recompute": never.
             "offload": wherever it is possible. Results are the same bit for bit where the forward's kernel is
             the recompute's.
+        head_groups: Into how many groups of heads attention's backward is divided, one after another, which
+            shrinks the memory that its kernel takes. "auto": as few as let each segment fit; 1: none.
+            Gradients are the same.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
             summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so
@@ -175,8 +180,11 @@ def compile(
         if loaded is None:
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
-            chain = captured.bind(hardware, seconds=given, device=device, tiles=tiles, progress=progress)
-            loaded = plan_chain(chain, options, captured.described(), bar, captured.capture)
+            divided: dict[str, Any] = {"tiles": tiles, "head_groups": head_groups}
+            many = {"gpus": gpus, "microbatches": parts}
+            with naming_the_longest(captured, hardware, captured.capture.example_sizes, **many, **divided):
+                chain = captured.bind(hardware, seconds=given, device=device, progress=progress, **divided)
+                loaded = plan_chain(chain, options, captured.described(), bar, captured.capture)
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"

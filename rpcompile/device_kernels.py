@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rpcompile.head_groups import attention_by_groups
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -47,6 +49,10 @@ class Kernels:
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operator as the device would, as far as the tensors that autograd keeps go."""
+        if target is attention_by_groups:
+            return attention_by_groups(
+                *args, **kwargs, attention=_attention if self.kind == "cuda" else _SDPA
+            )
         if self.kind == "cuda" and target is _SDPA:
             return _attention(*args, **kwargs)
         if self.kind == "cuda" and target is _ATEN.dropout.default and args[2] and args[1] > 0:
@@ -114,14 +120,20 @@ def _up(size: int, multiple: int) -> int:
 def _flash_backward(args: tuple[Any, ...]) -> int:
     """The sum of dq in float32, a float32 number a row, and dk and dv for every query head under grouping.
 
-    Source: mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    Source: mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, and its caller in
+    ../attention_backward.cu, which makes the result and its gradient contiguous.
     """
     query, key = args[1], args[2]
     batch, heads, rows, size = query.shape
     rows = _up(rows, 128)
     sums = batch * heads * rows * _up(size, 32 if size <= 128 else 64)
     expanded = 0 if key.shape[1] == heads else 2 * batch * heads * key.shape[2] * size * key.element_size()
-    return _FP32 * (sums + batch * heads * rows) + expanded
+    return _FP32 * (sums + batch * heads * rows) + expanded + _if_copied(args[0]) + _if_copied(args[4])
+
+
+def _if_copied(heads: torch.Tensor) -> int:
+    """Bytes of (batch, heads, rows, size) where (batch, rows, heads, size) are not contiguous."""
+    return 0 if heads.transpose(1, 2).is_contiguous() else heads.numel() * heads.element_size()
 
 
 def _efficient_backward(args: tuple[Any, ...]) -> int:
@@ -179,11 +191,15 @@ def _cpu_flash_forward(args: tuple[Any, ...]) -> int:
 
 
 def _cpu_flash_backward(args: tuple[Any, ...]) -> int:
-    """Each thread's two blocks of scores; again in 16 bits if that is the dtype. Source: as forward."""
+    """Each thread's two blocks of scores, again in 16 bits if that is the dtype; the gradient, contiguous.
+
+    Source: as forward.
+    """
     query, key = args[1], args[2]
     rows, columns = _cpu_blocks(query, key)
     reduced = query.element_size() if query.dtype in _HALF else 0
-    return 2 * torch.get_num_threads() * rows * columns * (_FP32 + reduced) + _FP32 * rows
+    blocks = 2 * torch.get_num_threads() * rows * columns * (_FP32 + reduced)
+    return blocks + _FP32 * rows + _if_copied(args[0])
 
 
 def _cpu_convolution(args: tuple[Any, ...]) -> int:

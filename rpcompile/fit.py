@@ -6,19 +6,20 @@ the size that is left is then planned for good, and made smaller until a plan is
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.mixed_gpus import Box
 from rpcompile.plan import size as in_units
 from rpcompile.planner import PlanOptions
 from rpcompile.round_robin_time import StageCosts, stages_between
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from rpcompile.ir import Hardware, SegmentChain
     from rpcompile.plan import Plan
@@ -103,7 +104,7 @@ def largest_that_fits(
     ranges = captured.capture.symbols
     if asked not in ranges:
         raise InvalidArgument(f"the model has no size {asked!r}; it has {', '.join(ranges) or 'none'}")
-    search = _Search(captured, hardware, asked, dict(fixed), gpus, microbatches, host_bytes)
+    search = _Search(captured, hardware, asked, dict(fixed), gpus, microbatches, host_bytes, {})
     with tqdm(desc="fit", delay=2.0, leave=False, disable=None if progress is None else not progress) as bar:
         search.bar = bar
         low, high = ranges[asked]
@@ -125,6 +126,57 @@ def largest_that_fits(
     )
 
 
+@contextmanager
+def naming_the_longest(
+    captured: CapturedModel,
+    hardware: Hardware | Box,
+    sizes: Mapping[str, int],
+    *,
+    gpus: int,
+    microbatches: int,
+    **divided: Any,
+) -> Iterator[None]:
+    """Around the planning of one size: if not even one segment fits, the error says which sequence would.
+
+    Args:
+        captured: The model.
+        hardware: The GPU, or a box of them.
+        sizes: Of a microbatch.
+        gpus, microbatches: As planned for.
+        divided: Options of `CapturedModel.bind`.
+
+    Raises:
+        StageTooLarge: With the longest sequence, as far as the GPU's memory goes; exact up to 64 tokens and
+            to 1/64 of itself beyond.
+    """
+    try:
+        yield
+    except StageTooLarge as error:
+        sizes = {**captured.capture.example_sizes, **sizes}
+        if "sequence" not in sizes:
+            raise
+        fixed = {name: size for name, size in sizes.items() if name != "sequence"}
+        search = _Search(captured, hardware, "sequence", fixed, gpus, microbatches, 0, divided)
+        with tqdm(desc="longest sequence", delay=2.0, leave=False, disable=None) as search.bar:
+            longest = _longest(search, sizes["sequence"], captured.capture.symbols["sequence"][0])
+        found = f"The longest that fits is sequence={longest:,}" if longest else "No sequence fits"
+        raise StageTooLarge(f"{error} {found}, predicted for stages of one segment.") from None
+
+
+def _longest(search: _Search, size: int, least: int) -> int:
+    """The largest size below one that does not fit that does, to 1/64 or so; 0 if none from `least` on does.
+
+    Where nothing fits, all that can be divided is: the need is a constant and a part in proportion to the
+    size, and each step, by the ratio to the limit, lands a little above what fits.
+    """
+    while size >= least:
+        over = search.finest(size)[0] / search.usable_bytes
+        if over <= 1:
+            return size
+        size = min(int(size / over), size - max(1, size // 64))
+    return 0
+
+
 @dataclass
 class _Search:
     captured: CapturedModel
@@ -134,9 +186,10 @@ class _Search:
     gpus: int
     microbatches: int
     host_bytes: int
+    divided: Mapping[str, Any]  # `tiles` and `head_groups` of `CapturedModel.bind`
 
     def __post_init__(self) -> None:
-        self.bar: Any = None
+        self.bar: Any = tqdm(disable=True)
         self.plans: dict[int, Plan] = {}
         self._problems: dict[int, str | None] = {}
 
@@ -147,10 +200,10 @@ class _Search:
 
     def chain(self, size: int) -> SegmentChain:
         self.bar.update()
-        return self.captured.bind(self.hardware, {**self.fixed, self.asked: size})
+        return self.captured.bind(self.hardware, {**self.fixed, self.asked: size}, **self.divided)
 
-    def finest_problem(self, size: int) -> str | None:
-        """Why the finest partition does not fit on a GPU; None if it does."""
+    def finest(self, size: int) -> tuple[int, str]:
+        """Bytes that the finest partition needs on a GPU, and which of its stages it is."""
         chain = self.chain(size)
         segments = len(chain.segments)
         gpus = min(self.gpus, segments)
@@ -159,12 +212,16 @@ class _Search:
         stages = stages_between(cuts, segments)
         resident = costs.resident_bytes(cuts, [costs.of(stage) for stage in stages])
         worst = max(range(len(stages)), key=resident.__getitem__)
-        if resident[worst] <= self.usable_bytes:
+        return resident[worst], f"{chain.segments[stages[worst].first].name} ({stages[worst].kind.value})"
+
+    def finest_problem(self, size: int) -> str | None:
+        """Why the finest partition does not fit on a GPU; None if it does."""
+        needed, name = self.finest(size)
+        if needed <= self.usable_bytes:
             return None
-        name = chain.segments[stages[worst].first].name
         return (
-            f"at {self.asked} {size:,} a stage of {name} ({stages[worst].kind.value}) alone needs "
-            f"{in_units(resident[worst])} of the GPU's {in_units(self.usable_bytes)}"
+            f"at {self.asked} {size:,} a stage of {name} alone needs "
+            f"{in_units(needed)} of the GPU's {in_units(self.usable_bytes)}"
         )
 
     def problem(self, size: int) -> str | None:

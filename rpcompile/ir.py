@@ -267,6 +267,7 @@ class Segment:
         source: "estimated", "measured" or "given".
         chunks: Into how many equal chunks of tokens it may be divided at most.
         tiles: In how many chunks of tokens its token-wise regions run; 1: at once.
+        head_groups: In how many groups of heads its attention runs backward; 1: at once.
         forward_peak_bytes: As `peak_bytes`, of a forward without autograd; below 0 where some of what goes
             out is what came in.
         saved_input_bytes: Values that came in and that its backward is the first of all to hold.
@@ -307,6 +308,7 @@ class Segment:
     reruns: bool = False
     attention: AttentionOutputs | None = None
     offloads: bool = False
+    head_groups: int = 1
 
     def timed(self, forward_s: float, backward_s: float, source: str) -> Segment:
         """With other seconds; its attention takes the same part of the forward as before."""

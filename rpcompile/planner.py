@@ -72,6 +72,7 @@ class CapturedModel:
         seconds: str | Profile = "estimated",
         device: str = "cpu",
         tiles: str | int = "auto",
+        head_groups: str | int = "auto",
         progress: bool | None = None,
     ) -> SegmentChain:
         """Prices the segments for one size of microbatch on a kind of GPU. Nothing is captured again.
@@ -87,6 +88,8 @@ class CapturedModel:
             device: What measures, e.g. "cpu" or "cuda:0".
             tiles: In how many chunks of tokens token-wise regions run. "auto": as few as let each
                 segment, and a loss in an eighth of the memory, fit; "loss": the loss only; 1: none.
+            head_groups: Into how many groups of heads attention's backward is divided. "auto": as few as
+                let a segment fit; 1: none.
             progress: Show a progress bar while measuring; default: if standard error is a terminal.
 
         Raises:
@@ -103,7 +106,8 @@ class CapturedModel:
             return with_ratios(chain, hardware, self._ratios(hardware, chain.bindings))
         bindings = {**self.capture.example_sizes, **(sizes or {})}
         chain = BindChain(bindings, hardware).run(self.costed)
-        chain = PriceAttention(self.costed).run(ChooseTiles(self.costed, tiles).run(chain))
+        tiled = ChooseTiles(self.costed, tiles, head_groups).run(chain)
+        chain = PriceAttention(self.costed).run(tiled)
         if seconds == "estimated":
             _report(unknown_shares(self.costed, bindings, hardware))
             return chain

@@ -80,6 +80,11 @@ class TiledRegion(nn.Module):
         self.needs_output = needs_output
 
     @property
+    def places(self) -> tuple[object, ...]:
+        """What tells regions with equal graphs apart."""
+        return self.input_dims, self.output_dims, self.chunks, self.takes_sequence, self.needs_output
+
+    @property
     def is_loss(self) -> bool:
         return None in self.output_dims
 
@@ -179,7 +184,7 @@ def _gradients(
     gradients: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
     """Gradients of the inputs: every chunk is run again and propagated through."""
-    sums = _Sums(region, inputs, wanted)
+    sums = _Sums(region, inputs, wanted, gradients)
     for low, high in region.bounds(inputs):
         part = sums.leaves(low, high)
         with torch.enable_grad():
@@ -190,6 +195,7 @@ def _gradients(
             if gradient is not None and output.requires_grad and dim is not None:
                 roots.append(output)
                 incoming.append(gradient.narrow(dim, low, high - low))
+        del outputs
         sums.add(part, roots, incoming, low, high)
     return sums.results()
 
@@ -214,12 +220,20 @@ class _Sums:
     """Gradients of a region's inputs, put together from those of the chunks.
 
     What every chunk sees whole (weights) gets the sum, taken in float32 where the gradients are narrower.
+    What the region only adds something to (a residual) gets the very gradient that came in: no copy is made.
     """
 
-    def __init__(self, region: TiledRegion, inputs: Sequence[Any], wanted: Sequence[bool]) -> None:
-        self._region, self._inputs = region, inputs
+    def __init__(
+        self,
+        region: TiledRegion,
+        inputs: Sequence[Any],
+        wanted: Sequence[bool],
+        incoming: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        self._region, self._inputs, self._incoming = region, inputs, incoming
         self._wanted = [index for index, want in enumerate(wanted) if want]
         self._found: list[torch.Tensor | None] = [None] * len(inputs)
+        self._passed: dict[int, torch.Tensor] = {}  # of these inputs all chunks so far got what came in
 
     def leaves(self, low: int, high: int) -> list[Any]:
         """One chunk's inputs, cut off from what made them."""
@@ -243,22 +257,51 @@ class _Sums:
         for index, gradient in zip(self._wanted, found, strict=True):
             if gradient is None:
                 continue
-            dim, whole = self._region.input_dims[index], self._found[index]
-            if dim is not None:
-                if whole is None:
-                    self._found[index] = whole = torch.zeros_like(self._inputs[index])
-                whole.narrow(dim, low, high - low).copy_(gradient)
-            elif whole is None:
-                low_precision = gradient.dtype in _LOW_PRECISION
-                self._found[index] = gradient.float() if low_precision else gradient.clone()
+            if self._region.input_dims[index] is None:
+                self._add_whole(index, gradient)
             else:
-                whole += gradient
+                self._put(index, gradient, low, high)
+
+    def _add_whole(self, index: int, gradient: torch.Tensor) -> None:
+        whole = self._found[index]
+        if whole is None:
+            self._found[index] = gradient.float() if gradient.dtype in _LOW_PRECISION else gradient.clone()
+        else:
+            whole += gradient
+
+    def _put(self, index: int, gradient: torch.Tensor, low: int, high: int) -> None:
+        dim = self._region.input_dims[index]
+        assert dim is not None
+        if low == 0:
+            for whole, where in zip(self._incoming, self._region.output_dims, strict=False):
+                if where == dim and whole is not None and _is_part(gradient, whole, dim, low):
+                    self._passed[index] = whole
+        passed, whole = self._passed.get(index), self._found[index]
+        if passed is not None and _is_part(gradient, passed, dim, low):
+            return
+        if whole is None:
+            self._found[index] = whole = torch.zeros_like(self._inputs[index])
+            if (passed := self._passed.pop(index, None)) is not None:
+                whole.narrow(dim, 0, low).copy_(passed.narrow(dim, 0, low))
+        whole.narrow(dim, low, high - low).copy_(gradient)
 
     def results(self) -> list[torch.Tensor | None]:
+        found = (self._passed.get(index, value) for index, value in enumerate(self._found))
         return [
             None if value is None else value.to(given.dtype)
-            for value, given in zip(self._found, self._inputs, strict=True)
+            for value, given in zip(found, self._inputs, strict=True)
         ]
+
+
+def _is_part(piece: torch.Tensor, whole: torch.Tensor, dim: int, low: int) -> bool:
+    """Whether the piece is, in memory, the tokens from `low` on of the whole."""
+    return (
+        piece.untyped_storage()._cdata == whole.untyped_storage()._cdata
+        and piece.shape[:dim] + piece.shape[dim + 1 :] == whole.shape[:dim] + whole.shape[dim + 1 :]
+        and piece.storage_offset() == whole.storage_offset() + low * whole.stride(dim)
+        and piece.stride() == whole.stride()
+        and piece.dtype == whole.dtype
+    )
 
 
 def _whole(chunk: torch.Tensor, dim: int, tokens: int) -> torch.Tensor:

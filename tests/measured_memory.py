@@ -48,16 +48,23 @@ class Measured:
         device: "cpu" or "cuda".
         tiles: Chunks of every token-wise region.
         offload: Whether attention outputs are offloaded.
+        head_groups: Groups of heads of every attention.
     """
 
     def __init__(
-        self, case: Case, captured: Capture, device: str = "cpu", tiles: int = 1, offload: bool = False
+        self,
+        case: Case,
+        captured: Capture,
+        device: str = "cpu",
+        tiles: int = 1,
+        offload: bool = False,
+        head_groups: int = 1,
     ) -> None:
         self.captured, self.device = captured, torch.device(device)
         sizes = dict(captured.example_sizes)
         costed = EstimateCosts().run(captured)
         self.chain: SegmentChain = BindChain(sizes, hardware(device)).run(costed)
-        self.chain = ChooseTiles(costed, tiles).run(self.chain)
+        self.chain = ChooseTiles(costed, tiles, head_groups).run(self.chain)
         if offload:
             self.chain = offload_all(PriceAttention(costed).run(self.chain))
         self.workspaces = Workspaces(self.chain)

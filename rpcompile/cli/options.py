@@ -77,6 +77,10 @@ Tiles = Annotated[
     str,
     typer.Option("--tiles", help="Chunks of tokens: auto, loss (the loss only), or a number; 1 for none."),
 ]
+HeadGroups = Annotated[
+    str,
+    typer.Option("--head-groups", help="Groups of heads in attention's backward: auto, or a number."),
+]
 
 Attention = Annotated[
     str,

@@ -34,6 +34,7 @@ def plan(
     max_traffic: options.MaxTraffic = None,
     tiles: options.Tiles = "auto",
     attention: options.Attention = "auto",
+    head_groups: options.HeadGroups = "auto",
     host_gb: Annotated[
         float | None,
         typer.Option("--host-gb", min=0, help="Host memory in GB, for attention outputs (default: enough)."),
@@ -48,6 +49,7 @@ def plan(
     if list_:
         _list(as_json)
         return
+    from rpcompile.fit import naming_the_longest
     from rpcompile.planner import PlanOptions, plan_profile
     from rpcompile.profile import Profile
 
@@ -61,7 +63,9 @@ def plan(
         return PlanOptions(number, count, mode, *search, box.links, attention, host_bytes)
 
     if profile is not None:
-        _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, tiles=None if tiles == "auto" else tiles)
+        given = {"tiles": tiles, "head_groups": head_groups}
+        chosen = {name: None if value == "auto" else value for name, value in given.items()}
+        _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, **chosen)
         loaded = Profile.load(profile)
         given = asked(microbatches or 2 * number)
         found = plan_profile(loaded, given, profile.stem, None, None if gpu is None else box)
@@ -71,9 +75,10 @@ def plan(
             raise InvalidArgument(f"--gpu {gpu}: speeds are for --profile; a model is priced for each GPU")
         rows, count = divide(batch, microbatches, number)
         captured = capture(model, dtype, lora)
-        sizes = sizes_of(captured, rows, seq)
-        chain = captured.bind(box, sizes, tiles=int(tiles) if tiles.isdigit() else tiles)
-        found = captured.plan(chain, asked(count))
+        sizes, given = sizes_of(captured, rows, seq), asked(count)
+        divided = _divided(tiles, head_groups)
+        with naming_the_longest(captured, box, sizes, gpus=number, microbatches=count, **divided):
+            found = captured.plan(captured.bind(box, sizes, **divided), given)
     if out is not None:
         found.save(out)
     from rpcompile.plan_summary import summary
@@ -173,6 +178,12 @@ def capture(name: str, dtype: str | None = None, lora: int | None = None) -> Cap
         return capture_model(found.module, ExampleInputs.of(example), bar)
 
 
+def _divided(tiles: str, head_groups: str) -> dict[str, Any]:
+    """The two as options of `CapturedModel.bind`."""
+    given = {"tiles": tiles, "head_groups": head_groups}
+    return {name: int(text) if text.isdigit() else text for name, text in given.items()}
+
+
 def find_box(gpu: str | None, gpus: int | None) -> tuple[Box, int]:
     """What `--gpu` and `--gpus` say: the GPUs, or one if all are alike; and how many there are."""
     from rpcompile.mixed_gpus import Box
@@ -201,7 +212,7 @@ def _refuse_sizes(**given: Any) -> None:
     for option, value in given.items():
         if value is not None:
             raise InvalidArgument(
-                f"--{option} {value}: a profile is for one size of microbatch; leave it out"
+                f"--{option.replace('_', '-')} {value}: a profile is for one size of microbatch; leave it out"
             )
 
 

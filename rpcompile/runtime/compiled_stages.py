@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from rpcompile.exporting import EXPORT_LOCK
+from rpcompile.tiling import TiledRegion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,6 +74,10 @@ def structure(module: GraphModule) -> str:
         if node.op == "get_attr":
             value = module.get_submodule(target) if hasattr(module, target) else None
             target = structure(value) if isinstance(value, GraphModule) else f"{id(module)}.{target}"
+        if node.op == "call_module":
+            region = module.get_submodule(target)
+            assert isinstance(region, TiledRegion)
+            target = f"{region.places} {structure(region.graph_module)}"
         lines.append(f"{node.op} {target} {arguments}")
     return "\n".join(lines)
 
