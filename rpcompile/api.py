@@ -126,8 +126,8 @@ def compile(
             Gradients are the same.
         effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
-            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so that
-            every sum is taken in the order of plain PyTorch.
+            summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so
+            that every sum is taken in the order of plain PyTorch.
         max_traffic: Most weight uploads of an iteration; 1.0 is every layer once for each pass of each
             round of `gpus` microbatches. None: no limit.
         solver_time_s: Seconds the partition solver may take.
