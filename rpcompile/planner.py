@@ -34,7 +34,14 @@ from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.plan import Plan, Prediction
 from rpcompile.runtime.stopwatch import Stopwatch
-from rpcompile.scheduling import Found, PlanOptions, find_schedule, on_its_stages, traffic_of
+from rpcompile.scheduling import (
+    Found,
+    PlanOptions,
+    find_schedule,
+    on_its_stages,
+    traffic_of,
+    with_exact_memory,
+)
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
 from rpcompile.variations import dispatch_of, lay_out
 from rpcompile.verify import verify_schedule
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
 SOURCES = ("estimated", "measured")  # of seconds, besides profiles
+QUICK_S = 1.0  # of the partition solver, where plans are only compared
 _log = logging.getLogger("rpcompile")
 
 
@@ -307,7 +315,7 @@ def _with_attention(
 ) -> tuple[SegmentChain, Found, str]:
     """The chain with its attention outputs offloaded or not, its plan, and why."""
     # One plan of each is enough to compare; only the chain that is chosen is searched on.
-    quick = replace(options, effort=None)
+    quick = replace(options, effort=None, solver_time_s=min(QUICK_S, options.solver_time_s))
     means = Means(
         lambda trial: find_schedule(trial, quick, bar, capture),
         lambda trial, found, bound_s: on_its_stages(trial, found, quick, bound_s, capture),
@@ -315,9 +323,13 @@ def _with_attention(
     )
     asked = "recompute" if options.mode == "forward" else options.attention
     choice = choose_attention(chain, asked, means)
-    if choice.found is None or options.effort is not None:
-        return choice.chain, find_schedule(choice.chain, options, bar, capture), choice.why
-    return choice.chain, choice.found, choice.why
+    found = choice.found
+    if found is None or options.effort is not None:
+        found = find_schedule(choice.chain, options, bar, capture)
+    if capture is not None:
+        announce(bar, FindStageMemory.name)
+        found = with_exact_memory(choice.chain, found, options, capture)
+    return choice.chain, found, choice.why
 
 
 def laid_out_again(plan: Plan) -> Plan:

@@ -109,7 +109,7 @@ def find_schedule(
         chain: The segments, priced.
         options: What is wanted.
         bar: Is advanced by one for each pass.
-        capture: The graph, to find the memory of stages by running them.
+        capture: The graph, to find the memory of stages by running them where a bound on it does not fit.
 
     Raises:
         InvalidArgument: An option is out of range.
@@ -120,6 +120,24 @@ def find_schedule(
     if options.mode == "forward" or (options.effort is None and options.mode == "sync" and not chain.kinds):
         return finding.fitting(finding.round_robin)
     return finding.searched()
+
+
+def with_exact_memory(chain: SegmentChain, found: Found, options: PlanOptions, capture: Capture) -> Found:
+    """The same stages and order, with the memory that each stage is found to take, not a bound on it.
+
+    Args:
+        chain: The segments.
+        found: What fits.
+        options: What it was found for.
+        capture: The graph of the model.
+    """
+    if all(stage.workspace_bytes is not None for stage in found.partition.stages):
+        return found
+    partition = FindStageMemory(capture, chain).run(found.partition)
+    exact, peaks = _Finding(chain, options, None, None)._laid_out(partition, dispatch_of(found.schedule))
+    # A bound was seen to be low by 0.8 % of a stage; what fits by it is not made anew for that.
+    fits = all(peak <= chain.hardware_of(gpu).usable_bytes for gpu, peak in enumerate(peaks))
+    return exact if fits else found
 
 
 def on_its_stages(
@@ -136,7 +154,11 @@ def on_its_stages(
     """
     costs = StageCosts(chain, options.gpus, options.microbatches)
     objective_s = costs.iteration_s([costs.of(stage) for stage in found.partition.stages])
-    partition = replace(found.partition, objective_s=objective_s, bound_s=bound_s, status="FEASIBLE")
+    # What stages were found to take is not true of this chain.
+    stages = tuple(replace(stage, workspace_bytes=None) for stage in found.partition.stages)
+    partition = replace(
+        found.partition, stages=stages, objective_s=objective_s, bound_s=bound_s, status="FEASIBLE"
+    )
     try:
         return _Finding(chain, options, None, capture)._fit(partition, dispatch_of(found.schedule))
     except _DoesNotFit:
@@ -303,18 +325,15 @@ class _Finding:
             _DoesNotFit: Its peak is over what a GPU has.
         """
         chain, options = self.chain, self.options
-        if self.capture is not None:
-            self.announce(FindStageMemory.name)
-            partition = FindStageMemory(self.capture, chain).run(partition)
         self.announce(InsertTransfers.name)
         usable = [chain.hardware_of(gpu).usable_bytes for gpu in range(options.gpus)]
-        partition = replace(partition, memory_limit_bytes=max(usable))
-        schedule = lay_out(chain, partition, dispatch, options.mode)
-        peaks, steady = gpu_memory_bounds(schedule), None
-        if options.mode == "async":
-            steady = simulate_steady(schedule, options.links)
-            peaks = tuple(map(max, peaks, steady.gpu_peak_bytes))
+        found, peaks = self._laid_out(replace(partition, memory_limit_bytes=max(usable)), dispatch)
         excess, worst = max((peak - usable[gpu], gpu) for gpu, peak in enumerate(peaks))
+        if excess > 0 and self.capture is not None:
+            self.announce(FindStageMemory.name)
+            partition = FindStageMemory(self.capture, chain).run(found.partition)
+            found, peaks = self._laid_out(partition, dispatch)
+            excess, worst = max((peak - usable[gpu], gpu) for gpu, peak in enumerate(peaks))
         if excess > 0:
             raise _DoesNotFit(
                 f"no schedule was found whose peak fits in the {usable[worst]:,} usable bytes of "
@@ -322,7 +341,17 @@ class _Finding:
                 "more microbatches (smaller ones) or GPUs with more memory",
                 usable[worst] / peaks[worst],
             )
-        return Found(partition, schedule, simulate(schedule, links=options.links), steady)
+        return found
+
+    def _laid_out(self, partition: Partition, dispatch: Dispatch) -> tuple[Found, tuple[int, ...]]:
+        """A dispatch with its times, and the peak of each GPU."""
+        links = self.options.links
+        schedule = lay_out(self.chain, partition, dispatch, self.options.mode)
+        peaks, steady = gpu_memory_bounds(schedule), None
+        if self.options.mode == "async":
+            steady = simulate_steady(schedule, links)
+            peaks = tuple(map(max, peaks, steady.gpu_peak_bytes))
+        return Found(partition, schedule, simulate(schedule, links=links), steady), peaks
 
     def announce(self, step: str) -> None:
         """Shows that a step begins."""
