@@ -4,7 +4,7 @@ Chains of attention and MLP segments with a head (`partition_speed.decoder`). Tw
 (partitions, search, copies, events, simulation, proof), and of the search for a schedule within it. The
 first search of a process compiles its kernels, or loads them from numba's cache; that is timed apart.
 
-    python benchmarks/planner_speed.py [--efforts fast default] [--modes sync async] [--output PATH]
+    python benchmarks/planner_speed.py [--efforts fast normal] [--modes sync async] [--output PATH]
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(layers: int, gpus: int, microbatches: int, effort: str, mode: str) -
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=["fast", "default"])
+    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=["fast", "normal"])
     parser.add_argument("--modes", nargs="+", choices=("sync", "async"), default=["sync", "async"])
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results" / "planner_speed.json"

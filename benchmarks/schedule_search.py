@@ -5,7 +5,7 @@ bandwidth of 200 GB/s shared by all transfers and sums of partial gradients; str
 are two segments of half the time and bytes each; the head is one, and the only segment in the fused
 stage but in rows marked *, where layers that fit are fused, too, and not computed twice.
 
-    python benchmarks/schedule_search.py [--effort default] [--seed 0] [--limit-s SECONDS] [--output PATH]
+    python benchmarks/schedule_search.py [--effort normal] [--seed 0] [--limit-s SECONDS] [--output PATH]
 
 Time and bubble are those of the search's own model (`rpcompile/dispatch_time.py`); the bubble is
 1 - work / (GPUs x time), all ends included: the first upload, the last gradient's way to the host.
@@ -166,7 +166,7 @@ def rows_of(model: str, effort: str, seed: int, limit_s: float | None) -> list[R
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--effort", choices=EFFORTS, default="default")
+    parser.add_argument("--effort", choices=EFFORTS, default="normal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, help="wall time of one search; default: the effort's")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "schedule_search.json")

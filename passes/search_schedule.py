@@ -59,7 +59,7 @@ class Effort:
     limit_s: float
 
 
-EFFORTS = {"fast": Effort(1e8, 2.0), "default": Effort(1.6e9, 20.0), "thorough": Effort(8e9, 90.0)}
+EFFORTS = {"fast": Effort(1e8, 2.0), "normal": Effort(1.6e9, 20.0), "thorough": Effort(8e9, 90.0)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SearchSchedule:
             of iterations chained back to back; of equal GPUs, each iteration continues the ring of
             GPUs where the last one ended (`Dispatch.rotate`).
         max_traffic: Most uploads, in units of `SearchedSchedule.traffic`; None for no limit.
-        effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s): wall time at most, on two cores.
+        effort: "fast" (2 s), "normal" (20 s) or "thorough" (90 s): wall time at most, on two cores.
         seed: The same seed gives the same result, unless the clock ends the search.
         time_limit_s: Wall time instead of the effort's.
         memory_limit_bytes: What may be used of each GPU, or of each one by one; None for
@@ -116,7 +116,7 @@ class SearchSchedule:
     microbatches: int
     mode: str = "sync"
     max_traffic: float | None = None
-    effort: str = "default"
+    effort: str = "normal"
     seed: int = 0
     time_limit_s: float | None = None
     memory_limit_bytes: int | tuple[int, ...] | None = None

@@ -132,7 +132,7 @@ def compile(
         head_groups: Into how many groups of heads attention's backward is divided, one after another, which
             shrinks the memory that its kernel takes. "auto": as few as let each segment fit; 1: none.
             Gradients are the same.
-        effort: "fast" (2 s), "default" (20 s) or "thorough" (90 s) search for stages, replicas and their
+        effort: "fast" (2 s), "normal" (20 s) or "thorough" (90 s) search for stages, replicas and their
             order together and keep the plan that is predicted to be fastest. Gradients of replicas are
             summed job by job, so results differ from plain PyTorch by rounding. None: one job a stage, so
             that every sum is taken in the order of plain PyTorch.

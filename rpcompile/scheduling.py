@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from rpcompile.ir import Capture, Dispatch, Partition, Schedule, SegmentChain
 
-EFFORTS = {"fast": 2.0, "default": 20.0, "thorough": 90.0}
+EFFORTS = {"fast": 2.0, "normal": 20.0, "thorough": 90.0}
 """Names and seconds of wall time for all that `effort` asks for; the search's own `EFFORTS` counts moves."""
 MODES = ("sync", "async", "forward")
 _PROPOSING = 0.2  # share of that time in which CP-SAT proposes partitions
@@ -52,7 +52,7 @@ class PlanOptions:
         seed: Seed of the partition solver and of the search.
         effort: None: one job a stage, and gradients summed in the order of microbatches: the solver's stages,
             round robin; in mode "async", or where GPUs differ, searched for as with "fast". "fast" (2 s),
-            "default" (20 s) or "thorough" (90 s): searches for stages, replicas and order together, from
+            "normal" (20 s) or "thorough" (90 s): searches for stages, replicas and order together, from
             partitions that the solver proposes, and takes what is predicted to be faster. Replicas'
             gradients are summed job by job, which rounds otherwise than one sum over microbatches.
         max_traffic: Most uploads of weights in an iteration, in units of `SearchedSchedule.traffic`; None

@@ -139,8 +139,8 @@ def test_a_limit_that_cannot_be_met_names_the_tightest(
 
 
 def test_a_clock_that_ends_the_search_leaves_the_best_and_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rpcompile.scheduling.EFFORTS, "default", 0.01)
-    plan = plan_chain(decoder(10), PlanOptions(3, 6, effort="default"), MODEL)
+    monkeypatch.setitem(rpcompile.scheduling.EFFORTS, "normal", 0.01)
+    plan = plan_chain(decoder(10), PlanOptions(3, 6, effort="normal"), MODEL)
     assert plan.partition.status == "FEASIBLE"
     assert "ended by clock" in plan.partition.solver or plan.partition.solver == "a regular cut"
     assert 0 < plan.partition.gap < 1

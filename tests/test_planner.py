@@ -164,9 +164,7 @@ def test_a_searched_plan_trains() -> None:
 
 
 def test_refuses_efforts(captured: CapturedModel) -> None:
-    with pytest.raises(
-        InvalidArgument, match="effort='much'; it must be None, 'fast', 'default', 'thorough'"
-    ):
+    with pytest.raises(InvalidArgument, match="effort='much'; it must be None, 'fast', 'normal', 'thorough'"):
         captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, effort="much"))
 
 

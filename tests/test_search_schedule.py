@@ -335,7 +335,7 @@ def test_faster_gpus_compute_faster_in_the_schedule() -> None:
         ({"gpus": 65}, "gpus=65 must be from 1 to 64"),
         ({"microbatches": 513}, "microbatches=513 must be from 1 to 512"),
         ({"mode": "fast"}, "mode='fast' is unknown; use one of sync, async"),
-        ({"effort": "most"}, "effort='most' is unknown; use one of fast, default, thorough"),
+        ({"effort": "most"}, "effort='most' is unknown; use one of fast, normal, thorough"),
         ({"max_traffic": 0.0}, "max_traffic=0.0 must be above 0; None lifts the limit"),
         ({"time_limit_s": math.nan}, "time_limit_s=nan must be at least 0"),
         ({"fused_segments": 0}, "fused_segments=0 must be at least 1"),

@@ -61,7 +61,7 @@ Effort = Annotated[
     str,
     typer.Option(
         "--effort",
-        help="Search of stages, replicas and order: fast (2 s), default (20 s), thorough (90 s); or none: "
+        help="Search of stages, replicas and order: fast (2 s), normal (20 s), thorough (90 s); or none: "
         "one job a stage, round robin, which adds gradients in the order of plain PyTorch.",
     ),
 ]
