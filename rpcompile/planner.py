@@ -107,7 +107,13 @@ class CapturedModel:
         """
         if isinstance(hardware, Box):
             chain = self.bind(
-                hardware.smallest, sizes, seconds=seconds, device=device, tiles=tiles, progress=progress
+                hardware.smallest,
+                sizes,
+                seconds=seconds,
+                device=device,
+                tiles=tiles,
+                head_groups=head_groups,
+                progress=progress,
             )
             if len(hardware.kinds) == 1:
                 return chain
