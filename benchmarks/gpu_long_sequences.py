@@ -25,13 +25,15 @@ from typing import Any
 import torch
 
 import rpcompile
-from benchmarks.gpu_bench import CAP_BYTES, gpu_hardware, qwen3
+from benchmarks.gpu_bench import CAP_BYTES
+from benchmarks.gpu_loops import capped, qwen3
 from rpcompile.errors import RpcompileError, StageTooLarge
 from rpcompile.fit import largest_that_fits
 from rpcompile.hardware import lookup
 from rpcompile.ir import Stage, StageKind
 from rpcompile.passes.capture_graph import ExampleInputs
 from rpcompile.planner import capture_model
+from rpcompile.probe import probe
 from tests import family_tiny as tiny
 from tests import staged
 from tests.measured_memory import Measured
@@ -94,7 +96,7 @@ def train(dry: bool) -> list[dict[str, Any]]:
         model = tiny.causal("Qwen3", **SMALL, num_hidden_layers=2, max_position_embeddings=1 << 20).model
         hardware = replace(lookup("rtx4090"), usable_bytes=12_000_000)
     else:
-        model, hardware = qwen3("1.7B"), gpu_hardware()
+        model, hardware = qwen3("Qwen3-1.7B"), capped(probe(seconds=0.3).hardware, CAP_BYTES)
     longest, rows = predicted_longest(model, hardware), []
     for share in SHORTER:
         length = int(share * longest)
