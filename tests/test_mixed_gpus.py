@@ -221,7 +221,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_fit_is_bound_by_the_smallest(captured: CapturedModel) -> None:
     small = replace(SLOW, name="small", usable_bytes=2**20)
     own, mixed = (
-        _Search(captured, gpus, "batch", {"sequence": 16}, 2, 2, 2**34)
+        _Search(captured, gpus, "batch", {"sequence": 16}, 2, 2, 2**34, {})
         for gpus in (small, Box.of([SLOW, small]))
     )
     own.bar = mixed.bar = tqdm(disable=True)
