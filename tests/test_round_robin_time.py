@@ -122,7 +122,7 @@ def unrolled(chain: SegmentChain, stages: tuple[Stage, ...]) -> tuple[int, ...]:
     return tuple(cuts)
 
 
-# Since weights have a queue of their own, hypothesis found one chain whose peak is 26 bytes where 24 were said.
+# Since weights have a queue of their own, one chain was found whose peak is 26 bytes where 24 were said.
 # A plan is safe all the same: `find_schedule` and `verify` look at the schedule itself (`gpu_memory_bounds`).
 @pytest.mark.xfail(strict=False, reason="the bound on round robin is not quite one: 26 bytes against 24")
 @settings(max_examples=150, deadline=None)
