@@ -138,7 +138,11 @@ class Driver:
         )
 
     def advance(self, most: int | None = None) -> None:
-        """Runs up to `most` entries of the queues, or all there are."""
+        """Runs up to `most` entries of the queues, or all there are.
+
+        Any thread may be the one to do it, and oneDNN's sums depend on how many threads theirs has.
+        """
+        torch.set_num_threads(1)
         with self.lock:
             while most is None or most > 0:
                 ready = [stream for stream in self._streams if stream.ready()]

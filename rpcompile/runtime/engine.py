@@ -234,8 +234,9 @@ class Engine:
 
     def _make_streams(self) -> list[Streams]:
         workers = len(self._devices)
-        # Workers that each used every core would stand in one another's way.
-        threads = None if workers == 1 else max(1, torch.get_num_threads() // workers)
+        # Workers that each used every core would stand in one another's way. Said for one worker, too:
+        # oneDNN's kernels in a new thread would use every core whatever `torch.set_num_threads` was told.
+        threads = max(1, torch.get_num_threads() // workers)
         return [
             CpuStreams(index, LANES, threads) if device.type == "cpu" else CudaStreams(index, device, LANES)
             for index, device in enumerate(self._devices)
