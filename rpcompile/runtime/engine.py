@@ -157,6 +157,7 @@ class Engine:
             worker.clear()
         self._rotate()
         if iteration.failure is not None:
+            host.clear()  # frames that the error's traceback keeps may keep the iteration
             if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error

@@ -62,8 +62,8 @@ class Iteration:
         self.running: dict[Place, tuple[str, float]] = {}
         self.progress_s = time.perf_counter()
         self.times: dict[str, tuple[float, float]] | None = {} if record_times else None
-        self._events: dict[str, threading.Event] = {}
         self._recorded: dict[str, Any] = {}
+        self._wakers: dict[str, list[threading.Event]] = {}
         self._lock = threading.Lock()
 
     def begin(self, place: Place, instruction: str) -> None:
@@ -87,8 +87,11 @@ class Iteration:
 
     def record(self, event: str, mark: object = None) -> None:
         """Everything that waits for `event` may go on; each gets `mark`."""
-        self._recorded[event] = mark
-        self._event(event).set()
+        with self._lock:
+            self._recorded[event] = mark
+            wakers = self._wakers.pop(event, [])
+        for waker in wakers:
+            waker.set()
 
     def wait(self, event: str) -> Any:
         """Blocks the calling thread until `event` is recorded, and returns its mark.
@@ -96,10 +99,20 @@ class Iteration:
         Raises:
             Cancelled: The iteration ended early.
         """
-        self._event(event).wait()
+        waker = threading.Event()
+        self.wake(event, waker)
+        waker.wait()
         if self.cancelled:
             raise Cancelled
         return self._recorded[event]
+
+    def wake(self, event: str, waker: threading.Event) -> None:
+        """Sets `waker` as soon as `event` is recorded or the iteration has ended early."""
+        with self._lock:
+            if not self.cancelled and event not in self._recorded:
+                self._wakers.setdefault(event, []).append(waker)
+                return
+        waker.set()
 
     def recorded(self, event: str) -> bool:
         return event in self._recorded
@@ -115,16 +128,10 @@ class Iteration:
         """Streams skip the tasks they still have, and wait no longer."""
         with self._lock:
             self.cancelled = True
-            waited_for = list(self._events.values())
-        for event in waited_for:
-            event.set()
-
-    def _event(self, name: str) -> threading.Event:
-        with self._lock:
-            event = self._events.setdefault(name, threading.Event())
-            if self.cancelled:
-                event.set()
-            return event
+            wakers = [waker for found in self._wakers.values() for waker in found]
+            self._wakers.clear()
+        for waker in wakers:
+            waker.set()
 
 
 class Streams(Protocol):
