@@ -344,7 +344,7 @@ def laid_out_again(plan: Plan) -> Plan:
     Raises:
         ScheduleError, PartitionError: The plan contradicts itself.
     """
-    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode, plan.links)
     again = replace(plan, schedule=schedule)
     steady = again.simulate_steady() if plan.mode == "async" else None
     timed = Found(plan.partition, schedule, again.simulate(), steady)

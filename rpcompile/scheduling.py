@@ -346,7 +346,7 @@ class _Finding:
     def _laid_out(self, partition: Partition, dispatch: Dispatch) -> tuple[Found, tuple[int, ...]]:
         """A dispatch with its times, and the peak of each GPU."""
         links = self.options.links
-        schedule = lay_out(self.chain, partition, dispatch, self.options.mode)
+        schedule = lay_out(self.chain, partition, dispatch, self.options.mode, links)
         peaks, steady = gpu_memory_bounds(schedule), None
         if self.options.mode == "async":
             steady = simulate_steady(schedule, links)

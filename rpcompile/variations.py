@@ -9,11 +9,13 @@ from rpcompile.ir import COMPUTE_OPS, Dispatch, Op, Stream
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 
 if TYPE_CHECKING:
     from rpcompile.ir import Hardware, Partition, Schedule, SegmentChain
     from rpcompile.plan import Plan
+    from rpcompile.shared_links import SharedLinks
 
 
 def dispatch_of(schedule: Schedule) -> Dispatch:
@@ -38,14 +40,29 @@ def dispatch_of(schedule: Schedule) -> Dispatch:
     )
 
 
-def lay_out(chain: SegmentChain, partition: Partition, dispatch: Dispatch, mode: str) -> Schedule:
-    """The schedule of a dispatch, with transfers and events.
+def lay_out(
+    chain: SegmentChain,
+    partition: Partition,
+    dispatch: Dispatch,
+    mode: str,
+    links: SharedLinks | None = None,
+) -> Schedule:
+    """The schedule of a dispatch, with transfers, sums of gradients and events.
+
+    Args:
+        chain: The segments.
+        partition: The stages.
+        dispatch: What runs where.
+        mode: "sync", "async" or "forward".
+        links: Where they say it, the rate of the host's memory, at which it sums.
 
     Raises:
         ScheduleError: The dispatch does not fit the partition.
     """
-    schedule = LayOutDispatch(chain, partition, mode).run(dispatch)
-    return InsertEventWaits().run(InsertTransfers(chain).run(schedule))
+    schedule = InsertTransfers(chain).run(LayOutDispatch(chain, partition, mode).run(dispatch))
+    rate = (links and links.host_bytes_per_s) or InsertUpdates.host_bytes_per_s
+    sums = InsertUpdates(chain, host_bytes_per_s=rate, updates=False)
+    return InsertEventWaits().run(sums.run(schedule))
 
 
 def with_microbatches(plan: Plan, more: int) -> Schedule:
@@ -71,7 +88,7 @@ def with_microbatches(plan: Plan, more: int) -> Schedule:
         for queue in dispatch.order
     )
     grown = replace(dispatch, microbatches=old + more, jobs=jobs, order=order)
-    return lay_out(plan.chain, plan.partition, grown, plan.mode)
+    return lay_out(plan.chain, plan.partition, grown, plan.mode, plan.links)
 
 
 def with_faster_links(plan: Plan, factor: float) -> Schedule:
@@ -83,10 +100,10 @@ def with_faster_links(plan: Plan, factor: float) -> Schedule:
 
     kinds = tuple(replace(kind, hardware=faster(kind.hardware)) for kind in plan.chain.kinds)
     chain = replace(plan.chain, hardware=faster(plan.chain.hardware), kinds=kinds)
-    return lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    return lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode, plan.links)
 
 
 def with_stages(plan: Plan, partition: Partition) -> Schedule:
     """Other stages, dispatched round robin."""
     dispatch = DispatchRoundRobin(plan.gpus, plan.microbatches).run(partition)
-    return lay_out(plan.chain, partition, dispatch, plan.mode)
+    return lay_out(plan.chain, partition, dispatch, plan.mode, plan.links)

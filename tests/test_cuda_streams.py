@@ -484,8 +484,8 @@ class Pending(CudaEngine):
 
     pending: dict[int, Future[None]] | None = None
 
-    def run(self, *args: Any) -> Any:
-        return super().run(*args[:3], self.pending)
+    def run(self, tensors: Any, inputs: Any, microbatches: Any, pending: Any = None) -> Any:
+        return super().run(tensors, inputs, microbatches, self.pending)
 
 
 def test_an_update_that_is_late_keeps_back_only_what_needs_its_weights(

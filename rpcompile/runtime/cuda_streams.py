@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpcompile.runtime.streams import Cancelled, Iteration, StreamThread
+from rpcompile.runtime.streams import POLL_S, Cancelled, Iteration, StreamThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rpcompile.runtime.stage_runner import Tensors
     from rpcompile.runtime.streams import Place
 
-_POLL_S = 0.0002
 Clock = dict["Place", int]
 """For each stream, how many of its instructions are over."""
 
@@ -53,9 +52,9 @@ class CudaStreams:
     """Enqueues on CUDA streams, from one thread a logical GPU, which never waits for the device.
 
     A task runs at once and puts its kernels and copies into its stream. An event is waited for twice: on the
-    host until it has been recorded (CUDA takes a wait for an event that has not been for no wait at all; those
-    of the host's own work it does not know), and by the stream until it has happened. What comes behind a
-    wait on its stream is kept back meanwhile; the other streams go on.
+    host until it has been recorded (CUDA takes a wait for an event that has not been for no wait at all, and
+    knows nothing of the host's own work), and by the stream until it has happened. What comes behind a wait
+    on its stream is kept back meanwhile; the other streams go on.
 
     The caching allocator lets a stream use memory again that this stream allocated, at once. So what another
     stream frees is held until the allocating stream has been made to wait for that; the vector clocks that
@@ -215,7 +214,7 @@ class CudaStreams:
             while any(self._pending.values()):
                 for name, pending in self._pending.items():
                     self._advance(iteration, name, pending)
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
         except Exception as error:
             # A kernel that failed is reported here, whichever it was.
             iteration.fail(f"gpu{self._gpu}", self._gpu, error)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from rpcompile.runtime.stage_runner import Tensors
 
+POLL_S = 0.0002
+"""Seconds after which a device is asked again how far it is."""
 Place = tuple[int, str]
 """A GPU's index and the name of a stream."""
 
@@ -105,6 +107,18 @@ class Iteration:
         if self.cancelled:
             raise Cancelled
         return self._recorded[event]
+
+    def wait_until_over(self, event: str) -> None:
+        """As `wait`, and on until the device, if one has recorded the event, has come to it.
+
+        Raises:
+            Cancelled: The iteration ended early.
+        """
+        mark = self.wait(event)
+        while mark is not None and not mark.event.query():
+            if self.cancelled:
+                raise Cancelled
+            time.sleep(POLL_S)
 
     def wake(self, event: str, waker: threading.Event) -> None:
         """Sets `waker` as soon as `event` is recorded or the iteration has ended early."""
@@ -204,7 +218,7 @@ class CpuStreams:
         self._threads[stream].put(iteration, instruction, task)
 
     def wait(self, iteration: Iteration, stream: str, event: str) -> None:
-        self._threads[stream].put(iteration, f"wait {event}", lambda: iteration.wait(event))
+        self._threads[stream].put(iteration, f"wait {event}", lambda: iteration.wait_until_over(event))
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
         self._threads[stream].put(iteration, f"record {event}", lambda: iteration.record(event))
