@@ -1,4 +1,4 @@
-"""Schedule -> Program: one torch.fx graph a GPU and one for the host, a node an instruction, record or wait."""
+"""Schedule -> Program: one torch.fx graph a GPU and one for the host, a node an instruction, record, wait."""
 
 from __future__ import annotations
 
