@@ -55,7 +55,7 @@ def plan(
 
     check_one_source(model, profile)
     box, number = find_box(gpu, gpus)
-    level = None if effort == "none" else effort
+    level = _level(effort)
     host_bytes = None if host_gb is None else int(host_gb * 1e9)
 
     def asked(count: int) -> PlanOptions:
@@ -176,6 +176,15 @@ def capture(name: str, dtype: str | None = None, lora: int | None = None) -> Cap
         )
     with progress_bar(None) as bar:
         return capture_model(found.module, ExampleInputs.of(example), bar)
+
+
+def _level(effort: str) -> str | None:
+    """`--effort` as `PlanOptions` has it."""
+    from rpcompile.scheduling import EFFORTS
+
+    if effort not in ("none", *EFFORTS):
+        raise InvalidArgument(f"--effort {effort!r}; choose none, {', '.join(EFFORTS)}")
+    return None if effort == "none" else effort
 
 
 def _divided(tiles: str, head_groups: str) -> dict[str, Any]:
