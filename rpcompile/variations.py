@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,11 @@ from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.shared_links import SharedLinks
 
 if TYPE_CHECKING:
     from rpcompile.ir import Hardware, Partition, Schedule, SegmentChain
     from rpcompile.plan import Plan
-    from rpcompile.shared_links import SharedLinks
 
 
 def dispatch_of(schedule: Schedule) -> Dispatch:
@@ -45,24 +46,53 @@ def lay_out(
     partition: Partition,
     dispatch: Dispatch,
     mode: str,
+    update_s_per_byte: float = 0.0,
     links: SharedLinks | None = None,
 ) -> Schedule:
-    """The schedule of a dispatch, with transfers, sums of gradients and events.
+    """The schedule of a dispatch, with transfers, sums of gradients, updates and events.
 
     Args:
         chain: The segments.
         partition: The stages.
-        dispatch: What runs where.
+        dispatch: Jobs and their order.
         mode: "sync", "async" or "forward".
-        links: Where they say it, the rate of the host's memory, at which it sums.
+        update_s_per_byte: Of the host's optimizer, for a byte of gradient; 0 leaves updates out.
+        links: What they say of the host's memory is what sums of gradients and norms take.
 
     Raises:
         ScheduleError: The dispatch does not fit the partition.
     """
     schedule = InsertTransfers(chain).run(LayOutDispatch(chain, partition, mode).run(dispatch))
-    rate = (links and links.host_bytes_per_s) or InsertUpdates.host_bytes_per_s
-    sums = InsertUpdates(chain, host_bytes_per_s=rate, updates=False)
-    return InsertEventWaits().run(sums.run(schedule))
+    stepped = update_s_per_byte > 0
+    updates = InsertUpdates(
+        chain,
+        update_s_per_byte,
+        parameter_bytes=1,
+        host_bytes_per_s=host_rate(links),
+        clip=stepped,
+        updates=stepped,
+    )
+    return InsertEventWaits().run(updates.run(schedule))
+
+
+def host_rate(links: SharedLinks | None) -> float:
+    """Bytes per second of the host's memory; where nothing is said of it, the usual one."""
+    said = None if links is None else links.host_bytes_per_s
+    return said or SharedLinks().host_bytes_per_s or math.inf
+
+
+def laid_out_as(
+    plan: Plan, dispatch: Dispatch, chain: SegmentChain | None = None, partition: Partition | None = None
+) -> Schedule:
+    """A dispatch laid out as the plan's was."""
+    return lay_out(
+        chain or plan.chain,
+        partition or plan.partition,
+        dispatch,
+        plan.mode,
+        plan.update_s_per_byte,
+        plan.links,
+    )
 
 
 def with_microbatches(plan: Plan, more: int) -> Schedule:
@@ -88,7 +118,7 @@ def with_microbatches(plan: Plan, more: int) -> Schedule:
         for queue in dispatch.order
     )
     grown = replace(dispatch, microbatches=old + more, jobs=jobs, order=order)
-    return lay_out(plan.chain, plan.partition, grown, plan.mode, plan.links)
+    return laid_out_as(plan, grown)
 
 
 def with_faster_links(plan: Plan, factor: float) -> Schedule:
@@ -100,10 +130,10 @@ def with_faster_links(plan: Plan, factor: float) -> Schedule:
 
     kinds = tuple(replace(kind, hardware=faster(kind.hardware)) for kind in plan.chain.kinds)
     chain = replace(plan.chain, hardware=faster(plan.chain.hardware), kinds=kinds)
-    return lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode, plan.links)
+    return laid_out_as(plan, dispatch_of(plan.schedule), chain)
 
 
 def with_stages(plan: Plan, partition: Partition) -> Schedule:
     """Other stages, dispatched round robin."""
     dispatch = DispatchRoundRobin(plan.gpus, plan.microbatches).run(partition)
-    return lay_out(plan.chain, partition, dispatch, plan.mode, plan.links)
+    return laid_out_as(plan, dispatch, partition=partition)
