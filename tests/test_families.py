@@ -302,7 +302,7 @@ def test_an_input_that_is_no_tensor_is_to_be_wrapped() -> None:
 
 
 def test_clip_trains_bit_for_bit_on_as_many_threads_as_plain_pytorch() -> None:
-    """Workers share torch's threads, and with two addmm of [10, 32] by [32, 32] rounds otherwise than with one.
+    """Workers share torch's threads; addmm of [10, 32] by [32, 32] rounds otherwise with two than with one.
 
     That is the whole difference that CLIP's gradients have where threads differ, below 1e-6 of the largest;
     no sum is taken in another order. Here everything has one thread.
