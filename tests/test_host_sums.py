@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rpcompile
+from rpcompile import buffers
 from rpcompile.errors import ExecutionError, WorkerTimeout
 from rpcompile.ir import Op, Program, Schedule, Stream
 from rpcompile.passes.insert_event_waits import InsertEventWaits
@@ -39,8 +40,11 @@ OPTIONS = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.3, "gpu": models.SLO
 class Shared:
     """A model each of whose stages has three jobs, compiled with SUMs, and what it gives without them."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, tied: bool = False, **options: Any) -> None:
         self.case = models.build(lambda: models.mlp(*[16] * 5, 5))
+        if tied:
+            layers = self.case.model.get_submodule("layers")
+            layers.get_submodule("3").weight = layers.get_submodule("0").weight
         self.options = {**OPTIONS, **options}
         with rpcompile.compile(self.case.model, example_inputs=self.case.batch, **self.options) as first:
             plan = first.plan
@@ -173,6 +177,30 @@ def test_what_has_been_added_is_let_go_of(shared: Shared) -> None:
     assert added
     assert not added & found.keys()
     assert {buffer for action in shared.sums for buffer in action.writes} <= found.keys()
+
+
+def test_a_tied_weight_is_summed_segment_by_segment() -> None:
+    """Without SUMs its gradients are added job by job, whichever segment they are of: another order."""
+    shared, found = Shared(tied=True), dict[str, Any]()
+    engine = shared.engine(without_sums(shared.plan))
+    result = engine._result
+
+    def look(host: dict[str, Any], microbatches: int) -> Any:
+        found.update({name: dict(made) for name, made in host.items() if ":gradients." in name})
+        return result(host, microbatches)
+
+    engine._result = look  # type: ignore[method-assign]
+    shared.run(engine)
+    by_segment: dict[int, torch.Tensor] = {}
+    for buffer in sorted(found, key=lambda name: buffers.parse(name).job or 0):
+        if (part := found[buffer].get("layers.0.weight")) is not None:
+            segment = buffers.segment_of(buffer)
+            by_segment[segment] = by_segment[segment] + part if segment in by_segment else part
+    last, first = by_segment.values()  # the backward comes to the last use first
+    name = [name for name, _ in shared.case.model.named_parameters()].index("layers.0.weight")
+    assert torch.equal(shared.run(shared.compiled._training.engine)[1 + name], last + first)
+    engine.close()
+    shared.compiled.close()
 
 
 def test_a_parameter_that_no_gradient_reached_in_the_first_job() -> None:

@@ -68,7 +68,8 @@ class Result:
 
     Attributes:
         outputs: Per microbatch, outputs by node name.
-        gradients: Parameter name -> gradient, summed over jobs in job order.
+        gradients: Parameter name -> gradient, summed over jobs in job order; where SUMs have done that, one
+            segment after another, a tied weight's segments are added after that.
         states: Buffer name -> its value after the forward.
     """
 
