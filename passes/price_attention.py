@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import sympy
 
-from rpcompile.attention import find_kernel, log_sum_exp_like
+from rpcompile.attention_kernels import find_kernel, log_sum_exp_like
 from rpcompile.device_kernels import Kernels
 from rpcompile.graphs import argument, value_of
 from rpcompile.ir import AttentionOutputs, Partition, Stage, StageKind
@@ -35,7 +35,8 @@ class PriceAttention:
     """Fills in `Segment.attention`; nothing is offloaded by it.
 
     Bytes are those of the outputs and log-sum-exps, seconds those of the attention's forward, memory is
-    found by running the stages that offload and load them. It depends on `Segment.tiles`, which come first.
+    found by running the stages that offload and load them. It depends on `Segment.tiles` and
+    `Segment.head_groups`, which come first.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -112,7 +113,7 @@ class _Pricer:
     def _memory(self, index: int, segment: Segment) -> tuple[int, int, int]:
         """`saved_bytes`, `peak_bytes` and `forward_peak_bytes` of `AttentionOutputs`."""
         piece = self._pieces.piece(index, index)
-        key = self._peak.key(piece), segment.tiles
+        key = self._peak.key(piece), segment.tiles, segment.head_groups
         if key not in self._known:
             segments = list(self._chain.segments)
             segments[index] = segment

@@ -9,11 +9,20 @@ import pytest
 import torch
 
 import rpcompile
+from rpcompile.attention import from_kept
+from rpcompile.head_groups import attention_by_groups
 from rpcompile.ir import StageKind
 from tests import family_tiny, models, reference
 
 # Chunks add in another order than plain PyTorch: float32 rounding of sums of some hundred terms.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def divided_attention(compiled: rpcompile.Compiled) -> set[tuple[object, object]]:
+    """What runs attention in backward stages, and in how many groups of heads."""
+    stages = (stage for stage in compiled.program.stages if stage.stage.kind is StageKind.B)
+    nodes = [node for stage in stages for node in stage.graph_module.graph.nodes]
+    return {(n.target, n.args[-2]) for n in nodes if n.target in (from_kept, attention_by_groups)}
 
 
 @pytest.mark.parametrize("attention", ["recompute", "offload"])
@@ -39,6 +48,7 @@ def test_divided_training_equals_plain_pytorch(family: str, attention: str) -> N
         assert any(stage.kind is StageKind.B for stage in plan.partition.stages)
         offloaded = any(name.startswith("host:kept.") for name in plan.schedule.buffers)
         assert offloaded == (attention == "offload")
+        assert divided_attention(compiled) == {(from_kept if offloaded else attention_by_groups, 2)}
         torch.manual_seed(5)
         loss = compiled.forward_backward(**case.batch)
     torch.manual_seed(5)
