@@ -4,24 +4,26 @@ Offloading saves the attention's forward in every recompute and costs two copies
 a microbatch, the first with their square, so there is a length from which on it pays; and where a link is
 what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
 and one with as many as the links have time for beside the compute, compete with the plan that recomputes
-them all. Each runs on the better of its own stages and the other's.
+them all. Each runs on the better of its own stages and the other's. Where segments that offload would be
+divided into other chunks of tokens or groups of heads to fit, a plan with those is made, too.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import StageKind, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
     from rpcompile.ir import Partition, Schedule, SegmentChain
     from rpcompile.scheduling import Found
 
+_T = TypeVar("_T")
 NAMED = ("auto", "recompute", "offload")
 AS_IS = "as is"  # as the chain's segments say
 WORTH = 0.02  # of the compute, or of the iteration: what offloading has to save; searches differ by 1 %
@@ -62,16 +64,16 @@ class Means:
     problem: Callable[[SegmentChain, Schedule], str | None]
 
 
-def choose_attention(chain: SegmentChain, asked: str, means: Means) -> AttentionChoice:
+def choose_attention(
+    chain: SegmentChain, asked: str, means: Means, divided: Callable[[], SegmentChain] | None = None
+) -> AttentionChoice:
     """Decides for which segments attention outputs are offloaded.
 
     Args:
         chain: With `Segment.attention` where there is something to decide.
+        divided: The chain with tokens and heads divided for segments that offload; None: as in `chain`.
         asked: "auto"; "recompute" for none; "offload" for all that can be; "as is".
         means: Is only used where there is something to compare.
-
-    Raises:
-        PartitionError: Not even recomputing everything fits.
     """
     if asked == AS_IS:
         return AttentionChoice(chain, None, "")
@@ -82,27 +84,57 @@ def choose_attention(chain: SegmentChain, asked: str, means: Means) -> Attention
     if asked == "recompute":
         return replace(none, why="attention='recompute' was asked for.")
     if asked == "offload":
-        return AttentionChoice(offload(chain, every), None, "attention='offload' was asked for.")
+        chain = divided() if divided else chain
+        return AttentionChoice(offload(chain), None, "attention='offload' was asked for.")
     share = saved_share(chain)
     if share < WORTH:
         return replace(none, why=f"Offloading could save no more than {100 * share:.1f} % of the compute.")
-    return _fastest(chain, every, means)
+    return _fastest(chain, divided() if divided else chain, every, means)
 
 
-def offload(chain: SegmentChain, count: int) -> SegmentChain:
+def offload(
+    chain: SegmentChain, count: int | None = None, divided: SegmentChain | None = None
+) -> SegmentChain:
     """The chain with the outputs of `count` segments offloaded, those that save most for their bytes.
 
     Of segments that are alike, every so many is taken, so that the copies are spread over the iteration.
+
+    Args:
+        chain: The segments that recompute.
+        count: How many offload; None: all that can.
+        divided: The chain that those are of; None for the same.
     """
     candidates = _candidates(chain)
+    count = len(candidates) if count is None else count
     worth = {index: _seconds_a_byte(chain, index) for index in candidates}
     chosen: set[int] = set()
     for value in sorted(set(worth.values()), reverse=True):
         alike = [index for index in candidates if worth[index] == value]
         taken = min(count - len(chosen), len(alike))
         chosen |= {alike[place * len(alike) // taken] for place in range(taken)}
-    segments = enumerate(chain.segments)
-    return replace(chain, segments=tuple(replace(s, offloads=index in chosen) for index, s in segments))
+    return offload_these(chain, chosen, divided)
+
+
+def offload_these(
+    chain: SegmentChain, chosen: Collection[int], divided: SegmentChain | None = None
+) -> SegmentChain:
+    """The chain with the outputs of these segments offloaded, which are taken from `divided`."""
+    other = divided or chain
+
+    def pick(mine: Sequence[_T], theirs: Sequence[_T]) -> tuple[_T, ...]:
+        pairs = enumerate(zip(mine, theirs, strict=True))
+        return tuple(b if index in chosen else a for index, (a, b) in pairs)
+
+    segments = enumerate(pick(chain.segments, other.segments))
+    kinds = (
+        replace(a, forward_s=pick(a.forward_s, b.forward_s), backward_s=pick(a.backward_s, b.backward_s))
+        for a, b in zip(chain.kinds, other.kinds, strict=True)
+    )
+    return replace(
+        chain,
+        segments=tuple(replace(segment, offloads=index in chosen) for index, segment in segments),
+        kinds=tuple(kinds),
+    )
 
 
 def saved_share(chain: SegmentChain) -> float:
@@ -124,24 +156,36 @@ def _seconds_a_byte(chain: SegmentChain, index: int) -> float:
     return attention.forward_s / attention.nbytes
 
 
-def _fastest(chain: SegmentChain, every: int, means: Means) -> AttentionChoice:
+def _fastest(chain: SegmentChain, divided: SegmentChain, every: int, means: Means) -> AttentionChoice:
     """Tries all, and as many as the links have time for; the sentence says what became of each."""
     none = offload(chain, 0)
-    recomputed = means.plan(none)
+    try:
+        recomputed = means.plan(none)
+    except PartitionError:
+        # A plan that was sought for longer may fit; it will have no room for copies.
+        return AttentionChoice(none, None, "No plan to compare with was found that fits in the GPUs' memory.")
     best: AttentionChoice | None = None
     said: list[str] = []
+    ways = [(chain, "")]
+    if divided.segments != chain.segments:
+        ways.append((divided, " and divided for that"))
     for count in dict.fromkeys((every, _fits_in_slack(chain, recomputed.partition, recomputed.schedule))):
         if not count or best is not None:
             continue
-        trial = offload(chain, count)
-        what = f"with {'all' if count == every else f'{count} of {every}'} outputs offloaded"
-        recomputed, planned = _compared(none, recomputed, trial, means)
-        if planned is None:
-            said.append(f"{what} no plan fits in the GPUs' memory")
-        elif problem := means.problem(trial, planned.schedule):
-            said.append(f"{what} the host {problem}")
-        else:
-            said.append(f"{what} at {planned.iteration_s:.4g} s")
+        tried: list[tuple[SegmentChain, Found]] = []
+        for other, how in ways:
+            trial = offload(chain, count, other)
+            what = f"with {'all' if count == every else f'{count} of {every}'} outputs offloaded{how}"
+            recomputed, planned = _compared(none, recomputed, trial, means)
+            if planned is None:
+                said.append(f"{what} no plan fits in the GPUs' memory")
+            elif problem := means.problem(trial, planned.schedule):
+                said.append(f"{what} the host {problem}")
+            else:
+                said.append(f"{what} at {planned.iteration_s:.4g} s")
+                tried.append((trial, planned))
+        if tried:
+            trial, planned = min(tried, key=lambda pair: pair[1].iteration_s)
             if planned.iteration_s < (1 - WORTH) * recomputed.iteration_s:
                 best = AttentionChoice(trial, planned, "")
     recompute_s = recomputed.iteration_s
