@@ -5,7 +5,8 @@ a microbatch, the first with their square, so there is a length from which on it
 what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
 and one with as many as the links have time for beside the compute, compete with the plan that recomputes
 them all. Each runs on the better of its own stages and the other's. Where segments that offload would be
-divided into other chunks of tokens or groups of heads to fit, a plan with those is made, too.
+divided into other chunks of tokens or groups of heads to fit, they are; the division for recompute is tried,
+too, on the stages that were found.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import StageKind, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from rpcompile.ir import Partition, Schedule, SegmentChain
     from rpcompile.scheduling import Found
@@ -166,26 +167,27 @@ def _fastest(chain: SegmentChain, divided: SegmentChain, every: int, means: Mean
         return AttentionChoice(none, None, "No plan to compare with was found that fits in the GPUs' memory.")
     best: AttentionChoice | None = None
     said: list[str] = []
-    ways = [(chain, "")]
-    if divided.segments != chain.segments:
-        ways.append((divided, " and divided for that"))
     for count in dict.fromkeys((every, _fits_in_slack(chain, recomputed.partition, recomputed.schedule))):
         if not count or best is not None:
             continue
-        tried: list[tuple[SegmentChain, Found]] = []
-        for other, how in ways:
-            trial = offload(chain, count, other)
+        trial = offload(chain, count, divided)
+        recomputed, planned = _compared(none, recomputed, trial, means)
+        tried = [(trial, planned, "")]
+        if divided.segments != chain.segments:
+            found = [found for found in (planned, recomputed) if found]
+            tried.append((*_on_their_stages(offload(chain, count), found, means), ", divided as before"))
+        fitting: list[tuple[SegmentChain, Found]] = []
+        for trial, planned, how in tried:
             what = f"with {'all' if count == every else f'{count} of {every}'} outputs offloaded{how}"
-            recomputed, planned = _compared(none, recomputed, trial, means)
             if planned is None:
                 said.append(f"{what} no plan fits in the GPUs' memory")
             elif problem := means.problem(trial, planned.schedule):
                 said.append(f"{what} the host {problem}")
             else:
                 said.append(f"{what} at {planned.iteration_s:.4g} s")
-                tried.append((trial, planned))
-        if tried:
-            trial, planned = min(tried, key=lambda pair: pair[1].iteration_s)
+                fitting.append((trial, planned))
+        if fitting:
+            trial, planned = min(fitting, key=lambda pair: pair[1].iteration_s)
             if planned.iteration_s < (1 - WORTH) * recomputed.iteration_s:
                 best = AttentionChoice(trial, planned, "")
     recompute_s = recomputed.iteration_s
@@ -204,6 +206,14 @@ def _compared(
     other = None if own is None else means.again(none, own, recomputed.partition.bound_s)
     faster = min(filter(None, (own, shared)), key=_seconds, default=None)
     return min(filter(None, (recomputed, other)), key=_seconds), faster
+
+
+def _on_their_stages(
+    chain: SegmentChain, plans: Iterable[Found], means: Means
+) -> tuple[SegmentChain, Found | None]:
+    """The chain, and its best plan on the stages of others."""
+    found = (means.again(chain, plan, 0.0) for plan in plans)
+    return chain, min(filter(None, found), key=_seconds, default=None)
 
 
 def _seconds(found: Found) -> float:

@@ -103,7 +103,7 @@ def test_of_two_ways_to_divide_what_offloads_the_faster_is_taken(seconds: float,
     assert {segment.tiles for segment in plan.chain.segments[:6]} == {tiles}
     assert plan.chain.segments[6].tiles == 1  # which does not offload
     what = "with all outputs offloaded"
-    assert re.search(rf"{what} at [\d.]+ s, {what} and divided for that at [\d.]+ s", plan.attention)
+    assert re.search(rf"{what} at [\d.]+ s, {what}, divided as before at [\d.]+ s", plan.attention)
 
 
 def test_what_can_be_loaded_only_when_divided_for_it_is_offloaded() -> None:
