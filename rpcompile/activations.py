@@ -52,8 +52,8 @@ def _by_tiles(plan: Plan) -> dict[int, list[Segment]]:
 
 def _attention(plan: Plan) -> list[str]:
     segments = plan.chain.segments
-    if plan.mode == "forward" or not any(segment.nodes for segment in segments):
-        return []  # a profile does not say what attention takes
+    if plan.mode == "forward" or not any(segment.nodes or segment.attention for segment in segments):
+        return []  # a profile need not say what attention takes
     if not any(segment.attention for segment in segments):
         return [
             "No attention output can be kept: scaled_dot_product_attention is not in what is recomputed "

@@ -148,7 +148,7 @@ def saved_share(chain: SegmentChain) -> float:
 
 
 def _candidates(chain: SegmentChain) -> list[int]:
-    return [i for i, segment in enumerate(chain.segments) if segment.attention and segment.attention.nodes]
+    return [i for i, segment in enumerate(chain.segments) if segment.attention and segment.attention.nbytes]
 
 
 def _seconds_a_byte(chain: SegmentChain, index: int) -> float:

@@ -218,7 +218,7 @@ class AttentionOutputs:
     """What it takes to offload a segment's attention outputs, with log-sum-exps, and not to recompute them.
 
     Attributes:
-        nodes: The attention nodes that can be kept.
+        nodes: The attention nodes that can be kept; a profile's chain has no nodes.
         nbytes: Their outputs and log-sum-exps, of one microbatch.
         forward_s: Seconds of their forward, which the recompute saves.
         saved_bytes: As the segment's, in a backward stage that loads them; they themselves are not counted.

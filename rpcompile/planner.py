@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from rpcompile.ir import Capture, CostedGraph, Hardware, SegmentChain
-    from rpcompile.profile import Profile
+    from rpcompile.ir import Capture, CostedGraph, Hardware, Segment, SegmentChain
+    from rpcompile.profile import Profile, ProfileSegment
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
@@ -439,11 +439,15 @@ def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
             f"the profile is of another model: it has {_names([s.name for s in given])}, this model "
             f"{_names(names)}; make one with `rpcompile profile`"
         )
-    segments = tuple(
-        own.timed(other.forward_s, other.backward_s, "given")
-        for own, other in zip(chain.segments, given, strict=True)
-    )
-    return replace(chain, segments=segments)
+    pairs = zip(chain.segments, given, strict=True)
+    return replace(chain, segments=tuple(_as_given(own, other) for own, other in pairs))
+
+
+def _as_given(own: Segment, given: ProfileSegment) -> Segment:
+    timed = own.timed(given.forward_s, given.backward_s, "given")
+    if timed.attention is None or given.attention is None:
+        return timed
+    return replace(timed, attention=replace(timed.attention, forward_s=given.attention.forward_s))
 
 
 def _names(names: Sequence[str]) -> str:
