@@ -43,7 +43,7 @@ class ChooseTiles:
     somewhere (attention) runs its regions twice in the backward when it is tiled. One that is token-wise
     throughout (`reruns`) runs its forward only once, in the backward, if it is the last of its stage;
     elsewhere that time is not priced. A segment that offloads its attention outputs (`Segment.offloads`)
-    has to fit as a stage that loads them, and so do they.
+    has to fit as a stage that loads them, copies included.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -203,7 +203,8 @@ class _Chooser:
         kind = StageKind.FB if self._is_last(index) else StageKind.B
         stage = Stage(0, kind, index, index)
         partition = Partition((stage,), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
-        (graph,) = ExtractStages(self._capture, self._with(index, tiles=1)).run(partition)
+        whole = self._with(index, tiles=1, head_groups=1, offloads=False)
+        (graph,) = ExtractStages(self._capture, whole).run(partition)
         return find_regions(graph.graph_module.graph, self._names, segment_of)
 
     # ------------------------------------------------------------------ its memory
