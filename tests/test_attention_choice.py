@@ -245,6 +245,17 @@ def test_it_says_what_is_tiled() -> None:
     assert "Memory     2 segments (layer1 … layer2) in 4 chunks of tokens · layer6 in 16 chunks" in str(plan)
 
 
+def test_it_says_what_runs_in_groups_of_heads() -> None:
+    given = with_nodes(toy(1))
+    segments = (replace(s, head_groups=8 if i in (1, 2) else 1) for i, s in enumerate(given.segments))
+    plan = planned(replace(given, segments=tuple(segments)), "recompute")
+    line = (
+        "The attention of 2 segments (layer1 … layer2) runs backward in 8 groups of heads, one after another."
+    )
+    assert line in explained(plan)
+    assert "Memory     attention of 2 segments (layer1 … layer2) in 8 groups of heads" in str(plan)
+
+
 def test_other_words_are_refused() -> None:
     message = "attention='always'; it must be 'auto', 'recompute', 'offload'"
     with pytest.raises(InvalidArgument, match=re.escape(message)):
