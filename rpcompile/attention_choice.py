@@ -163,8 +163,8 @@ def _fastest(chain: SegmentChain, divided: SegmentChain, every: int, means: Mean
     try:
         recomputed = means.plan(none)
     except PartitionError:
-        # A plan that was sought for longer may fit; it will have no room for copies.
-        return AttentionChoice(none, None, "No plan to compare with was found that fits in the GPUs' memory.")
+        # A search may still find one; what is that tight has no room for copies.
+        return AttentionChoice(none, None, "No plan to compare others with was found without a search.")
     best: AttentionChoice | None = None
     said: list[str] = []
     for count in dict.fromkeys((every, _fits_in_slack(chain, recomputed.partition, recomputed.schedule))):

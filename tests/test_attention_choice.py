@@ -12,6 +12,7 @@ from rpcompile.activations import activations
 from rpcompile.attention_choice import offload, offload_these, saved_share
 from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import AttentionOutputs, GpuKind, SegmentChain
+from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan
 from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 from tests.chains import HARDWARE, chain
@@ -133,12 +134,14 @@ def test_on_different_gpus_the_seconds_are_those_of_what_was_taken() -> None:
     assert mixed.kinds[1].forward_s == (4.0,) * 7
 
 
-def test_what_no_quick_plan_fits_is_sought_for_longer() -> None:
-    """The search says that nothing fits, and not the comparison."""
-    given = toy(1)
-    given = replace(given, hardware=replace(given.hardware, usable_bytes=10))
-    with pytest.raises(PartitionError, match="memory"):
-        planned(given, effort="fast")
+def test_what_only_a_search_can_plan_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_luck(*_: object) -> None:
+        raise PartitionError("no luck")
+
+    monkeypatch.setattr(PartitionStages, "run", no_luck)
+    plan = planned(toy(1), effort="fast", max_traffic=0.3)  # stages of one segment take 0.5
+    assert offloaded(plan) == []
+    assert plan.attention == "No plan to compare others with was found without a search."
 
 
 def test_as_many_are_offloaded_as_the_links_have_time_for() -> None:
