@@ -1,0 +1,202 @@
+"""Which weights the uploads of chained iterations find, against runs in which each comes first or last."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import networkx
+import pytest
+
+from rpcompile.errors import ScheduleError
+from rpcompile.event_loop import Events, chain_events
+from rpcompile.ir import Op, Schedule, TiedWeight
+from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
+from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.verify import verify_schedule
+from rpcompile.verify_iterations import check_versions, versions_seen
+from tests.chains import action, chain, edit, partition
+from tests.dispatches import drawn
+
+SHARED = TiedWeight("embedding", (0, 2), 2, 2)
+TIED = chain(3, tied=(SHARED,))
+STAGES = partition("F0-0", "F1-1", "FB2-2", "B1-1", "B0-0")
+ITERATIONS = 4
+
+
+def scheduled(mode: str, updates: bool, gpus: int = 2, rotate: int = 0, seed: int | None = None) -> Schedule:
+    dispatch = replace(DispatchRoundRobin(gpus, 2).run(STAGES), rotate=rotate)
+    if seed is not None:
+        dispatch = drawn(TIED, STAGES, gpus, 3, mode, seed)
+    schedule = InsertTransfers(TIED).run(LayOutDispatch(TIED, STAGES, mode).run(dispatch))
+    return InsertEventWaits().run(InsertUpdates(TIED).run(schedule) if updates else schedule)
+
+
+CASES = {
+    "the caller steps": scheduled("async", updates=False, gpus=3),
+    "shifted": scheduled("async", updates=False, rotate=1),
+    "with updates": scheduled("async", updates=True),
+    "replicas": scheduled("async", updates=False, seed=5),
+    "replicas with updates": scheduled("async", updates=True, seed=6),
+    "synchronous": scheduled("sync", updates=True),
+}
+
+
+def chained(schedule: Schedule) -> Events:
+    return chain_events(schedule, ITERATIONS, schedule.mode, schedule.rotate)
+
+
+def refusal(events: Events, tied: tuple[TiedWeight, ...] = (SHARED,)) -> str | None:
+    try:
+        check_versions(events, tied, events.schedule.mode)
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+def runs(events: Events) -> dict[tuple[int, str], tuple[int, int]]:
+    """(upload, weight) -> updates that it has seen if it runs as soon as it can, and as late as it can."""
+    count, lag = len(events.actions), {"sync": 1, "async": 2}[events.schedule.mode]
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(count * events.iterations))
+    for queue in events.order:
+        graph.add_edges_from(pairwise(queue))
+    graph.add_edges_from((s, n) for n, found in enumerate(events.sources) for s in found)
+    every = set(graph)
+    found: dict[tuple[int, str], tuple[int, int]] = {}
+    for upload in every:
+        read = events.actions[upload % count]
+        if read.op is not Op.PREFETCH:
+            continue
+        segment, iteration = int(read.reads[0].partition(".s")[2]), upload // count
+        soon = networkx.ancestors(graph, upload)
+        late = every - networkx.descendants(graph, upload) - {upload}
+        for weight, parts in changing(events, segment).items():
+            seen: list[int] = []
+            for over in (soon, late):
+                sets = [0] * lag  # of weights, which updates write in turn
+                for j in range(events.iterations):
+                    if all(part + j * count in over for part in parts):
+                        sets[(j + 1) % lag] = j + 1
+                seen.append(sets[max(0, iteration - lag + 1) % lag])
+            found[upload, weight] = (seen[0], seen[1])
+    return found
+
+
+def changing(events: Events, segment: int) -> dict[str, list[int]]:
+    """What an upload of a segment reads that changes -> what changes it, in the first iteration."""
+    op = Op.UPDATE if any(a.op is Op.UPDATE for a in events.actions) else Op.GRADIENT
+    by_segment = {
+        s: [n for n, a in enumerate(events.actions) if a.op is op and a.writes[0].endswith(f".s{s}")]
+        for s in range(3)
+    }
+    found = {f"the weights of segment {segment}": by_segment[segment]}
+    if segment in SHARED.segments:
+        found["embedding"] = by_segment[0] + (by_segment[2] if op is Op.GRADIENT else [])
+    return found
+
+
+def without_edges(events: Events, choose: random.Random, across: bool, most: int) -> Events:
+    """Some edges between queues removed, of one iteration or between two."""
+    count, sources = len(events.actions), [*events.sources]
+    edges = [(n, s) for n, found in enumerate(sources) for s in found if (n // count != s // count) == across]
+    for number, source in choose.sample(edges, choose.randint(1, most)):
+        sources[number] = tuple(other for other in sources[number] if other != source)
+    return replace(events, sources=sources)
+
+
+# ---------------------------------------------------------------- what is proved
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_upload_finds_the_weights_that_design_asks_for(case: str) -> None:
+    events = chained(CASES[case])
+    lag = 2 if events.schedule.mode == "async" else 1
+    for (upload, weight), seen in runs(events).items():
+        wanted = max(0, upload // len(events.actions) + 1 - lag)
+        assert seen == (wanted, wanted), (events.names()[upload], weight)
+    assert refusal(events) is None
+    verify_schedule(events.schedule, TIED, STAGES)
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_what_mutants_may_find_is_what_their_runs_find(case: str, across: bool) -> None:
+    events, choose = chained(CASES[case]), random.Random(case)
+    unharmed, refused = runs(events), 0
+    for number in range(8):
+        mutant = without_edges(events, choose, across, most=1 if number < 4 else 12)
+        expected = runs(mutant)
+        seen = [*versions_seen(mutant, (SHARED,), mutant.schedule.mode)]
+        assert {(s.upload, s.weight): (s.least, s.most) for s in seen} == expected
+        message = refusal(mutant)
+        assert (message is None) == (expected == unharmed), message
+        refused += message is not None
+    assert refused
+
+
+# ---------------------------------------------------------------- messages
+
+
+def lacking(events: Events, waiter: str, source: str) -> Events:
+    """Without one edge of a later iteration."""
+    names, sources = events.names(), [*events.sources]
+    number, lost = names.index(waiter), names.index(source)
+    assert lost in sources[number]
+    sources[number] = tuple(other for other in sources[number] if other != lost)
+    return replace(events, sources=sources)
+
+
+def test_an_upload_that_does_not_wait_for_the_update_of_what_it_shares() -> None:
+    """Segment 0's upload of the third iteration needs segment 2's gradient of the first."""
+    events = chained(replace(CASES["the caller steps"], tied=()))
+    assert refusal(events) == (
+        "0P@0.0#2 may upload embedding after 0 updates, where mode 'async' asks for those after 1: "
+        "0P@0.0#2 does not wait for 2G@2.2"
+    )
+    assert refusal(events, tied=()) is None
+
+
+def test_an_upload_that_does_not_wait_for_its_own_update() -> None:
+    events = lacking(chained(CASES["with updates"]), "0P@0.0#2", "4U@4.0")
+    assert refusal(events) == (
+        "0P@0.0#2 may upload the weights of segment 0 after 0 updates, where mode 'async' asks for those "
+        "after 1: 0P@0.0#2 does not wait for 4U@4.0"
+    )
+
+
+def test_an_upload_moved_over_an_update() -> None:
+    """The upload of the backward stage comes behind the update of its segment, in the second iteration."""
+    schedule = CASES["with updates"]
+    events = chained(schedule)
+    names, sources = events.names(), [*events.sources]
+    upload, update = names.index("4P@4.0#1"), names.index("4U@4.0#1")
+    sources[update] = ()
+    sources[upload] = (*sources[upload], update)
+    message = refusal(replace(events, sources=sources))
+    assert message is not None
+    assert "4P@4.0#1 may upload the weights of segment 0 after 2 updates" in message
+    assert message.endswith("asks for those after 0: 4U@4.0#1 does not wait for 4P@4.0#1")
+    moved = edit(schedule, "4U@4.0", waits=())
+    with pytest.raises(ScheduleError, match=r"4U@4\.0 does not wait for"):
+        verify_schedule(moved, TIED, STAGES)
+
+
+def test_a_schedule_that_leaves_out_what_is_shared_is_refused() -> None:
+    schedule = replace(CASES["the caller steps"], tied=())
+    with pytest.raises(ScheduleError, match=r"0P@0\.0#2 may upload embedding after 0 updates"):
+        verify_schedule(schedule, TIED, STAGES)
+
+
+def test_the_update_of_what_is_shared_comes_with_the_first_segment() -> None:
+    schedule = CASES["with updates"]
+    assert "host:updated.s0" in action(schedule, "4U@4.0").writes
+    events = chained(replace(schedule, tied=()))
+    assert refusal(events) is None  # segment 2's own update comes behind that of segment 0
