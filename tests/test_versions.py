@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import pairwise
 
-import networkx
 import pytest
 
 from rpcompile.errors import ScheduleError
 from rpcompile.event_loop import Events, chain_events
-from rpcompile.ir import Op, Schedule, TiedWeight
+from rpcompile.ir import Schedule, TiedWeight
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
@@ -21,6 +19,7 @@ from rpcompile.verify import verify_schedule
 from rpcompile.verify_iterations import check_versions, versions_seen
 from tests.chains import action, chain, edit, partition
 from tests.dispatches import drawn
+from tests.versions_oracle import runs, wanted
 
 SHARED = TiedWeight("embedding", (0, 2), 2, 2)
 TIED = chain(3, tied=(SHARED,))
@@ -58,51 +57,6 @@ def refusal(events: Events, tied: tuple[TiedWeight, ...] = (SHARED,)) -> str | N
     return None
 
 
-# ---------------------------------------------------------------- the oracle
-
-
-def runs(events: Events) -> dict[tuple[int, str], tuple[int, int]]:
-    """(upload, weight) -> updates that it has seen if it runs as soon as it can, and as late as it can."""
-    count, lag = len(events.actions), {"sync": 1, "async": 2}[events.schedule.mode]
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(range(count * events.iterations))
-    for queue in events.order:
-        graph.add_edges_from(pairwise(queue))
-    graph.add_edges_from((s, n) for n, found in enumerate(events.sources) for s in found)
-    every = set(graph)
-    found: dict[tuple[int, str], tuple[int, int]] = {}
-    for upload in every:
-        read = events.actions[upload % count]
-        if read.op is not Op.PREFETCH:
-            continue
-        segment, iteration = int(read.reads[0].partition(".s")[2]), upload // count
-        soon = networkx.ancestors(graph, upload)
-        late = every - networkx.descendants(graph, upload) - {upload}
-        for weight, parts in changing(events, segment).items():
-            seen: list[int] = []
-            for over in (soon, late):
-                sets = [0] * lag  # of weights, which updates write in turn
-                for j in range(events.iterations):
-                    if all(part + j * count in over for part in parts):
-                        sets[(j + 1) % lag] = j + 1
-                seen.append(sets[max(0, iteration - lag + 1) % lag])
-            found[upload, weight] = (seen[0], seen[1])
-    return found
-
-
-def changing(events: Events, segment: int) -> dict[str, list[int]]:
-    """What an upload of a segment reads that changes -> what changes it, in the first iteration."""
-    op = Op.UPDATE if any(a.op is Op.UPDATE for a in events.actions) else Op.GRADIENT
-    by_segment = {
-        s: [n for n, a in enumerate(events.actions) if a.op is op and a.writes[0].endswith(f".s{s}")]
-        for s in range(3)
-    }
-    found = {f"the weights of segment {segment}": by_segment[segment]}
-    if segment in SHARED.segments:
-        found["embedding"] = by_segment[0] + (by_segment[2] if op is Op.GRADIENT else [])
-    return found
-
-
 def without_edges(events: Events, choose: random.Random, across: bool, most: int) -> Events:
     """Some edges between queues removed, of one iteration or between two."""
     count, sources = len(events.actions), [*events.sources]
@@ -118,10 +72,7 @@ def without_edges(events: Events, choose: random.Random, across: bool, most: int
 @pytest.mark.parametrize("case", CASES)
 def test_every_upload_finds_the_weights_that_design_asks_for(case: str) -> None:
     events = chained(CASES[case])
-    lag = 2 if events.schedule.mode == "async" else 1
-    for (upload, weight), seen in runs(events).items():
-        wanted = max(0, upload // len(events.actions) + 1 - lag)
-        assert seen == (wanted, wanted), (events.names()[upload], weight)
+    assert runs(events, (SHARED,)) == wanted(events, (SHARED,))
     assert refusal(events) is None
     verify_schedule(events.schedule, TIED, STAGES)
 
@@ -130,10 +81,10 @@ def test_every_upload_finds_the_weights_that_design_asks_for(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_mutants_may_find_is_what_their_runs_find(case: str, across: bool) -> None:
     events, choose = chained(CASES[case]), random.Random(case)
-    unharmed, refused = runs(events), 0
+    unharmed, refused = runs(events, (SHARED,)), 0
     for number in range(8):
         mutant = without_edges(events, choose, across, most=1 if number < 4 else 12)
-        expected = runs(mutant)
+        expected = runs(mutant, (SHARED,))
         seen = [*versions_seen(mutant, (SHARED,), mutant.schedule.mode)]
         assert {(s.upload, s.weight): (s.least, s.most) for s in seen} == expected
         message = refusal(mutant)

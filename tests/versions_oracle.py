@@ -1,0 +1,80 @@
+"""Which weights the uploads of chained iterations find, by letting each come first and last: an oracle."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import networkx
+
+from rpcompile.ir import Op
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rpcompile.event_loop import Events
+    from rpcompile.ir import TiedWeight
+
+_SETS = {"sync": 1, "async": 2}  # of weights on the host, which updates write and iterations read in turn
+
+Seen = dict[tuple[int, str], tuple[int, int]]
+"""(Upload, what it reads) -> updates that this has gone through, at least and at most."""
+
+
+def wanted(events: Events, tied: Sequence[TiedWeight]) -> Seen:
+    """What DESIGN asks for: weights after i updates in iteration i, asynchronously after max(i - 1, 0)."""
+    behind = _SETS[events.schedule.mode] - 1
+    version = [max(0, i - behind) for i in range(events.iterations)]
+    return {
+        key: (version[key[0] // len(events.actions)],) * 2  # type: ignore[misc]
+        for key in runs(events, tied)
+    }
+
+
+def runs(events: Events, tied: Sequence[TiedWeight]) -> Seen:
+    """What each upload finds if nothing runs before it that need not, and if everything does that can."""
+    count, sets = len(events.actions), _SETS[events.schedule.mode]
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(count * events.iterations))
+    for queue in events.order:
+        graph.add_edges_from(pairwise(queue))
+    graph.add_edges_from((s, n) for n, found in enumerate(events.sources) for s in found)
+    every = set(graph)
+    found: Seen = {}
+    for upload in every:
+        read = events.actions[upload % count]
+        if read.op is not Op.PREFETCH:
+            continue
+        segment, iteration = int(read.reads[0].partition(".s")[2]), upload // count
+        soon = networkx.ancestors(graph, upload)
+        late = every - networkx.descendants(graph, upload) - {upload}
+        for weight, parts in _changing(events, tied, segment).items():
+            least, most = (
+                _contents(events, parts, over)[max(0, iteration - sets + 1) % sets] for over in (soon, late)
+            )
+            found[upload, weight] = (least, most)
+    return found
+
+
+def _contents(events: Events, parts: list[int], over: set[int]) -> list[int]:
+    """The sets of weights when some actions are over, each as the number of updates behind it."""
+    found = [0] * _SETS[events.schedule.mode]
+    for j in range(events.iterations):
+        if all(part + j * len(events.actions) in over for part in parts):
+            found[(j + 1) % len(found)] = j + 1
+    return found
+
+
+def _changing(events: Events, tied: Sequence[TiedWeight], segment: int) -> dict[str, list[int]]:
+    """What an upload of a segment reads that changes -> what changes it, in the first iteration."""
+    op = Op.UPDATE if any(action.op is Op.UPDATE for action in events.actions) else Op.GRADIENT
+
+    def made(*segments: int) -> list[int]:
+        ends = tuple(f".s{other}" for other in segments)
+        return [n for n, a in enumerate(events.actions) if a.op is op and a.writes[0].endswith(ends)]
+
+    found = {f"the weights of segment {segment}": made(segment)}
+    for each in tied:
+        if segment in each.segments:
+            found[each.name] = made(min(each.segments)) if op is Op.UPDATE else made(*each.segments)
+    return {weight: parts for weight, parts in found.items() if parts}
