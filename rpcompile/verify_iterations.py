@@ -7,7 +7,8 @@ turn. So the last update of its set that must be over by then is the least that 
 and the last one that can begin before the upload is over is the most. Both are to be what is asked for.
 
 A tied tensor is read by the uploads of all its segments, and changed by the update of the first of them.
-Where the caller steps, an update is as good as under way once all gradients that go into it are there.
+Where the caller steps, an update is as good as under way once all gradients that go into it are there, and
+those of the updates before it: updates come one after another.
 """
 
 from __future__ import annotations
@@ -156,15 +157,18 @@ def versions_seen(events: Events, tied: Sequence[TiedWeight], mode: str) -> Iter
                 wanted, upload = max(0, i + 1 - lag), number + i * count
                 least = most = 0
                 late = early = None
-                # Version v is what the update of iteration v - 1 makes, in its turn in the same set.
-                for version in range(wanted % lag or lag, events.iterations + 1, lag):
+                may_begin = True  # updates come one after another: behind one that cannot, none can
+                for version in range(1, events.iterations + 1):
                     sources = [source + (version - 1) * count for source in found]
+                    may_begin = may_begin and not any(order.before(place[upload], place[s]) for s in sources)
+                    if (version - wanted) % lag:
+                        continue  # is written to the other set
                     lacking = [s for s in sources if not order.before(place[s], place[upload])]
                     if not lacking:
                         least = version
                     elif version == wanted:
                         late = lacking[0]
-                    if not any(order.before(place[upload], place[s]) for s in sources):
+                    if may_begin:
                         most, early = version, sources[0]
                 yield Seen(upload, weight, wanted, least, most, late, early)
 

@@ -38,6 +38,8 @@ def scheduled(mode: str, updates: bool, gpus: int = 2, rotate: int = 0, seed: in
 CASES = {
     "the caller steps": scheduled("async", updates=False, gpus=3),
     "shifted": scheduled("async", updates=False, rotate=1),
+    # Iterations that share no GPU are ordered by their updates alone.
+    "more GPUs than work": scheduled("async", updates=False, gpus=8, rotate=5),
     "with updates": scheduled("async", updates=True),
     "replicas": scheduled("async", updates=False, seed=5),
     "replicas with updates": scheduled("async", updates=True, seed=6),

@@ -49,20 +49,22 @@ def runs(events: Events, tied: Sequence[TiedWeight]) -> Seen:
         soon = networkx.ancestors(graph, upload)
         late = every - networkx.descendants(graph, upload) - {upload}
         for weight, parts in _changing(events, tied, segment).items():
-            least, most = (
-                _contents(events, parts, over)[max(0, iteration - sets + 1) % sets] for over in (soon, late)
-            )
-            found[upload, weight] = (least, most)
+            mine = max(0, iteration - sets + 1) % sets
+            over = [all(part + j * count in soon for part in parts) for j in range(events.iterations)]
+            may = [all(part + j * count in late for part in parts) for j in range(events.iterations)]
+            # Updates come one after another: behind one that cannot have begun, none can.
+            may = [all(may[: j + 1]) for j in range(events.iterations)]
+            found[upload, weight] = _content(over, sets, mine), _content(may, sets, mine)
     return found
 
 
-def _contents(events: Events, parts: list[int], over: set[int]) -> list[int]:
-    """The sets of weights when some actions are over, each as the number of updates behind it."""
-    found = [0] * _SETS[events.schedule.mode]
-    for j in range(events.iterations):
-        if all(part + j * len(events.actions) in over for part in parts):
-            found[(j + 1) % len(found)] = j + 1
-    return found
+def _content(updated: list[bool], sets: int, mine: int) -> int:
+    """What is in one of the sets of weights, as the number of updates behind it, after some updates."""
+    found = [0] * sets
+    for j, done in enumerate(updated):
+        if done:
+            found[(j + 1) % sets] = j + 1
+    return found[mine]
 
 
 def _changing(events: Events, tied: Sequence[TiedWeight], segment: int) -> dict[str, list[int]]:
