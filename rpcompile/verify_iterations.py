@@ -168,7 +168,7 @@ def versions_seen(events: Events, tied: Sequence[TiedWeight], mode: str) -> Iter
                         least = version
                     elif version == wanted:
                         late = lacking[0]
-                    if may_begin:
+                    if may_begin or not lacking:
                         most, early = version, sources[0]
                 yield Seen(upload, weight, wanted, least, most, late, early)
 

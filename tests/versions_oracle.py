@@ -53,7 +53,7 @@ def runs(events: Events, tied: Sequence[TiedWeight]) -> Seen:
             over = [all(part + j * count in soon for part in parts) for j in range(events.iterations)]
             may = [all(part + j * count in late for part in parts) for j in range(events.iterations)]
             # Updates come one after another: behind one that cannot have begun, none can.
-            may = [all(may[: j + 1]) for j in range(events.iterations)]
+            may = [all(may[: j + 1]) or over[j] for j in range(events.iterations)]
             found[upload, weight] = _content(over, sets, mine), _content(may, sets, mine)
     return found
 
