@@ -178,7 +178,7 @@ def _changes(events: Events, tied: Sequence[TiedWeight]) -> dict[int, list[tuple
     updates: dict[int, list[int]] = defaultdict(list)
     gradients: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
-        changed = {Op.UPDATE: updates, Op.GRADIENT: gradients}.get(action.op)
+        changed = {Op.UPDATE: updates, Op.GRADIENT: gradients, Op.SUM: gradients}.get(action.op)
         for name in action.writes if changed is not None else ():
             segment = buffers.parse(name).segment
             if changed is not None and segment is not None:

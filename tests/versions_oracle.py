@@ -69,14 +69,15 @@ def _content(updated: list[bool], sets: int, mine: int) -> int:
 
 def _changing(events: Events, tied: Sequence[TiedWeight], segment: int) -> dict[str, list[int]]:
     """What an upload of a segment reads that changes -> what changes it, in the first iteration."""
-    op = Op.UPDATE if any(action.op is Op.UPDATE for action in events.actions) else Op.GRADIENT
+    updates = any(action.op is Op.UPDATE for action in events.actions)
+    ops = {Op.UPDATE} if updates else {Op.GRADIENT, Op.SUM}
 
     def made(*segments: int) -> list[int]:
         ends = tuple(f".s{other}" for other in segments)
-        return [n for n, a in enumerate(events.actions) if a.op is op and a.writes[0].endswith(ends)]
+        return [n for n, a in enumerate(events.actions) if a.op in ops and a.writes[0].endswith(ends)]
 
     found = {f"the weights of segment {segment}": made(segment)}
     for each in tied:
         if segment in each.segments:
-            found[each.name] = made(min(each.segments)) if op is Op.UPDATE else made(*each.segments)
+            found[each.name] = made(min(each.segments)) if updates else made(*each.segments)
     return {weight: parts for weight, parts in found.items() if parts}
