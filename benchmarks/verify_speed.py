@@ -2,7 +2,8 @@
 
 A made-up model of 94 layers in two segments each and a head, one stage a segment and pass (no plan
 has more), 64 microbatches on 8 GPUs: as one job a stage, and with the microbatches of every stage
-divided between two GPUs. Seconds are CPU seconds of this process; a small schedule goes through
+divided between two GPUs; synchronous, and asynchronous with and without optimizer updates. The first and
+the last segment share a tensor. Seconds are CPU seconds of this process; a small schedule goes through
 every step first, so that compiled code is loaded. Every other figure is the same on any machine.
 
     python benchmarks/verify_speed.py [--layers 94] [--microbatches 64] [--gpus 8] [--output PATH]
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,21 @@ import numpy
 from rich.console import Console
 from rich.table import Table
 
-from rpcompile.ir import Dispatch, Hardware, Job, Partition, Segment, SegmentChain, Stage, StageKind
+from rpcompile.ir import (
+    Dispatch,
+    Hardware,
+    Job,
+    Partition,
+    Segment,
+    SegmentChain,
+    Stage,
+    StageKind,
+    TiedWeight,
+)
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
@@ -68,7 +81,8 @@ def model(layers: int) -> SegmentChain:
     for layer in range(layers):
         segments.append(segment(f"layer{layer}.attention", 50_000_000, 0.001))
         segments.append(segment(f"layer{layer}.mlp", 150_000_000, 0.003))
-    return SegmentChain((*segments, segment("head", 600_000_000, 0.01)), {}, _HARDWARE)
+    tied = TiedWeight("embedding", (0, 2 * layers), 40_000_000, 40_000_000)
+    return SegmentChain((*segments, segment("head", 600_000_000, 0.01)), {}, _HARDWARE, (tied,))
 
 
 def finest(chain: SegmentChain) -> Partition:
@@ -93,9 +107,11 @@ def halved(partition: Partition, gpus: int, microbatches: int) -> Dispatch:
     return Dispatch("halved", gpus, microbatches, tuple(jobs), tuple(map(tuple, order)))
 
 
-def measure(dispatch: Dispatch, chain: SegmentChain, partition: Partition) -> dict[str, Any]:
+def measure(
+    dispatch: Dispatch, chain: SegmentChain, partition: Partition, mode: str, updates: bool
+) -> dict[str, Any]:
     """Seconds of every step."""
-    row: dict[str, Any] = {"dispatch": dispatch.policy}
+    row: dict[str, Any] = {"dispatch": dispatch.policy, "mode": mode, "updates": updates}
 
     def timed(name: str, step: Callable[[], Any]) -> Any:
         begin = time.process_time()
@@ -103,8 +119,10 @@ def measure(dispatch: Dispatch, chain: SegmentChain, partition: Partition) -> di
         row[f"{name}_s"] = time.process_time() - begin
         return result
 
-    schedule = timed("lay_out", lambda: LayOutDispatch(chain, partition).run(dispatch))
+    schedule = timed("lay_out", lambda: LayOutDispatch(chain, partition, mode).run(dispatch))
     schedule = timed("transfers", lambda: InsertTransfers(chain).run(schedule))
+    if updates:
+        schedule = timed("updates", lambda: InsertUpdates(chain).run(schedule))
     schedule = timed("event_waits", lambda: InsertEventWaits().run(schedule))
     timed("simulate", lambda: simulate(schedule))
     timed("verify", lambda: verify_schedule(schedule, chain, partition))
@@ -122,23 +140,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/verify_speed.json"))
     options = parser.parse_args()
     small = model(1)
-    measure(DispatchRoundRobin(2, 2).run(finest(small)), small, finest(small))
+    measure(DispatchRoundRobin(2, 2).run(finest(small)), small, finest(small), "async", updates=True)
     chain = model(options.layers)
     partition = finest(chain)
-    dispatches = [
-        DispatchRoundRobin(options.gpus, options.microbatches).run(partition),
-        halved(partition, options.gpus, options.microbatches),
+    round_robin = DispatchRoundRobin(options.gpus, options.microbatches).run(partition)
+    rotate = len(round_robin.jobs) % options.gpus
+    divided = halved(partition, options.gpus, options.microbatches)
+    rows = [
+        measure(round_robin, chain, partition, "sync", updates=False),
+        measure(divided, chain, partition, "sync", updates=False),
+        measure(replace(round_robin, rotate=rotate), chain, partition, "async", updates=False),
+        measure(divided, chain, partition, "async", updates=False),
+        measure(divided, chain, partition, "async", updates=True),
     ]
-    rows = [measure(dispatch, chain, partition) for dispatch in dispatches]
     title = f"{options.layers} layers, {options.microbatches} microbatches, {options.gpus} GPUs"
-    table = Table("dispatch", "actions", "events", title=title)
-    steps = [key for key in rows[0] if key.endswith("_s")]
+    table = Table("dispatch", "mode", "updates", "actions", "events", title=title)
+    steps = [key for key in rows[-1] if key.endswith("_s")]
     for step in steps:
         table.add_column(step.removesuffix("_s"))
     for row in rows:
-        counts = [f"{row[key]:,}" for key in ("actions", "events")]
-        table.add_row(row["dispatch"], *counts, *(f"{row[step]:.2f} s" for step in steps))
-    Console(width=120).print(table)
+        told = [row["dispatch"], row["mode"], "yes" if row["updates"] else "no"]
+        told += [f"{row[key]:,}" for key in ("actions", "events")]
+        table.add_row(*told, *(f"{row[step]:.2f} s" if step in row else "" for step in steps))
+    Console(width=140).print(table)
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()},

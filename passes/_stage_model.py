@@ -155,7 +155,8 @@ class StageModel:
             if start < self._n:
                 costs[StageKind.FB].append(self.costs.of(Stage(0, StageKind.FB, start, self._n - 1)))
         for first in range(max(starts)):
-            kept = 0
+            # On one GPU, what the stage is handed may be copied down behind it.
+            kept = self.costs.crossing[first] if self.costs.gpus == 1 else 0
             for last in range(first, max(starts)):
                 if sum(self._forward[first : last + 1]) > longest:
                     break

@@ -110,6 +110,7 @@ class LayOutDispatch:
             tuple(queues),
             nbytes,
             dispatch.rotate,
+            tuple(tied.segments for tied in self.chain.tied if tied.gradient_bytes),
         )
 
     def _check_state(self, dispatch: Dispatch) -> None:

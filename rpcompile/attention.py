@@ -64,7 +64,8 @@ def from_kept(
     """
     kernel, operands = _prepared(query, key, value, attn_mask, kept_output.dtype)
     output = kept_output.transpose(1, 2)
-    how = kernel, is_causal, scale, groups, overwrite
+    # torch.compile follows the backward, and refuses what writes into what it has saved.
+    how = kernel, is_causal, scale, groups, overwrite and not torch.compiler.is_compiling()
     return _FromKept.apply(how, *operands, output, log_sum_exp)  # type: ignore[no-any-return]
 
 

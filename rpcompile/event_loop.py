@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rpcompile.ir import Action, Schedule
     from rpcompile.shared_links import SharedLinks
 
+LAGS = {"sync": 1, "async": 2}  # iterations from an update to the first upload of what it has changed
 _RESIDENT_JOBS = 2
 _URGENT = frozenset({Op.LOAD, Op.RECEIVE, Op.HANDOFF, Op.OFFLOAD})
 
@@ -64,7 +65,8 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
 
     An upload waits for the update of its segment, "sync" in the iteration before and "async" in the one
     before that; where the schedule has no UPDATE, an "async" upload waits for the segment's GRADIENTs in
-    its place, and a "sync" iteration for the end of the one before, for the caller steps between them.
+    its place, and a "sync" iteration for the end of the one before, for the caller steps between them. What
+    segments share is updated with the first of them, from the GRADIENTs of all.
     Of weights, a GPU holds those of two jobs, across iterations as well; slots of activations start
     anew with each iteration.
 
@@ -72,7 +74,7 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
         InvalidArgument: A number is out of range, or an action's time cannot be.
         ScheduleError: An event is recorded twice, or waited for and never recorded.
     """
-    if mode not in ("sync", "async"):
+    if mode not in LAGS:
         raise InvalidArgument(f"mode is {mode!r}; iterations are chained 'sync' or 'async'")
     if iterations < 1:
         raise InvalidArgument(f"iterations is {iterations}; it must be at least 1")
@@ -133,12 +135,17 @@ def _update_edges(events: Events, mode: str) -> list[tuple[int, int]]:
                     gradients[buffers.segment_of(name)].append(number)
     if mode == "sync" and not updates:
         return _barrier_edges(events)
-    lag = 1 if mode == "sync" else 2
+    made = updates or gradients
+    with_it: dict[int, set[int]] = defaultdict(set)
+    for together in events.schedule.tied:
+        for segment in together:
+            with_it[segment].update([min(together)] if updates else together)
+    lag = LAGS[mode]
     for number, action in enumerate(events.actions):
         if action.op is not Op.PREFETCH:
             continue
         for segment in {buffers.segment_of(name) for name in action.reads}:
-            needed = updates.get(segment) or gradients.get(segment, ())
+            needed = [source for other in {segment, *with_it[segment]} for source in made[other]]
             for i in range(lag, events.iterations):
                 edges += [(number + i * count, source + (i - lag) * count) for source in needed]
     return edges

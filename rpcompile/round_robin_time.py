@@ -14,8 +14,10 @@ microbatch of a job is the first or the last microbatch of the job before.
 
 Left out of the time: downloads of gradients and of inputs kept for recompute, links shared by GPUs,
 the optimizer. The simulator has those. Memory is the most that can come together on a GPU under the
-rules of `insert-transfers`: weights of two jobs, gradients of two, and the copies to and from the
-host of two microbatches.
+rules of `insert-transfers`, however long anything takes: weights of two jobs, gradients of two, and the
+copies to and from the host of two microbatches. What a job makes waits until what was made before has
+left; what it needs in order to begin, its recompute included, does not. So there are two moments to look
+at: while it runs, and before it has made anything, see `StageCosts.resident_bytes`.
 """
 
 from __future__ import annotations
@@ -107,6 +109,8 @@ class StageCost(NamedTuple):
             before hands on.
         store_bytes: Copied down, but for boundaries inside the stage that are kept for recompute.
         memory_bytes: All that one job of the stage can have on its GPU, those boundaries left out.
+        begin_bytes: The part of it that can be there before the job has made anything: weights, copies up, a
+            backward stage's recompute and, on one GPU, what was handed to it.
     """
 
     compute_s: float
@@ -118,9 +122,10 @@ class StageCost(NamedTuple):
     load_bytes: int
     store_bytes: int
     memory_bytes: int
+    begin_bytes: int
 
 
-NO_JOB = StageCost(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0)
+NO_JOB = StageCost(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class StageCosts:
@@ -176,11 +181,13 @@ class StageCosts:
             compute_s -= self._kept_s[high] - self._kept_s[low]
         elif kind is StageKind.F:
             store += self._kept[high] - self._kept[low]
+        begin = weights + (workspace if kind is StageKind.B else 0)
         if self.gpus > 1:
             load, store = load + into, store + out
         else:
             # What one job hands to the next stays on the GPU, for all microbatches.
             workspace += max(self.microbatches * into + out, into + self.microbatches * out)
+            begin += self.microbatches * into
         return StageCost(
             compute_s=compute_s,
             upload_s=weights / hardware.h2d_bytes_per_s + hardware.latency_s,
@@ -191,6 +198,7 @@ class StageCosts:
             load_bytes=load,
             store_bytes=store,
             memory_bytes=weights + gradients + workspace + self.sets * (load + store),
+            begin_bytes=begin + self.sets * load,
         )
 
     def iteration_s(self, costs: Sequence[StageCost]) -> float:
@@ -199,53 +207,86 @@ class StageCosts:
         return run_jobs(compute_s, upload_s, (0.0, *hop_s[:-1]), self.gpus, self.microbatches)[1][-1]
 
     def resident_bytes(self, cuts: Sequence[int], costs: Sequence[StageCost]) -> list[int]:
-        """The most that each job's GPU can hold while the job runs.
+        """The most that each job's GPU can hold from the end of its job before to the end of the job.
 
         Beside the job itself: the weights prefetched for the GPU's next job, or those that the job
-        before lingers with; the gradients of the job before, on their way down; one microbatch's
-        copies up for the next job and down for the job before, as far as they are larger than the
-        second set of the job itself.
+        before lingers with; one microbatch's copies up for the next job, as far as they are larger than
+        the second set of the job itself; gradients and copies down. Of those, while the job runs,
+
+        - the gradients that may be there when it is over;
+        - one microbatch's copies down for the job before, as far as they are larger than the second set.
+
+        Before the job has made anything, when its first recompute may run already,
+
+        - the gradients that may be there when the job before is over;
+        - the copies down of the last two microbatches before, none of its own.
 
         Args:
             cuts: Of the unrolled line.
             costs: Of the stages between them.
         """
-        stores = [cost.store_bytes for cost in costs]
-        for job, kept in self._kept_bytes(cuts).items():
-            stores[job] += kept
+        kept, passed_on = self._kept_bytes(cuts)
+        stores = [cost.store_bytes + inside for cost, inside in zip(costs, kept, strict=True)]
+        outputs = [store + front for store, front in zip(stores, passed_on, strict=True)]
+        leaving, second_set = self._leaving(costs), self.sets - 1
         found: list[int] = []
         for j, own in enumerate(costs):
             before = costs[j - self.gpus] if j >= self.gpus else NO_JOB
             after = costs[j + self.gpus] if j + self.gpus < len(costs) else NO_JOB
-            store_before = stores[j - self.gpus] if j >= self.gpus else 0
+            # By microbatch, from the last one before this job.
+            left = [outputs[i] for i in range(j - self.gpus, -1, -self.gpus) for _ in range(self.sets)]
+            runs = own.memory_bytes - own.gradient_bytes + leaving[j] + self.sets * kept[j]
+            runs += max(0, sum(left[:1]) - second_set * stores[j])
+            if passed_on[j]:
+                # Microbatches wait at both ends of the job, and one is still on its way down.
+                runs += second_set * min(passed_on[j], self.crossing[cuts[j + 1]])
+            begins = own.begin_bytes + (leaving[j - self.gpus] if j >= self.gpus else 0) + sum(left[:2])
             found.append(
-                own.memory_bytes
-                + self.sets * (stores[j] - own.store_bytes)
+                max(runs, begins)
                 + max(after.weight_bytes, before.lingering_bytes)
-                + before.gradient_bytes
-                + max(0, after.load_bytes - (self.sets - 1) * own.load_bytes)
-                + max(0, store_before - (self.sets - 1) * stores[j])
+                + max(0, after.load_bytes - second_set * own.load_bytes)
             )
+        return found
+
+    def _leaving(self, costs: Sequence[StageCost]) -> list[int]:
+        """By job, the gradients that may be on its GPU when it is over.
+
+        Only a job that makes gradients waits for those of two jobs before, with the first that it makes.
+        """
+        found: list[int] = []
+        for j, own in enumerate(costs):
+            before = j - self.gpus
+            if own.gradient_bytes:
+                found.append(own.gradient_bytes + (costs[before].gradient_bytes if before >= 0 else 0))
+            else:
+                found.append(found[before] if before >= 0 else 0)
         return found
 
     def excess_bytes(self, cuts: Sequence[int], costs: Sequence[StageCost], limit_bytes: int) -> int:
         """How far the largest of `resident_bytes` is over a limit."""
         # Most partitions fit even if every largest figure came together, which is quick to see.
         largest = StageCost(*map(max, zip(*costs, strict=True)))
-        together = largest.memory_bytes + max(largest.weight_bytes, largest.lingering_bytes)
-        together += largest.gradient_bytes + largest.load_bytes + largest.store_bytes
-        together += (self.sets + 1) * sum(self._kept_bytes(cuts).values())
+        together = max(largest.memory_bytes, largest.begin_bytes + largest.store_bytes)
+        together += max(largest.weight_bytes, largest.lingering_bytes)
+        together += 2 * largest.gradient_bytes + largest.load_bytes + largest.store_bytes
+        together += (self.sets + 1) * sum(map(sum, self._kept_bytes(cuts)))
         if together <= limit_bytes:
             return 0
         return max(0, max(self.resident_bytes(cuts, costs)) - limit_bytes)
 
-    def _kept_bytes(self, cuts: Sequence[int]) -> dict[int, int]:
-        """By forward job, the boundaries inside its stage from which a backward stage recomputes."""
+    def _kept_bytes(self, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """By forward job, boundaries that a backward stage recomputes from: inside its stage; in front of it.
+
+        Those in front matter on one GPU alone: handed on there, they are copied down too, and leave behind
+        the job that reads them. On several GPUs, the way to the next one is their way to the host.
+        """
         n = len(self.chain.segments)
-        found: dict[int, int] = {}
+        inside, in_front = [0] * (len(cuts) - 1), [0] * (len(cuts) - 1)
         for begin, end in pairwise(cuts):
             first = 2 * n - end
             job = bisect_left(cuts, first) - 1
             if begin > n and first and cuts[job + 1] > first:
-                found[job] = found.get(job, 0) + self.crossing[first]
-        return found
+                inside[job] += self.crossing[first]
+            elif begin > n and first and self.gpus == 1:
+                in_front[job + 1] = self.crossing[first]
+        return inside, in_front

@@ -51,7 +51,8 @@ def verify_schedule(
     - With optimizer updates: each segment that has a gradient is updated once, from the gradients of
       all its jobs, each counted once, and only after the last upload of its weights.
     - However long actions take, no GPU holds more than its limit; the simulated host does not either.
-    - Asynchronous iterations can follow one another; see `rpcompile/verify_iterations.py`.
+    - Iterations can follow one another, each with the weights that its mode asks for; see
+      `rpcompile/verify_iterations.py`.
 
     Args:
         schedule: With transfers and events.
@@ -77,8 +78,7 @@ def verify_schedule(
                 f"gpu{gpu} may need {peak:,} bytes at its peak, over the limit of "
                 f"{limits[gpu]:,}; use smaller stages or microbatches"
             )
-    if schedule.mode == "async" or schedule.rotate:
-        check_iterations(schedule, chain, limits)
+    check_iterations(schedule, chain, limits)
     if host_limit_bytes is not None and (peak := simulate(schedule).host_peak_bytes) > host_limit_bytes:
         raise ScheduleError(
             f"the host needs {peak:,} bytes at its simulated peak, over the limit of {host_limit_bytes:,}; "

@@ -1,30 +1,41 @@
 """The part of `rpcompile/verify.py` that looks at several iterations, one behind the other.
 
-Asynchronous training computes iteration i, forward and backward, with the weights after max(i - 1, 0)
-updates. Within one iteration every upload reads the same `host:weights` buffer, which nothing in it may
-write (`verify` proves both), so both passes see one version. What is left to prove is which version
-that is, and that iterations which overlap neither wait in a circle nor take too much memory.
+Iteration i is to compute, forward and backward, with the weights after i updates, asynchronously after
+max(i - 1, 0). Which weights an upload finds on the host follows from the order of uploads and updates alone:
+there is one set of weights, asynchronously there are two, which updates write in turn and iterations read in
+turn. So the last update of its set that must be over by then is the least that an upload can find there,
+and the last one that can begin before the upload is over is the most. Both are to be what is asked for.
+
+A tied tensor is read by the uploads of all its segments, and changed by the update of the first of them.
+Where the caller steps, an update is as good as under way once all gradients that go into it are there, and
+those of the updates before it: updates come one after another.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rpcompile import buffers
 from rpcompile.errors import ScheduleError
-from rpcompile.event_loop import chain_events
+from rpcompile.event_loop import LAGS, chain_events, raise_deadlock, run_shared
 from rpcompile.ir import Op
-from rpcompile.simulate import simulate
+from rpcompile.memory_steps import memory_steps
+from rpcompile.ordering import ActionGraph, HappensBefore
+from rpcompile.shared_links import SharedLinks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from rpcompile.event_loop import Events
-    from rpcompile.ir import Partition, Schedule, SegmentChain
+    from rpcompile.ir import Partition, Schedule, SegmentChain, TiedWeight
 
-_ITERATIONS = 4  # the third is the first to wait for an update, the fourth for the one behind it
-_LAG = 2  # iterations from a gradient to the first upload of what it has changed
+# The third iteration is the first to wait for an update asynchronously, the fourth for the one behind it. All
+# later ones are ordered among themselves and after those before in the same way.
+_ITERATIONS = 4
 
 
 def memory_limits(chain: SegmentChain, partition: Partition, gpus: int) -> list[int]:
@@ -35,13 +46,12 @@ def memory_limits(chain: SegmentChain, partition: Partition, gpus: int) -> list[
 
 
 def check_iterations(schedule: Schedule, chain: SegmentChain, limits: Sequence[int]) -> None:
-    """Checks that iterations of a schedule can follow one another asynchronously.
+    """Checks that iterations of a schedule can follow one another.
 
-    - `rotate` shifts iterations among GPUs that are alike.
+    - Every upload finds exactly the weights that the schedule's mode asks for.
     - Iterations do not wait for one another in a circle.
-    - Every upload of iteration i comes behind what updates its segment in iteration i - 2: its weights
-      are never more than one update behind.
-    - No GPU's simulated peak over overlapping iterations is above its limit.
+    - Asynchronously, `rotate` shifts iterations among GPUs that are alike, and no GPU's simulated peak over
+      overlapping iterations is above its limit.
 
     Args:
         schedule: Of one iteration.
@@ -51,60 +61,153 @@ def check_iterations(schedule: Schedule, chain: SegmentChain, limits: Sequence[i
     Raises:
         ScheduleError: A property does not hold.
     """
+    if schedule.mode != "async":
+        if schedule.rotate:
+            raise ScheduleError(
+                f"iterations are shifted by {schedule.rotate} GPUs in mode {schedule.mode!r}, where they do "
+                "not overlap; use rotate=0"
+            )
+        if any(action.op is Op.UPDATE for action in schedule.actions()):
+            check_versions(chain_events(schedule, _ITERATIONS, "sync", 0), chain.tied, "sync")
+        return
     if not 0 <= schedule.rotate < schedule.gpus:
         raise ScheduleError(
             f"iterations are shifted by {schedule.rotate} of {schedule.gpus} GPUs; "
             f"use 0 to {schedule.gpus - 1}"
         )
-    if schedule.mode != "async":
-        raise ScheduleError(
-            f"iterations are shifted by {schedule.rotate} GPUs in mode {schedule.mode!r}, where they do not "
-            "overlap; use rotate=0"
-        )
     if schedule.rotate and chain.kinds:
         raise ScheduleError(
             f"iterations are shifted by {schedule.rotate} GPUs, but the GPUs are not alike; use rotate=0"
         )
-    check_versions(chain_events(schedule, _ITERATIONS, "async", schedule.rotate))
-    peaks = simulate(schedule, iterations=_ITERATIONS).gpu_peak_bytes
-    for gpu, (peak, limit) in enumerate(zip(peaks, limits, strict=True)):
-        if peak > limit:
+    events = chain_events(schedule, _ITERATIONS, "async", schedule.rotate)
+    check_versions(events, chain.tied, "async")
+    memory = memory_steps(events, *run_shared(events, SharedLinks(None)))
+    for gpu, (steps, limit) in enumerate(zip(memory[:-1], limits, strict=True)):
+        if steps.peak_bytes > limit:
             raise ScheduleError(
-                f"gpu{gpu} needs {peak:,} bytes at its simulated peak where iterations overlap, over the "
-                f"limit of {limit:,}; use smaller stages or microbatches"
+                f"gpu{gpu} needs {steps.peak_bytes:,} bytes at its simulated peak where iterations overlap, "
+                f"over the limit of {limit:,}; use smaller stages or microbatches"
             )
 
 
-def check_versions(events: Events) -> None:
-    """Every upload waits for what updates its segment, two iterations before.
+@dataclass(frozen=True)
+class Seen:
+    """What one upload of chained iterations can find on the host, of one segment's own or one tied weight.
+
+    Attributes:
+        upload: Number of the PREFETCH.
+        weight: What of it, for messages.
+        wanted: The number of updates that it is to have gone through.
+        least: The fewest that it can have gone through, over all orders that are allowed.
+        most: The most.
+        late: An action of the update wanted last that need not be over when the upload begins.
+        early: An action of the last update that can begin before the upload is over.
+    """
+
+    upload: int
+    weight: str
+    wanted: int
+    least: int
+    most: int
+    late: int | None
+    early: int | None
+
+
+def check_versions(events: Events, tied: Sequence[TiedWeight], mode: str) -> None:
+    """Every upload finds the weights that DESIGN asks for, in whatever order things happen.
 
     Raises:
-        ScheduleError: One does not; names it.
+        ScheduleError: One may find others, and is named with what it does not wait for, or what does not
+            wait for it; or iterations wait for one another in a circle.
     """
-    count, names = len(events.actions), events.names()
-    changes = _changes(events)
+    names = events.names()
+    for seen in versions_seen(events, tied, mode):
+        if seen.least == seen.wanted == seen.most:
+            continue
+        count, first, second = seen.most, seen.early, seen.upload
+        if seen.least < seen.wanted:
+            count, first, second = seen.least, seen.upload, seen.late
+        assert first is not None
+        assert second is not None
+        raise ScheduleError(
+            f"{names[seen.upload]} may upload {seen.weight} after {count} updates, where mode {mode!r} asks "
+            f"for those after {seen.wanted}: {names[first]} does not wait for {names[second]}"
+        )
+
+
+def versions_seen(events: Events, tied: Sequence[TiedWeight], mode: str) -> Iterator[Seen]:
+    """What each upload can find, from the order of all iterations alone.
+
+    Args:
+        events: The iterations.
+        tied: Tensors that several segments read.
+        mode: "sync" or "async": how many sets of weights there are, and which of them an iteration reads.
+
+    Raises:
+        ScheduleError: Iterations wait for one another in a circle.
+    """
+    lag, count = LAGS[mode], len(events.actions)
+    order, place = _chained_order(events)
+    changes = _changes(events, tied)
     for number, action in enumerate(events.actions):
         if action.op is not Op.PREFETCH:
             continue
-        needed = [source for name in action.reads for source in changes.get(buffers.segment_of(name), ())]
-        for i in range(_LAG, events.iterations):
-            late = {source + (i - _LAG) * count for source in needed}
-            late -= set(events.sources[number + i * count])
-            if late:
-                raise ScheduleError(
-                    f"{names[number + i * count]} does not wait for {names[min(late)]}, and may upload "
-                    "weights that are more than one update behind"
-                )
+        for weight, found in changes[buffers.segment_of(action.reads[0])]:
+            for i in range(events.iterations):
+                wanted, upload = max(0, i + 1 - lag), number + i * count
+                least = most = 0
+                late = early = None
+                may_begin = True  # updates come one after another: behind one that cannot, none can
+                for version in range(1, events.iterations + 1):
+                    sources = [source + (version - 1) * count for source in found]
+                    may_begin = may_begin and not any(order.before(place[upload], place[s]) for s in sources)
+                    if (version - wanted) % lag:
+                        continue  # is written to the other set
+                    lacking = [s for s in sources if not order.before(place[s], place[upload])]
+                    if not lacking:
+                        least = version
+                    elif version == wanted:
+                        late = lacking[0]
+                    if may_begin or not lacking:
+                        most, early = version, sources[0]
+                yield Seen(upload, weight, wanted, least, most, late, early)
 
 
-def _changes(events: Events) -> Mapping[int, list[int]]:
-    """Segment -> its update, or the gradients from which the caller updates it."""
+def _changes(events: Events, tied: Sequence[TiedWeight]) -> dict[int, list[tuple[str, list[int]]]]:
+    """Segment -> what its upload reads that is updated, and the UPDATE or the GRADIENTs of one iteration."""
     updates: dict[int, list[int]] = defaultdict(list)
     gradients: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
-        found = {Op.UPDATE: updates, Op.GRADIENT: gradients, Op.SUM: gradients}.get(action.op)
-        for name in action.writes if found is not None else ():
+        changed = {Op.UPDATE: updates, Op.GRADIENT: gradients, Op.SUM: gradients}.get(action.op)
+        for name in action.writes if changed is not None else ():
             segment = buffers.parse(name).segment
-            if found is not None and segment is not None:
-                found[segment].append(number)
-    return gradients | updates
+            if changed is not None and segment is not None:
+                changed[segment].append(number)
+    made = updates or gradients
+    found: dict[int, list[tuple[str, list[int]]]] = defaultdict(list)
+    for segment, numbers in made.items():
+        found[segment].append((f"the weights of segment {segment}", numbers))
+    for each in tied:
+        owners = [min(each.segments)] if updates else each.segments
+        numbers = [number for segment in owners for number in made.get(segment, ())]
+        for segment in each.segments if numbers else ():
+            found[segment].append((each.name, numbers))
+    return found
+
+
+def _chained_order(events: Events) -> tuple[HappensBefore, list[int]]:
+    """Who is before whom in all iterations, and the number that each action has there: queue by queue."""
+    numbers = np.array([number for queue in events.order for number in queue])
+    place = np.empty(len(numbers), np.int64)
+    place[numbers] = np.arange(len(numbers))
+    places = place.tolist()
+    graph = ActionGraph(
+        actions=tuple(events.actions[number % len(events.actions)] for number in numbers.tolist()),
+        queue_of=tuple(number for number, queue in enumerate(events.order) for _ in queue),
+        predecessors=tuple(tuple(places[s] for s in events.sources[number]) for number in numbers.tolist()),
+    )
+    try:
+        return HappensBefore(graph), places
+    except ScheduleError:
+        raise_deadlock(events)
+        raise

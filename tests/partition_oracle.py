@@ -69,6 +69,28 @@ def make_chain(
     return SegmentChain(segments, {"batch": 4, "sequence": 2048}, hardware, tied)
 
 
+def seldom() -> dict[str, tuple[SegmentChain, int]]:
+    """Chains and numbers of microbatches whose memory, on one GPU, hangs on what random ones seldom show."""
+    one = {"weight_bytes": 1, "boundary_bytes": 1, "boundary_gradient_bytes": 1}
+    sizes: dict[str, list[dict[str, Any]]] = {
+        # The tail's gradients may still be there two jobs on, for the jobs between make none.
+        "frozen between": [{}, {"peak_bytes": 40}, {}, {"gradient_bytes": 9}],
+        "frozen behind": [{"peak_bytes": 40, "gradient_bytes": 5}, {}, {}, {"gradient_bytes": 9}],
+        # What is handed on and copied down as well outlasts the job that reads it.
+        "read and on its way": [{"boundary_bytes": 20}, {}, {"forward_peak_bytes": 200}, {}],
+        "read at both ends": [
+            {"boundary_bytes": 20},
+            {"boundary_bytes": 30, "forward_peak_bytes": 200},
+            {},
+            {},
+        ],
+    }
+    return {
+        name: (make_chain(*(segment(f"s{i}", 1, 1, **(one | own)) for i, own in enumerate(given))), 3)
+        for name, given in sizes.items()
+    }
+
+
 def text(stages: tuple[Stage, ...]) -> str:
     """E.g. "F0-1 FB2-2 B0-1"."""
     return " ".join(f"{stage.kind}{stage.first}-{stage.last}" for stage in stages)
@@ -134,7 +156,9 @@ def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> t
     lingering: list[int] = []
     load: list[int] = []
     store: list[int] = []
+    behind: list[int] = []
     alone: list[int] = []
+    begin: list[int] = []
     for kind, first, last in stages:
         inside = segments[first : last + 1]
         again = [(t, max(0, sum(first <= s <= last for s in t.segments) - 1)) for t in chain.tied]
@@ -163,24 +187,43 @@ def price(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> t
             store[-1] += sum(
                 segments[s - 1].boundary_bytes for s in range(first + 1, last + 1) if s in backward_starts
             )
-        held = max(m * into + (microbatches + 1 - m) * out for m in range(1, microbatches + 1))
+        # On one GPU, what stays there; some of it is also on its way down, once it has been read.
+        late = gpus == 1 and kind is F and first in backward_starts
+        held = [m * into + (microbatches + 1 - m) * out for m in range(1, microbatches + 1)]
+        held = [nbytes + (into if late and m < microbatches else 0) for m, nbytes in enumerate(held, start=1)]
+        behind.append(store[-1] + (into if late else 0))
+        begins = microbatches * into
         if gpus > 1:
-            load[-1], store[-1], held = load[-1] + into, store[-1] + out, 0
+            load[-1], store[-1], held, begins = load[-1] + into, store[-1] + out, [0], 0
+            behind[-1] = store[-1]
         workspace = own_bytes(segments, kind, first, last)
         workspace += 0 if kind is F else sum(t.gradient_bytes * k for t, k in again)
-        alone.append(weights[-1] + gradients[-1] + workspace + held)
+        alone.append(workspace + max(held))
+        begin.append((workspace if kind is B else 0) + begins)
     resident: list[int] = []
-    for j, nbytes in enumerate(alone):
-        beside = [0]
-        if j + gpus < len(stages):
-            beside.append(weights[j + gpus])
-        if j >= gpus:
-            beside.append(lingering[j - gpus])
-            nbytes += gradients[j - gpus]
-        up = sorted([load[j]] * sets + [load[k] for k in [j + gpus] if k < len(stages)])[-2:]
-        down = sorted([store[j]] * sets + [store[k] for k in [j - gpus] if k >= 0])[-2:]
-        resident.append(nbytes + max(beside) + sum(up) + sum(down))
+    for j in range(len(stages)):
+        line = range(j % gpus, len(stages), gpus)  # the jobs of this GPU
+        before = [k for k in line if k < j]
+        beside = [0, *(weights[k] for k in [j + gpus] if k in line), *(lingering[k] for k in before[-1:])]
+        up = sorted([load[j]] * sets + [load[k] for k in [j + gpus] if k in line])[-2:]
+        both = weights[j] + max(beside) + sum(up)
+        # While it runs: copies down of its own, or of the microbatch before and its own.
+        down = max(2 * store[j] if sets == 2 else 0, store[j] + sum(behind[k] for k in before[-1:]))
+        resident.append(both + alone[j] + down + there(gradients, [*before, j]))
+        # Before its first result: all that was made before.
+        down = sum([behind[k] for k in before for _ in range(sets)][-2:])
+        resident.append(both + begin[j] + down + there(gradients, before))
     return every_microbatch_s(compute, upload, hop, gpus, microbatches)[1][-1], max(resident)
+
+
+def there(gradients: Sequence[int], jobs: Sequence[int]) -> int:
+    """The gradients that may be on a GPU behind its jobs so far.
+
+    The last job to make any has waited until those of two jobs before had left. No job since has.
+    """
+    while jobs and not gradients[jobs[-1]]:
+        jobs = jobs[:-1]
+    return sum(gradients[k] for k in jobs[-2:])
 
 
 def own_bytes(segments: Sequence[Segment], kind: StageKind, first: int, last: int) -> int:

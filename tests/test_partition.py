@@ -10,22 +10,27 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ortools.sat.python import cp_model
 
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
-from rpcompile.ir import AttentionOutputs, Segment, SegmentChain, TiedWeight
+from rpcompile.ir import AttentionOutputs, Segment, SegmentChain, StageKind, TiedWeight
+from rpcompile.passes._stage_memory import MemoryRows
 from rpcompile.passes._stage_search import StageSearch
+from rpcompile.passes._stage_slots import StageSlots
 from rpcompile.passes.partition_stages import PartitionStages
-from rpcompile.round_robin_time import StageCosts
+from rpcompile.round_robin_time import StageCost, StageCosts
 from tests.partition_oracle import (
     FB,
     SLOW_LINK,
     B,
     F,
+    Spans,
     all_partitions,
     make_chain,
     price,
     price_all,
     segment,
+    seldom,
     text,
 )
 
@@ -38,11 +43,15 @@ def chains(draw: st.DrawFn, most: int = 5) -> SegmentChain:
     n = draw(st.integers(1, most))
     frozen = draw(st.integers(0, n - 1))
     small, medium = st.integers(0, 6), st.integers(3, 8)
+    users = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=3))
+    # A backward passes through some segments that have nothing to train, as with LoRA.
+    untrained = set(range(n)) - set(users) if draw(st.booleans()) else set()
     segments: list[Segment] = []
     for index in range(n):
         live = index >= frozen
         boundary = 0 if index == n - 1 else draw(small)
         forward_s, attention = float(draw(small)), None
+        trained = live and not (index in untrained and draw(st.booleans()))
         if live and index < n - 1 and draw(st.booleans()):
             saved_s = float(draw(st.integers(0, int(forward_s))))
             attention = AttentionOutputs(("a",), draw(small), saved_s, *(draw(small) for _ in range(3)))
@@ -52,7 +61,7 @@ def chains(draw: st.DrawFn, most: int = 5) -> SegmentChain:
                 forward_s,
                 float(draw(small)) if live else 0.0,
                 weight_bytes=draw(medium),
-                gradient_bytes=draw(medium) if live else 0,
+                gradient_bytes=draw(medium) if trained else 0,
                 boundary_bytes=boundary,
                 boundary_gradient_bytes=min(boundary, draw(small)) if live else 0,
                 saved_bytes=draw(small) if live else 0,
@@ -67,7 +76,6 @@ def chains(draw: st.DrawFn, most: int = 5) -> SegmentChain:
                 offloads=draw(st.booleans()),
             )
         )
-    users = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=3))
     tied = TiedWeight("w", tuple(users), draw(st.integers(1, 3)), 3 if min(users, default=0) >= frozen else 0)
     latency_s = float(draw(st.integers(0, 1)))
     hardware = replace(SLOW_LINK, latency_s=latency_s)
@@ -103,6 +111,46 @@ def test_optimum_is_that_of_brute_force(chain, gpus: int, microbatches: int, mod
     assert seconds == partition.objective_s == partition.bound_s == best
     assert resident <= limit
     assert (partition.status, partition.gap) == ("OPTIMAL", 0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    chain=chains(),
+    gpus=st.integers(1, 3),
+    microbatches=st.integers(1, 4),
+    choose=st.randoms(use_true_random=False),
+)
+def test_the_solver_counts_every_byte(chain, gpus: int, microbatches: int, choose) -> None:
+    """Of stages that are given, the model allows what the definitions say they take, and no byte less."""
+    check_rows(chain, choose.choice(list(all_partitions(chain, "sync"))), gpus, microbatches)
+
+
+@pytest.mark.parametrize("name", seldom())
+def test_the_solver_counts_what_is_seldom_there(name: str) -> None:
+    chain, microbatches = seldom()[name]
+    for stages in all_partitions(chain, "sync"):
+        check_rows(chain, stages, 1, microbatches)
+
+
+def check_rows(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int) -> None:
+    resident = price(chain, stages, gpus, microbatches)[1]
+    assert allows(chain, stages, gpus, microbatches, resident)
+    assert not allows(chain, stages, gpus, microbatches, resident - 1)
+
+
+def allows(chain: SegmentChain, stages: Spans, gpus: int, microbatches: int, limit: int) -> bool:
+    """Whether the model's memory rows allow these stages, in slots of which some stay empty."""
+    n, lowest = len(chain.segments), chain.first_backward
+    layout = StageSlots(chain, range(n), n, n, None)
+    large = StageCost(*[10**6] * len(StageCost._fields))  # no row is left out
+    MemoryRows(StageCosts(chain, gpus, microbatches), layout, limit).add(dict.fromkeys(StageKind, large))
+    kinds = [kind for kind, _, _ in stages]
+    spans = [(0, -1)] * (n - kinds.count(F)) + [(first, last) for _, first, last in stages]
+    spans += [(lowest, lowest - 1)] * (len(layout.slots) - len(spans))
+    for slot, (first, last) in zip(layout.slots, spans, strict=True):
+        layout.model.add(slot.low == first)
+        layout.model.add(slot.high == last + 1)
+    return cp_model.CpSolver().solve(layout.model) == cp_model.OPTIMAL
 
 
 @settings(max_examples=30, deadline=None)

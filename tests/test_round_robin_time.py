@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,24 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rpcompile.ir import SegmentChain, Stage, TiedWeight
+from rpcompile.ir import Partition, Schedule, SegmentChain, Stage, TiedWeight
+from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.round_robin_time import StageCosts, run_jobs, stages_between
 from rpcompile.simulate import simulate
-from tests.chains import compiled, problems
-from tests.partition_oracle import FB, SLOW_LINK, B, F, every_microbatch_s, make_chain, segment, text
+from tests.chains import compiled, partition, problems, rewrite
+from tests.partition_oracle import (
+    FB,
+    SLOW_LINK,
+    B,
+    F,
+    all_partitions,
+    every_microbatch_s,
+    make_chain,
+    price,
+    segment,
+    seldom,
+    text,
+)
 
 
 @given(
@@ -122,22 +136,48 @@ def unrolled(chain: SegmentChain, stages: tuple[Stage, ...]) -> tuple[int, ...]:
     return tuple(cuts)
 
 
-# Since weights have a queue of their own, one chain was found whose peak is 26 bytes where 24 were said.
-# A plan is safe all the same: `find_schedule` and `verify` look at the schedule itself (`gpu_memory_bounds`).
-@pytest.mark.xfail(strict=False, reason="the bound on round robin is not quite one: 26 bytes against 24")
+def timed(schedule: Schedule) -> Schedule:
+    """With other seconds, some of them very long."""
+    choose = random.Random(len(schedule.buffers))
+    return rewrite(
+        schedule, lambda found: [replace(found, seconds=choose.choice([0.0, 0.1, 1.0, 5.0, 50.0]))]
+    )
+
+
 @settings(max_examples=150, deadline=None)
 @given(problem=problems())
 def test_no_schedule_needs_more_memory_than_is_said(problem) -> None:
     chain, partition, gpus, microbatches, mode = problem
     assume(mode == "forward" or chain.first_backward < len(chain.segments))
-    # Jobs without weights do not count as one of the two whose weights a GPU may hold.
-    segments = tuple(replace(s, weight_bytes=max(3, s.weight_bytes)) for s in chain.segments)
-    chain = replace(chain, segments=segments)
+    check_bound(chain, partition, gpus, microbatches, mode)
+
+
+@pytest.mark.parametrize("name", seldom())
+def test_nor_where_memory_hangs_on_what_is_seldom_there(name: str) -> None:
+    chain, microbatches = seldom()[name]
+    for spans in all_partitions(chain, "sync"):
+        stages = partition(*(f"{kind}{first}-{last}" for kind, first, last in spans))
+        check_bound(chain, stages, 1, microbatches, "sync")
+
+
+def check_bound(chain: SegmentChain, partition: Partition, gpus: int, microbatches: int, mode: str) -> None:
+    """However long actions take, which `gpu_memory_bounds` says from above, and any simulation from below.
+
+    Where a job has no weights, the former has those of two jobs later beside its last compute action, which
+    they wait for.
+    """
     cuts, costs = unrolled(chain, partition.stages), StageCosts(chain, gpus, microbatches)
-    assert [(s.kind, s.first, s.last) for s in stages_between(cuts, len(segments))] == [
+    assert [(s.kind, s.first, s.last) for s in stages_between(cuts, len(chain.segments))] == [
         (s.kind, s.first, s.last) for s in partition.stages
     ]
-    resident = costs.resident_bytes(cuts, [costs.of(stage) for stage in partition.stages])
-    timeline = simulate(compiled(chain, partition, gpus, microbatches, mode))
-    for gpu, peak in enumerate(timeline.gpu_peak_bytes):
+    each = [costs.of(stage) for stage in partition.stages]
+    resident = costs.resident_bytes(cuts, each)
+    schedule = compiled(chain, partition, gpus, microbatches, mode)
+    peaks = [simulate(schedule).gpu_peak_bytes, simulate(timed(schedule)).gpu_peak_bytes]
+    peaks += [gpu_memory_bounds(schedule)] if all(cost.weight_bytes for cost in each) else []
+    for gpu, peak in enumerate(map(max, *peaks)):
         assert peak <= max(resident[gpu::gpus], default=0)
+    spans = [(stage.kind, stage.first, stage.last) for stage in partition.stages]
+    assert max(resident) == price(chain, spans, gpus, microbatches)[1]
+    assert costs.excess_bytes(cuts, each, max(resident)) == 0
+    assert costs.excess_bytes(cuts, each, max(resident) - 1) == 1

@@ -193,6 +193,7 @@ class Schedule:
         queues: One a GPU and stream that has work, ordered by GPU then stream.
         buffers: Buffer name -> size in bytes.
         rotate: As in `Dispatch`.
+        tied: By tensor that several segments read and that is trained, those segments.
     """
 
     policy: str
@@ -203,6 +204,7 @@ class Schedule:
     queues: tuple[Queue, ...]
     buffers: dict[str, int] = field(default_factory=dict[str, int])
     rotate: int = 0
+    tied: tuple[tuple[int, ...], ...] = ()
 
     def actions(self) -> Iterator[Action]:
         """Every action, queue by queue."""
