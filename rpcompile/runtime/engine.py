@@ -1,9 +1,16 @@
-"""Runs a Program once: microbatches in, losses and gradients out, all or nothing."""
+"""Runs a Program: microbatches in, losses and gradients out, all or nothing.
+
+Iterations of an asynchronous plan may follow one another without a pause: `start` enqueues one behind the one
+before it. Each has workers (with their stores), host memory and events of its own; they share the streams.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 import traceback
 import weakref
+from collections import deque
 from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +20,7 @@ import torch
 
 from rpcompile import buffers
 from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
+from rpcompile.event_loop import chain_events
 from rpcompile.ir import ActionId
 from rpcompile.runtime import blame
 from rpcompile.runtime.compiled_stages import CompiledStages
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
 
-    from rpcompile.ir import Program, SegmentChain
+    from rpcompile.ir import Program, Schedule, SegmentChain
     from rpcompile.runtime.stage_runner import Tensors
 
 _UPDATED = "updated.s"
@@ -75,6 +83,46 @@ class Result:
     states: Tensors
 
 
+@dataclass
+class _Bay:
+    """What each of the iterations in flight has for itself; taken in turn."""
+
+    workers: list[Worker]
+    slots: HostSlots
+
+
+class Flight:
+    """An iteration that has been started; made by `Engine.start`.
+
+    Attributes:
+        drains: Happen when all that was enqueued of it is over.
+        lost: It was enqueued on streams that have been given up.
+    """
+
+    def __init__(self, engine: Engine, bay: _Bay, iteration: Iteration, microbatches: int, shift: int) -> None:
+        self._engine = engine
+        self.bay = bay
+        self.iteration = iteration
+        self.microbatches = microbatches
+        self.shift = shift
+        self.drains: list[threading.Event] = []
+        self.lost = False
+
+    def result(self) -> Result:
+        """Waits for its end, once.
+
+        Raises:
+            ExecutionError: An instruction failed, or it was cancelled; so are those that were started behind
+                it.
+            WorkerTimeout: No instruction came to its end for `timeout_s`.
+        """
+        return self._engine._finish(self)
+
+    def cancel(self) -> None:
+        """Skips what has not begun of it and of those that were started behind it."""
+        self._engine._cancel_from(self)
+
+
 class Engine:
     """Workers for a program; may be run any number of times, by one caller at a time.
 
@@ -88,6 +136,7 @@ class Engine:
         before_instruction: Called by a stream with an instruction's text before it runs it.
         record_times: Whether the next run records when each action ran.
         times: Start and end of each action of the last run by id, if recorded (`time.perf_counter`).
+        capacity: How many iterations may be in flight at once.
     """
 
     def __init__(
@@ -105,13 +154,18 @@ class Engine:
         self._readers = _readers(program.weights)
         self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
         self._runners = self._make_runners()
-        self._slots: HostSlots
-        self._workers: list[Worker] = []
+        self._places: list[tuple[Streams, list[StageRunner]]] = []
+        self._bays: deque[_Bay] = deque()
+        self._flights: list[Flight] = []  # in the order in which they were started
+        self._lock = threading.RLock()  # of the four above
+        self.capacity = 2 if program.schedule.mode == "async" else 1
+        self._behind = _behind(program.schedule) if self.capacity > 1 else {}
+        self._marked = frozenset(event for events in self._behind.values() for event in events)
         self._make_workers()
         self.before_instruction: Callable[[str], None] | None = None
         self.record_times = False
         self.times: dict[str, tuple[float, float]] = {}
-        self.close = weakref.finalize(self, _close, self._workers)
+        self.close = weakref.finalize(self, _close, self._places)
 
     def run(
         self,
@@ -120,23 +174,32 @@ class Engine:
         microbatches: Sequence[Microbatch],
         pending: Mapping[int, Future[None]] | None = None,
     ) -> Result:
-        """Runs every GPU's graph to its end.
+        """Runs every GPU's graph to its end: `start`, then its `result`."""
+        return self.start(tensors, inputs, microbatches, pending).result()
+
+    def start(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        inputs: Sequence[Tensors],
+        microbatches: Sequence[Microbatch],
+        pending: Mapping[int, Future[None]] | None = None,
+    ) -> Flight:
+        """Enqueues every GPU's graph behind the iterations in flight, of which there are less than `capacity`.
 
         Args:
-            tensors: The model's parameters and buffers by qualified name, on the host. They are read only.
-            inputs: User inputs of each microbatch by name.
+            tensors: The model's parameters and buffers by qualified name, on the host. They are read only,
+                until the iteration is over.
+            inputs: User inputs of each microbatch by name; also read until then.
             microbatches: Seed, sizes and loss scale of each microbatch.
             pending: Segment -> work on the host that must be over before tensors that this segment is the
                 first to read are uploaded.
 
-        Raises:
-            ExecutionError: An instruction failed. Nothing of the model has changed.
-            WorkerTimeout: No instruction came to its end for `timeout_s`.
+        Returns:
+            What to wait for. Its `result` says what an instruction raised; nothing of the model has changed.
         """
         if pending and not self._arenas.follow(self._program.weights, tensors):
             wait(pending.values())  # what is about to be copied must be there
         self._arenas.refresh(self._program.weights, tensors)
-        self._slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
         host: dict[str, Any] = {
             buffers.weights(buffers.HOST, segment): {name: tensors[name] for name in names}
             for segment, names in enumerate(self._program.weights)
@@ -144,33 +207,71 @@ class Engine:
         for index, microbatch in enumerate(inputs):
             host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
         iteration = Iteration(host, self.before_instruction, self.record_times)
-        self._await_host(pending or {}, iteration)
+        with self._lock:
+            assert len(self._flights) < self.capacity
+            bay = self._bays[0]
+            flight = Flight(self, bay, iteration, len(inputs), self._shift)
+            bay.slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
+            if self._flights:
+                iteration.before = self._flights[-1].iteration
+            iteration.behind, iteration.marked = self._behind, self._marked
+            self._await_host(pending or {}, iteration)
+            self._flights.append(flight)
+            try:
+                self._dispatch(flight, microbatches)
+            except BaseException:
+                iteration.cancel()
+                self._come_to_rest(flight)
+                raise
+        return flight
+
+    def _dispatch(self, flight: Flight, microbatches: Sequence[Microbatch]) -> None:
+        """Where the schedule rotates, each iteration runs shifted by that many GPUs against the one before."""
+        gpus = len(self._places)
+        for number, worker in enumerate(flight.bay.workers):
+            worker.place = self._places[(number + flight.shift) % gpus]
+        for worker in flight.bay.workers:
+            worker.start(flight.iteration, microbatches)
+        flight.drains = [event for worker in flight.bay.workers for event in worker.drain()]
+        self._bays.rotate(-1)
+        self._shift = (self._shift + self._program.schedule.rotate) % gpus
+
+    def _finish(self, flight: Flight) -> Result:
+        iteration = flight.iteration
+        iteration.progress_s = time.perf_counter()  # until now it may have stood behind another
         try:
-            for worker in self._workers:
-                worker.start(iteration, microbatches)
-            self._await(iteration)
+            if not flight.lost:
+                self._await(flight.drains, flight)
         except BaseException:
-            iteration.cancel()
-            self._come_to_rest(iteration)
+            self._cancel_from(flight)
+            self._come_to_rest(flight)
             raise
-        for worker in self._workers:
-            worker.clear()
-        self._rotate()
+        if iteration.cancelled:
+            self._cancel_from(flight)
+        self._leave(flight)
         if iteration.failure is not None:
             if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
+        if iteration.cancelled:
+            raise ExecutionError("the iteration was cancelled")
         times = iteration.times or {}
         self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
-        return self._result(host, len(inputs))
+        return self._result(iteration.host, flight.microbatches)
 
-    def _rotate(self) -> None:
-        """Where the schedule rotates, the next iteration runs shifted by that many GPUs."""
-        gpus, rotate = len(self._workers), self._program.schedule.rotate
-        self._shift = (self._shift + rotate) % gpus
-        places = [worker.place for worker in self._workers]
-        for number, worker in enumerate(self._workers):
-            worker.place = places[(number + rotate) % gpus]
+    def _cancel_from(self, flight: Flight) -> None:
+        with self._lock:
+            found = self._flights[self._flights.index(flight) :] if flight in self._flights else []
+        for one in found:
+            one.iteration.cancel()
+
+    def _leave(self, flight: Flight) -> None:
+        """It has come to rest: what it used is free for another one."""
+        for worker in flight.bay.workers:
+            worker.clear()
+        flight.iteration.before = None
+        with self._lock:
+            self._flights.remove(flight)
 
     def _await_host(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
         """Makes uploads wait for the host's work; its failure is the iteration's."""
@@ -187,23 +288,26 @@ class Engine:
         for segment, future in pending.items():
             future.add_done_callback(partial(over, segment))
 
-    def _await(self, iteration: Iteration) -> None:
-        drains = [event for worker in self._workers for event in worker.drain()]
-        await_all(drains, iteration, self._program.schedule, self._options.timeout_s, self._shift)
+    def _await(self, drains: Sequence[threading.Event], flight: Flight) -> None:
+        timeout_s = self._options.timeout_s
+        await_all(drains, flight.iteration, self._program.schedule, timeout_s, flight.shift)
 
-    def _come_to_rest(self, iteration: Iteration) -> None:
+    def _come_to_rest(self, flight: Flight) -> None:
         """Waits for what runs; leaves behind what does not end, with the memory it may write to."""
         try:
-            self._await(iteration)
+            drains = [event for worker in flight.bay.workers for event in worker.drain()]
+            self._await(drains, flight)
         except BaseException as error:
-            for worker in self._workers:
-                worker.close()
-            self._make_workers()
+            with self._lock:
+                for one in self._flights:
+                    one.lost = True
+                self._flights.remove(flight)
+                _close(self._places)
+                self._make_workers()
             if not isinstance(error, WorkerTimeout):
                 raise
         else:
-            for worker in self._workers:
-                worker.clear()
+            self._leave(flight)
 
     def _make_runners(self) -> dict[torch.device, list[StageRunner]]:
         """The stages on each device."""
@@ -223,14 +327,25 @@ class Engine:
             for device in dict.fromkeys(self._devices)
         }
 
+    @property
+    def _workers(self) -> list[Worker]:
+        """Those of every iteration that may be in flight."""
+        return [worker for bay in self._bays for worker in bay.workers]
+
     def _make_workers(self) -> None:
-        names = self._program.schedule.buffers
+        streams = self._make_streams()
+        runners = [self._runners[device] for device in self._devices]
+        self._places[:] = zip(streams, runners, strict=True)
         self._shift = 0
-        self._slots = HostSlots(names, pin=self._options.cuda)
-        self._workers[:] = [
-            Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
-            for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
+        self._bays = deque(self._make_bay() for _ in range(self.capacity))
+
+    def _make_bay(self) -> _Bay:
+        slots = HostSlots(self._program.schedule.buffers, pin=self._options.cuda)
+        workers = [
+            Worker(index, self._program, runners, streams, slots, self._arenas)
+            for index, (streams, runners) in enumerate(self._places)
         ]
+        return _Bay(workers, slots)
 
     def _make_streams(self) -> list[Streams]:
         workers = len(self._devices)
@@ -271,7 +386,7 @@ class Engine:
         except Exception:
             traceback.clear_frames(error.__traceback__)
             return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}.{_advice(error)}")
-        graph = self._workers[failure.gpu].runners[action.stage].graph
+        graph = self._places[failure.gpu][1][action.stage].graph
         node = blame.failing_node(error, graph.graph_module)
         traceback.clear_frames(error.__traceback__)
         first, last = (self._chain.segments[i].name for i in (graph.stage.first, graph.stage.last))
@@ -312,6 +427,18 @@ def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
     return {segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)}
 
 
-def _close(workers: list[Worker]) -> None:
-    for worker in workers:
-        worker.close()
+def _behind(schedule: Schedule) -> dict[str, tuple[str, ...]]:
+    """Upload -> what must be over of the iteration before: a GPU holds the weights of two jobs at most."""
+    events = chain_events(schedule, 2, "async", schedule.rotate)
+    count = len(events.actions)
+    found: dict[str, tuple[str, ...]] = {}
+    for action, sources in zip(events.actions, events.sources[count:], strict=True):
+        before = tuple(events.actions[source].id for source in sources if source < count)
+        if before:
+            found[action.id] = before
+    return found
+
+
+def _close(places: list[tuple[Streams, list[StageRunner]]]) -> None:
+    for streams, _ in places:
+        streams.close()
