@@ -25,6 +25,7 @@ from rpcompile.ir import ActionId
 from rpcompile.runtime import blame
 from rpcompile.runtime.compiled_stages import CompiledStages
 from rpcompile.runtime.cuda_streams import CudaStreams
+from rpcompile.runtime.flight import Bay, Flight, Result
 from rpcompile.runtime.host_slots import HostSlots
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
 from rpcompile.runtime.streams import CpuStreams, Failure, Iteration, Streams
@@ -68,61 +69,6 @@ class RuntimeOptions:
         return any(device.type == "cuda" for device in self.devices or ())
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one iteration leaves on the host.
-
-    Attributes:
-        outputs: Per microbatch, outputs by node name.
-        gradients: Parameter name -> gradient, summed over jobs in job order.
-        states: Buffer name -> its value after the forward.
-    """
-
-    outputs: tuple[Tensors, ...]
-    gradients: Tensors
-    states: Tensors
-
-
-@dataclass
-class _Bay:
-    """What each of the iterations in flight has for itself; taken in turn."""
-
-    workers: list[Worker]
-    slots: HostSlots
-
-
-class Flight:
-    """An iteration that has been started; made by `Engine.start`.
-
-    Attributes:
-        drains: Happen when all that was enqueued of it is over.
-        lost: It was enqueued on streams that have been given up.
-    """
-
-    def __init__(self, engine: Engine, bay: _Bay, iteration: Iteration, microbatches: int, shift: int) -> None:
-        self._engine = engine
-        self.bay = bay
-        self.iteration = iteration
-        self.microbatches = microbatches
-        self.shift = shift
-        self.drains: list[threading.Event] = []
-        self.lost = False
-
-    def result(self) -> Result:
-        """Waits for its end, once.
-
-        Raises:
-            ExecutionError: An instruction failed, or it was cancelled; so are those that were started behind
-                it.
-            WorkerTimeout: No instruction came to its end for `timeout_s`.
-        """
-        return self._engine._finish(self)
-
-    def cancel(self) -> None:
-        """Skips what has not begun of it and of those that were started behind it."""
-        self._engine._cancel_from(self)
-
-
 class Engine:
     """Workers for a program; may be run any number of times, by one caller at a time.
 
@@ -155,7 +101,7 @@ class Engine:
         self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
         self._runners = self._make_runners()
         self._places: list[tuple[Streams, list[StageRunner]]] = []
-        self._bays: deque[_Bay] = deque()
+        self._bays: deque[Bay] = deque()
         self._flights: list[Flight] = []  # in the order in which they were started
         self._lock = threading.RLock()  # of the four above
         self.capacity = 2 if program.schedule.mode == "async" else 1
@@ -184,7 +130,7 @@ class Engine:
         microbatches: Sequence[Microbatch],
         pending: Mapping[int, Future[None]] | None = None,
     ) -> Flight:
-        """Enqueues every GPU's graph behind the iterations in flight, of which there are less than `capacity`.
+        """Enqueues every GPU's graph behind the iterations in flight, fewer than `capacity`.
 
         Args:
             tensors: The model's parameters and buffers by qualified name, on the host. They are read only,
@@ -208,9 +154,11 @@ class Engine:
             host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
         iteration = Iteration(host, self.before_instruction, self.record_times)
         with self._lock:
-            assert len(self._flights) < self.capacity
+            if len(self._flights) >= self.capacity:  # its caller was interrupted before it could wait
+                self._flights[-1].cancel()
+                self._come_to_rest(self._flights[-1])
             bay = self._bays[0]
-            flight = Flight(self, bay, iteration, len(inputs), self._shift)
+            flight = Flight(bay, iteration, len(inputs), self._shift, self._finish, self._cancel_from)
             bay.slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
             if self._flights:
                 iteration.before = self._flights[-1].iteration
@@ -226,7 +174,7 @@ class Engine:
         return flight
 
     def _dispatch(self, flight: Flight, microbatches: Sequence[Microbatch]) -> None:
-        """Where the schedule rotates, each iteration runs shifted by that many GPUs against the one before."""
+        """Where the schedule rotates, each iteration runs shifted by that many GPUs."""
         gpus = len(self._places)
         for number, worker in enumerate(flight.bay.workers):
             worker.place = self._places[(number + flight.shift) % gpus]
@@ -339,13 +287,13 @@ class Engine:
         self._shift = 0
         self._bays = deque(self._make_bay() for _ in range(self.capacity))
 
-    def _make_bay(self) -> _Bay:
+    def _make_bay(self) -> Bay:
         slots = HostSlots(self._program.schedule.buffers, pin=self._options.cuda)
         workers = [
             Worker(index, self._program, runners, streams, slots, self._arenas)
             for index, (streams, runners) in enumerate(self._places)
         ]
-        return _Bay(workers, slots)
+        return Bay(workers, slots)
 
     def _make_streams(self) -> list[Streams]:
         workers = len(self._devices)

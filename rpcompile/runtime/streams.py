@@ -151,7 +151,7 @@ class Streams(Protocol):
         """Puts a task behind the others of a stream; it is skipped if the iteration is cancelled."""
 
     def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
-        """What comes behind on `stream` runs once `event` has happened; it is of another iteration, if given."""
+        """What comes behind on `stream` runs once `event` has happened, `of` another iteration if given."""
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
         """`event` happens when everything before it on `stream` is over."""
