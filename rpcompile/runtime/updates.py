@@ -52,6 +52,7 @@ class Updates:
         self._makers: list[list[Future[None]]] = [[], []]
         self.skipping = False
         """Whether tasks are passed over: an iteration failed in flight and the caller has not been told."""
+        self._untold: list[tuple[ReadGuard, list[Any]]] = []  # what stays guarded until then
         self.forgotten: Callable[[], None] = lambda: None
         """Called when the caller is about to be told, and nothing is in flight any more."""
         self.turn = 0
@@ -139,12 +140,19 @@ class Updates:
             try:
                 task()
             finally:
-                guard.release([makes])
+                self.release([makes], guard)
 
         self._epoch += 1
         future = self.put(_IN_ORDER, 0, run)
         self._makers[turn] = [*(one for one in self._makers[turn] if not one.done()), future]
         return future
+
+    def release(self, items: list[Any], guard: ReadGuard | None = None) -> None:
+        """Lets go of what a task has held; where an iteration failed, once the caller has been told."""
+        if self.skipping:
+            self._untold.append((guard or self.guard, items))
+        else:
+            (guard or self.guard).release(items)
 
     def wait(self) -> None:
         """Returns when nothing is in flight and every gradient is as the user was told.
@@ -211,8 +219,12 @@ class Updates:
             self.pending.clear()
             self.guard.release([gradient for gradient, _ in self._clipped.values()])
             self._clipped.clear()
+            self._makers = [[], []]
         self.forgotten()
         self.skipping = False
+        while self._untold:
+            guard, items = self._untold.pop()
+            guard.release(items)
 
     def _clip(self, gradients: list[torch.Tensor], scale: torch.Tensor) -> None:
         with self._lock:
@@ -263,7 +275,7 @@ class Updates:
 
         def finish() -> None:
             stepper.finish()
-            self.guard.release([optimizer])
+            self.release([optimizer])
 
         self._last_step = self.put(FINISH, 0, finish)
 
@@ -303,7 +315,7 @@ class Updates:
                     f"before it are updated, it may be in part, those behind it are not; load a checkpoint"
                 ) from error
             finally:
-                self.guard.release(held)
+                self.release(held)
 
         return update
 
