@@ -197,11 +197,11 @@ class Listening(CudaStreams):
             self.counts[self._gpu, str(stream)] += 1
         super().enqueue(iteration, stream, instruction, task)
 
-    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
+    def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
         place = self._gpu, str(stream)
         self.waits[*place, event] = place, self.counts[place] + 1
         self._streams[stream].deaf = (*place, event) in self.ignored
-        super().wait(iteration, stream, event)
+        super().wait(iteration, stream, event, of)
         self._streams[stream].deaf = False
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
@@ -276,8 +276,11 @@ MUTANTS = {
         "_Mark(recorded, dict(self._clocks[stream]))",
         "_Mark(recorded, self._clocks[stream])",
     ),
-    "not awaited": ("while any(self._pending.values()):", "while False:"),
-    "ends too early": ("while pending and pending[0][2].query():", "while pending:"),
+    "not awaited": (
+        "while left := [name for name, pending in self._pending.items() if mine(pending)]:",
+        "while left := []:",
+    ),
+    "ends too early": ("and _is_over(pending[0]):", "and True:"),
 }
 
 

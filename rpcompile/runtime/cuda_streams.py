@@ -172,9 +172,9 @@ class CudaStreams:
             return bool(pending) and pending[0].iteration is iteration
 
         try:
-            while any(map(mine, self._pending.values())):
-                for name, pending in self._pending.items():
-                    self._advance(name, pending)
+            while left := [name for name, pending in self._pending.items() if mine(pending)]:
+                for name in left:
+                    self._advance(iteration, name, self._pending[name])
                 time.sleep(_POLL_S)
         except Exception as error:
             # A kernel that failed is reported here, whichever it was.
@@ -186,12 +186,14 @@ class CudaStreams:
             for name, found in self._held.items():
                 self._held[name] = [held for held in found if held.position > ends[held.freed_by]]
 
-    def _advance(self, name: str, pending: deque[_Pending]) -> None:
-        """Takes note of instructions that have come to their end, and of the one that runs now."""
+    def _advance(self, iteration: Iteration, name: str, pending: deque[_Pending]) -> None:
+        """Takes note of instructions that have come to their end, and of the one that runs now.
+
+        Not of those of the iteration behind, which notes itself what is enqueued now.
+        """
         place = self._gpu, name
-        while pending and _is_over(pending[0]):
+        while pending and pending[0].iteration is iteration and _is_over(pending[0]):
             over = pending.popleft()
-            iteration = over.iteration
             iteration.running.pop(place, None)
             iteration.progress_s = time.perf_counter()
             if over.begin is not None:
@@ -204,8 +206,8 @@ class CudaStreams:
                 )
             else:
                 self._spare.append(over.end)
-        if pending and place not in (running := pending[0].iteration.running):
-            running[place] = pending[0].instruction or "end", time.perf_counter()
+        if pending and pending[0].iteration is iteration and place not in iteration.running:
+            iteration.running[place] = pending[0].instruction or "end", time.perf_counter()
 
     def _event(self, stream: str) -> Any:
         event = self._spare.pop() if self._spare else self._driver.Event()
