@@ -54,7 +54,7 @@ class CudaEngine(Engine):
         timeout_s: float = 20,
     ) -> None:
         self._driver, self._kind = driver, kind
-        options, arenas = RuntimeOptions(timeout_s=timeout_s), WeightArenas(adopt=True)
+        options, arenas = RuntimeOptions(timeout_s=timeout_s), WeightArenas(adopt=True, versions=3)
         super().__init__(compiled.program, compiled.plan.chain, options, arenas)
 
     def _make_streams(self) -> list[Any]:

@@ -340,6 +340,16 @@ def test_a_gpu_holds_the_weights_of_two_jobs_and_memory_stays_flat() -> None:
 # ------------------------------------------------------------------- failures
 
 
+def start_again(pair: training.Pair, optimizer: optim.Optimizer, simulated: Simulated) -> None:
+    """Both go on from the same weights, which the user loads, and without state."""
+    simulated.versions = simulated.versions[:1]
+    for model in (pair.model, simulated.model):
+        model.load_state_dict(simulated.versions[0].state_dict())
+    optimizer.state.clear()
+    simulated.optimizer.state.clear()
+    simulated.optimizer.zero_grad()
+
+
 def failing(number: int, text: str) -> Callable[[int, str], None]:
     def hook(iteration: int, instruction: str) -> None:
         if iteration == number and text in instruction:
@@ -512,8 +522,6 @@ def test_60_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_lea
                     time.sleep(choices.random() * 1e-3)
 
             engine.before_instruction = hook
-            # Weights as after each step: a failure leaves one of these.
-            simulated.versions = simulated.versions[-1:]
             failed: list[str] = []
             try:
                 found = [compiled_step(pair, optimizer, simulated, iteration) for iteration in range(4)]
@@ -529,13 +537,7 @@ def test_60_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_lea
             assert all(p.grad is None for p in pair.model.parameters())
             assert engine._flights == []
             assert all(worker.stored_bytes() == 0 for worker in engine._workers)
-            # Both go on from the same weights, without momentum and from the start of the staleness.
-            pair.model.load_state_dict(simulated.versions[0].state_dict())
-            simulated.model.load_state_dict(simulated.versions[0].state_dict())
-            optimizer.state.clear()
-            simulated.optimizer.state.clear()
-            simulated.optimizer.zero_grad()
-            simulated.versions = [copy.deepcopy(simulated.model)]
+            start_again(pair, optimizer, simulated)
             if seed in (30, 59):
                 left_over.append((live_bytes(), workers()))
         assert min(outcomes.values()) > 10, outcomes
