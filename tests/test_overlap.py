@@ -240,10 +240,23 @@ def test_gradients_that_are_kept_are_added_to_behind_their_update() -> None:
         assert same_weights(pair.model, simulated.versions[-1])
 
 
-def test_statistics_of_batch_norm_follow_one_another() -> None:
+def test_learning_rates_are_those_of_the_call_of_step() -> None:
+    pair, optimizer, simulated = make_pair()
+    schedulers = [optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (optimizer, simulated.optimizer)]
+    with pair.compiled as compiled:
+        for iteration in range(5):
+            compiled_step(pair, optimizer, simulated, iteration)
+            for scheduler in schedulers:
+                scheduler.step()
+        assert compiled._training.engine._flights  # no scheduler waits
+        assert same_weights(pair.model, simulated.versions[-1])
+
+
+@pytest.mark.parametrize("family", ["unet-batchnorm", "qwen3-lora"])
+def test_buffers_that_change_and_weights_that_do_not_are_as_without_overlap(family: str) -> None:
     found = []
     for read in (True, False):
-        case = models.build(lambda: models.make("unet-batchnorm"))
+        case = models.build(lambda: models.make(family))
         options = {"gpus": 2, "microbatches": 4, "gpu": models.SLOW_GPU, "mode": "async", "effort": None}
         with rpcompile.compile(case.model, example_inputs=case.batch, **options) as compiled:
             optimizer = optim.SGD(compiled.parameters(), lr=0.1)

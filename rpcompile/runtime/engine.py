@@ -196,6 +196,7 @@ class Engine:
             raise
         if iteration.cancelled:
             self._cancel_from(flight)
+        host = iteration.host
         self._leave(flight)
         if iteration.failure is not None:
             if iteration.failure.instruction.startswith(_UPDATED):
@@ -205,7 +206,7 @@ class Engine:
             raise ExecutionError("the iteration was cancelled")
         times = iteration.times or {}
         self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
-        return self._result(iteration.host, flight.microbatches)
+        return self._result(host, flight.microbatches)
 
     def _cancel_from(self, flight: Flight) -> None:
         with self._lock:
@@ -217,7 +218,9 @@ class Engine:
         """It has come to rest: what it used is free for another one."""
         for worker in flight.bay.workers:
             worker.clear()
+        # Futures that it waited for may know it for longer.
         flight.iteration.before = None
+        flight.iteration.host = {}
         with self._lock:
             self._flights.remove(flight)
 

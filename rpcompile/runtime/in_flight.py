@@ -164,11 +164,13 @@ class InFlight:
                 target.data = gradient
 
 
-def _told_later(error: BaseException, number: int) -> BaseException:
+def _told_later(error: BaseException, number: int) -> ExecutionError:
     """The failure of an iteration whose call has returned."""
-    if not isinstance(error, ExecutionError):
-        return error
-    return type(error)(
-        f"forward_backward call {number} (counted from 0), which had returned, failed: {error} Later calls "
+    known = isinstance(error, ExecutionError)
+    kind, reason = (
+        (type(error), str(error)) if known else (ExecutionError, f"{type(error).__name__}: {error}.")
+    )
+    return kind(
+        f"forward_backward call {number} (counted from 0), which had returned, failed: {reason} Later calls "
         f"and their steps are cancelled; weights and optimizer are as of the last update before."
     )
