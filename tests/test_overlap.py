@@ -552,6 +552,9 @@ def test_60_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_lea
             assert all(worker.stored_bytes() == 0 for worker in engine._workers)
             start_again(pair, optimizer, simulated)
             if seed in (30, 59):
+                for iteration in range(4):
+                    compiled_step(pair, optimizer, simulated, iteration)
+                start_again(pair, optimizer, simulated)
                 left_over.append((live_bytes(), workers()))
         assert min(outcomes.values()) > 10, outcomes
         assert left_over[0] == left_over[1]
