@@ -458,7 +458,9 @@ def test_a_worker_that_stops_answering_in_flight_is_named() -> None:
     compiled = pair.compiled
     warm(pair, optimizer, simulated)
     before, go = workers(), threading.Event()
-    held = last_backward(compiled)
+    held, engine, made = last_backward(compiled), compiled._training.engine, list[int]()
+    make = engine._make_workers
+    engine._make_workers = lambda: (made.append(1), make())[1]  # type: ignore[method-assign]
 
     def hook(number: int, instruction: str) -> None:
         if number == 0 and instruction == held:
@@ -470,6 +472,7 @@ def test_a_worker_that_stops_answering_in_flight_is_named() -> None:
         optimizer.zero_grad()
         with pytest.raises(WorkerTimeout, match=rf"call 1 .*compute has been running {held} for"):
             compiled.forward_backward(**pair.batch).item()
+    assert len(made) == 1  # what is behind it is given up with it, and not waited for as long
     check_goes_on(pair, optimizer, simulated)
     go.set()
     compiled.close()
@@ -477,6 +480,30 @@ def test_a_worker_that_stops_answering_in_flight_is_named() -> None:
     while workers() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert workers() < before
+
+
+def test_time_that_an_iteration_stands_behind_another_does_not_count() -> None:
+    pair, optimizer, simulated = make_pair(timeout_s=0.4)
+    with pair.compiled as compiled:
+        warm(pair, optimizer, simulated)
+        engine, behind = compiled._training.engine, threading.Event()
+
+        def hook(number: int, _: str) -> None:
+            if number == 0:
+                behind.wait(20)
+                time.sleep(0.02)
+            elif number == 1 and len(engine._flights) > 1:
+                while len(engine._flights) > 1:
+                    time.sleep(0.01)
+                time.sleep(0.15)
+
+        with begun(hook, compiled):
+            found = [compiled_step(pair, optimizer, simulated, 1)]
+            batch = pair.batch_of(2)
+            loss = compiled.forward_backward(**batch)
+            behind.set()
+            found.append((loss, simulated.forward_backward(1, batch)))
+            assert all(torch.equal(mine, theirs) for mine, theirs in found)
 
 
 @pytest.mark.parametrize("where", ["calling", "reading"])

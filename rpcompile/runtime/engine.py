@@ -194,8 +194,6 @@ class Engine:
             self._cancel_from(flight)
             self._come_to_rest(flight)
             raise
-        if iteration.cancelled:
-            self._cancel_from(flight)
         host = iteration.host
         self._leave(flight)
         if iteration.failure is not None:

@@ -66,9 +66,9 @@ class Flight:
         """Waits for its end; to be called once.
 
         Raises:
-            ExecutionError: An instruction failed, or it was cancelled; those that were started behind it are
-                cancelled.
-            WorkerTimeout: No instruction came to its end for `timeout_s`.
+            ExecutionError: An instruction failed, or it was cancelled.
+            WorkerTimeout: No instruction came to its end for `timeout_s`; those that were started behind it
+                are cancelled.
         """
         return self.finish(self)
 
