@@ -162,7 +162,7 @@ def test_runs_with_random_faults_are_right_or_fail_cleanly() -> None:
         count = sum(1 for _ in pair.compiled.plan.schedule.actions())
         for seed in range(8):
             choices = random.Random(seed)
-            left = [choices.randrange(14 * count)]
+            left = [choices.randrange(24 * count)]
 
             def hook(_: str, choices: random.Random = choices, left: list[int] = left) -> None:
                 left[0] -= 1
