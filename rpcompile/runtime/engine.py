@@ -6,6 +6,7 @@ before it. Each has workers (with their stores), host memory and events of its o
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 import traceback
@@ -21,12 +22,13 @@ import torch
 from rpcompile import buffers
 from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
 from rpcompile.event_loop import chain_events
-from rpcompile.ir import ActionId
+from rpcompile.ir import ActionId, Op, Stream
 from rpcompile.runtime import blame
 from rpcompile.runtime.compiled_stages import CompiledStages
 from rpcompile.runtime.cuda_streams import CudaStreams
 from rpcompile.runtime.flight import Bay, Flight, Result
 from rpcompile.runtime.host_slots import HostSlots
+from rpcompile.runtime.host_sums import HostSums
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
 from rpcompile.runtime.streams import CpuStreams, Failure, Iteration, Streams
 from rpcompile.runtime.watchdog import await_all
@@ -101,9 +103,10 @@ class Engine:
         self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
         self._runners = self._make_runners()
         self._places: list[tuple[Streams, list[StageRunner]]] = []
+        self._host_streams: list[Streams] = []  # one, if the program has instructions for the host
         self._bays: deque[Bay] = deque()
         self._flights: list[Flight] = []  # in the order in which they were started
-        self._lock = threading.RLock()  # of the four above
+        self._lock = threading.RLock()  # of the five above
         self.capacity = 2 if program.schedule.mode == "async" else 1
         self._behind = _behind(program.schedule) if self.capacity > 1 else {}
         self._marked = frozenset(event for events in self._behind.values() for event in events)
@@ -111,7 +114,7 @@ class Engine:
         self.before_instruction: Callable[[str], None] | None = None
         self.record_times = False
         self.times: dict[str, tuple[float, float]] = {}
-        self.close = weakref.finalize(self, _close, self._places)
+        self.close = weakref.finalize(self, _close, self._places, self._host_streams)
 
     def run(
         self,
@@ -180,7 +183,9 @@ class Engine:
             worker.place = self._places[(number + flight.shift) % gpus]
         for worker in flight.bay.workers:
             worker.start(flight.iteration, microbatches)
-        flight.drains = [event for worker in flight.bay.workers for event in worker.drain()]
+        for sums in flight.bay.hosts:
+            sums.start(flight.iteration)
+        flight.drains = flight.bay.drain()
         self._bays.rotate(-1)
         self._shift = (self._shift + self._program.schedule.rotate) % gpus
 
@@ -197,6 +202,7 @@ class Engine:
         host = iteration.host
         self._leave(flight)
         if iteration.failure is not None:
+            host.clear()  # frames that the error's traceback keeps may keep the iteration
             if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
@@ -214,8 +220,7 @@ class Engine:
 
     def _leave(self, flight: Flight) -> None:
         """It has come to rest: what it used is free for another one."""
-        for worker in flight.bay.workers:
-            worker.clear()
+        flight.bay.clear()
         # Futures that it waited for may know it for longer.
         flight.iteration.before = None
         flight.iteration.host = {}
@@ -244,14 +249,13 @@ class Engine:
     def _come_to_rest(self, flight: Flight) -> None:
         """Waits for what runs; leaves behind what does not end, with the memory it may write to."""
         try:
-            drains = [event for worker in flight.bay.workers for event in worker.drain()]
-            self._await(drains, flight)
+            self._await(flight.bay.drain(), flight)
         except BaseException as error:
             with self._lock:
                 for one in self._flights:
                     one.lost = True
                 self._flights.remove(flight)
-                _close(self._places)
+                _close(self._places, self._host_streams)
                 self._make_workers()
             if not isinstance(error, WorkerTimeout):
                 raise
@@ -285,6 +289,7 @@ class Engine:
         streams = self._make_streams()
         runners = [self._runners[device] for device in self._devices]
         self._places[:] = zip(streams, runners, strict=True)
+        self._host_streams[:] = [] if self._program.host is None else [self._make_host_streams()]
         self._shift = 0
         self._bays = deque(self._make_bay() for _ in range(self.capacity))
 
@@ -294,17 +299,27 @@ class Engine:
             Worker(index, self._program, runners, streams, slots, self._arenas)
             for index, (streams, runners) in enumerate(self._places)
         ]
-        return Bay(workers, slots)
+        graph, dtype = self._program.host, self._options.gradient_dtype
+        hosts = [
+            HostSums(graph, streams, slots, dtype) for streams in self._host_streams if graph is not None
+        ]
+        return Bay(workers, slots, hosts)
 
     def _make_streams(self) -> list[Streams]:
-        workers = len(self._devices)
-        # Workers that each used every core would stand in one another's way. Said for one worker, too:
-        # oneDNN's kernels in a new thread would use every core whatever `torch.set_num_threads` was told.
-        threads = max(1, torch.get_num_threads() // workers)
         return [
-            CpuStreams(index, LANES, threads) if device.type == "cpu" else CudaStreams(index, device, LANES)
+            CpuStreams(index, LANES, self._operator_threads())
+            if device.type == "cpu"
+            else CudaStreams(index, device, LANES)
             for index, device in enumerate(self._devices)
         ]
+
+    def _make_host_streams(self) -> Streams:
+        return CpuStreams(0, (Stream.HOST,), None if self._options.cuda else self._operator_threads())
+
+    def _operator_threads(self) -> int:
+        # Workers that each used every core would stand in one another's way. Said for one worker, too:
+        # oneDNN's kernels in a new thread would use every core whatever `torch.set_num_threads` was told.
+        return max(1, torch.get_num_threads() // len(self._devices))
 
     def _staged(self, inputs: Tensors) -> Tensors:
         """A caller's tensors where a CUDA device can copy them from without making the host wait."""
@@ -313,6 +328,7 @@ class Engine:
         return {name: _pinned(tensor) for name, tensor in inputs.items()}
 
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
+        # What SUMs have left: one gradient a segment, in as many segments as share the parameter.
         gradients: Tensors = {}
         states: Tensors = {}
         dtype = self._options.gradient_dtype
@@ -335,6 +351,13 @@ class Engine:
         except Exception:
             traceback.clear_frames(error.__traceback__)
             return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}.{_advice(error)}")
+        after = "Weights, gradients and buffers are as they were before this call."
+        if action.op is Op.SUM and action.part is not None:
+            traceback.clear_frames(error.__traceback__)
+            return kind(
+                f"{failure.instruction} (sum of stage {action.stage}'s gradients) failed on the host in "
+                f"{self._chain.segments[action.part].name}: {reason}.{_advice_on_host(error)} {after}"
+            )
         graph = self._places[failure.gpu][1][action.stage].graph
         node = blame.failing_node(error, graph.graph_module)
         traceback.clear_frames(error.__traceback__)
@@ -344,8 +367,7 @@ class Engine:
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
         return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} Weights, gradients and buffers are as "
-            f"they were before this call."
+            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} {after}"
         )
 
 
@@ -358,6 +380,14 @@ def _advice(error: BaseException) -> str:
             " This process cannot use its GPUs any more; call save_checkpoint, which needs none, and go on "
             "in a new one. With CUDA_LAUNCH_BLOCKING=1 the instruction that failed is named."
         )
+    return ""
+
+
+def _advice_on_host(error: BaseException) -> str:
+    """As `_advice`, for what the host does."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if full or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return " The host's memory is full: free some, or let no GPUs share a stage (effort=None)."
     return ""
 
 
@@ -388,6 +418,6 @@ def _behind(schedule: Schedule) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _close(places: list[tuple[Streams, list[StageRunner]]]) -> None:
-    for streams, _ in places:
+def _close(places: list[tuple[Streams, list[StageRunner]]], host_streams: list[Streams]) -> None:
+    for streams in (*(streams for streams, _ in places), *host_streams):
         streams.close()

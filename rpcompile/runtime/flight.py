@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcompile.runtime.host_slots import HostSlots
+    from rpcompile.runtime.host_sums import HostSums
     from rpcompile.runtime.stage_runner import Tensors
     from rpcompile.runtime.streams import Iteration
     from rpcompile.runtime.worker import Worker
@@ -21,7 +22,8 @@ class Result:
 
     Attributes:
         outputs: Per microbatch, outputs by node name.
-        gradients: Parameter name -> gradient, summed over jobs in job order.
+        gradients: Parameter name -> gradient, summed over jobs in job order; where SUMs have done that, one
+            segment after another, a tied weight's segments are added after that.
         states: Buffer name -> its value after the forward.
     """
 
@@ -36,6 +38,16 @@ class Bay:
 
     workers: list[Worker]
     slots: HostSlots
+    hosts: list[HostSums]
+
+    def drain(self) -> list[threading.Event]:
+        """Events that happen when everything enqueued so far is over, cancelled or not."""
+        return [event for one in (*self.workers, *self.hosts) for event in one.drain()]
+
+    def clear(self) -> None:
+        """Drops what an iteration left behind; to be called when it has drained."""
+        for one in (*self.workers, *self.hosts):
+            one.clear()
 
 
 @dataclass(eq=False)
