@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from rpcompile.ir import StageKind
+from rpcompile.ir import Partition, Stage, StageKind
+from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.peak_memory import PeakMemory, Piece, PieceMemory
+from rpcompile.random_streams import microbatch_seed
 from rpcompile.tiling import TiledRegion
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from rpcompile.device_kernels import Kernels
-    from rpcompile.ir import Capture, StageGraph
+    from rpcompile.ir import Capture, SegmentChain, StageGraph
 
 
 class SegmentMemory(NamedTuple):
@@ -26,6 +28,23 @@ class SegmentMemory(NamedTuple):
     forward_peak_bytes: int
     saved_input_bytes: int
     rematerialised_bytes: int
+
+
+class LoneMemory(NamedTuple):
+    """What a segment needs as a stage of its own, in bytes; as the fields of `ir.Segment` of these names.
+
+    What has buffers of its own besides (attention outputs that leave or come in) is left out, too.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+    forward_peak_bytes: int
+    rematerialised_bytes: int
+
+    @property
+    def need_bytes(self) -> int:
+        """Of its backward."""
+        return self.saved_bytes + self.peak_bytes
 
 
 class SegmentMemories:
@@ -64,6 +83,30 @@ class SegmentMemories:
             saved_input_bytes=saved_input_bytes,
             rematerialised_bytes=found.rematerialised_bytes,
         )
+
+    def alone(self, chain: SegmentChain, index: int) -> LoneMemory:
+        """Segment `index` of a chain as a stage of its own, divided and offloaded as the chain says."""
+        piece, last = self.piece(index, index), index == len(chain.segments) - 1
+        found = self._run(chain, index, StageKind.FB if last else StageKind.B, piece)
+        # A backward stage need not make what it returns; a forward stage has to.
+        forward = found if last else self._run(chain, index, StageKind.F, piece)
+        nbytes = self.peak.nbytes
+        gradients_out = sum(map(nbytes, piece.gradients_out))
+        handed_on = chain.segments[index].kept_bytes + sum(map(nbytes, piece.boundary))
+        return LoneMemory(
+            saved_bytes=found.saved_bytes,
+            peak_bytes=max(0, found.training_bytes - found.saved_bytes - gradients_out),
+            forward_peak_bytes=forward.forward_bytes - handed_on,
+            rematerialised_bytes=max(found.rematerialised_bytes, forward.rematerialised_bytes),
+        )
+
+    def _run(self, chain: SegmentChain, index: int, kind: StageKind, piece: Piece) -> PieceMemory:
+        """What the graph of a stage needs, found as that of a piece of the capture is."""
+        partition = Partition((Stage(0, kind, index, index),), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
+        (stage,) = ExtractStages(self._capture, chain).run(partition)
+        memory, alone = tiled_piece(self.peak, stage, piece)
+        with microbatch_seed(0):  # which a stage's random operators ask for
+            return memory.of(alone)
 
     def stage_piece(self, first: int, last: int) -> Piece:
         """`piece` as a stage of these segments runs it: what is rematerialised lives as all else does."""

@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, ClassVar
 from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Partition, SegmentChain, Stage, StageKind
-from rpcompile.passes._segment_memory import SegmentMemories, tiled_piece
+from rpcompile.passes._segment_memory import LoneMemory, SegmentMemories
 from rpcompile.passes._tile_costs import NOTHING, TileCost, TileCosts
 from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.passes.group_heads import key_heads
-from rpcompile.random_streams import microbatch_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rpcompile.ir import CostedGraph, Segment, StageGraph
+    from rpcompile.ir import CostedGraph, Segment
     from rpcompile.passes._token_regions import TokenRegion
-    from rpcompile.peak_memory import Piece, PieceMemory
 
 # Shorter chunks would leave a GPU's matrix units idle.
 _LEAST_TOKENS = 256
@@ -44,7 +42,8 @@ class ChooseTiles:
     taken. `backward_s` holds the time of the chunks and of what runs twice: a segment that mixes tokens
     somewhere (attention) runs its regions twice in the backward when it is tiled. One that is token-wise
     throughout (`reruns`) runs its forward only once, in the backward, if it is the last of its stage;
-    elsewhere that time is not priced.
+    elsewhere that time is not priced. A segment that offloads its attention outputs (`Segment.offloads`)
+    has to fit as a stage that loads them, copies included.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -86,15 +85,12 @@ class _Choice:
 
     tiles: int
     head_groups: int
-    saved_bytes: int
-    peak_bytes: int
-    forward_peak_bytes: int
-    rematerialised_bytes: int
+    memory: LoneMemory
     more: TileCost = NOTHING
 
     @property
     def need_bytes(self) -> int:
-        return self.saved_bytes + self.peak_bytes
+        return self.memory.need_bytes
 
 
 class _Chooser:
@@ -110,9 +106,8 @@ class _Chooser:
     def divided(self, index: int) -> Segment:
         segment, options = self._chain.segments[index], self._options
         automatic = options.tiles in _NAMED and options.head_groups == "auto"
-        if not segment.needs_backward or (
-            automatic and segment.saved_bytes + segment.peak_bytes <= self._goal(index)
-        ):
+        whole_fits = segment.saved_bytes + segment.peak_bytes <= self._goal(index) and not segment.offloads
+        if not segment.needs_backward or (automatic and whole_fits):
             return segment
         key = self._whole.key(self._pieces.piece(index, index)), segment.weight_bytes
         if key not in self._known:
@@ -124,10 +119,7 @@ class _Chooser:
             segment,
             tiles=choice.tiles,
             head_groups=choice.head_groups,
-            saved_bytes=choice.saved_bytes,
-            peak_bytes=choice.peak_bytes,
-            forward_peak_bytes=choice.forward_peak_bytes,
-            rematerialised_bytes=choice.rematerialised_bytes,
+            **choice.memory._asdict(),
             forward_s=segment.forward_s + choice.more.forward_s,
             backward_s=segment.backward_s + choice.more.backward_s,
             reruns=choice.more.reruns,
@@ -144,7 +136,7 @@ class _Chooser:
         taken = own.weight_bytes + max(other.weight_bytes for other in around) + own.rematerialised_bytes
         taken += own.gradient_bytes + max(other.gradient_bytes for other in around)
         # and what two microbatches copy.
-        taken += 2 * (own.input_bytes + own.boundary_gradient_bytes)
+        taken += 2 * (own.input_bytes + own.boundary_gradient_bytes + own.kept_bytes)
         taken += 2 * (before.boundary_bytes + before.boundary_gradient_bytes) if before else 0
         return _SHARE * (chain.hardware.usable_bytes - taken)
 
@@ -180,6 +172,8 @@ class _Chooser:
                 break
         if (found.tiles, found.head_groups) == (1, 1):
             return None
+        if self._chain.segments[index].offloads:  # in a fused stage it does not
+            found = self._measure(index, found.tiles, found.head_groups, offloads=False)
         return replace(found, more=self._costs.of(index, regions, found.tiles))
 
     def _chunks(self, index: int, regions: list[TokenRegion]) -> Iterator[int]:
@@ -207,37 +201,20 @@ class _Chooser:
     def _regions(self, index: int) -> list[TokenRegion]:
         segment_of = dict.fromkeys(self._chain.segments[index].nodes, index)
         kind = StageKind.FB if self._is_last(index) else StageKind.B
-        return find_regions(self._stage(index, kind, 1, 1).graph_module.graph, self._names, segment_of)
+        stage = Stage(0, kind, index, index)
+        partition = Partition((stage,), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
+        whole = self._with(index, tiles=1, head_groups=1, offloads=False)
+        (graph,) = ExtractStages(self._capture, whole).run(partition)
+        return find_regions(graph.graph_module.graph, self._names, segment_of)
 
     # ------------------------------------------------------------------ its memory
 
-    def _measure(self, index: int, tiles: int, groups: int) -> _Choice:
-        piece, last = self._pieces.piece(index, index), self._is_last(index)
-        found = self._run(self._stage(index, StageKind.FB if last else StageKind.B, tiles, groups), piece)
-        # A backward stage need not make what it returns; a forward stage has to.
-        forward = found if last else self._run(self._stage(index, StageKind.F, tiles, groups), piece)
-        nbytes = self._whole.nbytes
-        gradients_out = sum(map(nbytes, piece.gradients_out))
-        return _Choice(
-            tiles=tiles,
-            head_groups=groups,
-            saved_bytes=found.saved_bytes,
-            peak_bytes=max(0, found.training_bytes - found.saved_bytes - gradients_out),
-            forward_peak_bytes=forward.forward_bytes - sum(map(nbytes, piece.boundary)),
-            rematerialised_bytes=max(found.rematerialised_bytes, forward.rematerialised_bytes),
-        )
+    def _measure(self, index: int, tiles: int, groups: int, **changes: bool) -> _Choice:
+        chain = self._with(index, tiles=tiles, head_groups=groups, **changes)
+        return _Choice(tiles, groups, self._pieces.alone(chain, index))
 
-    def _stage(self, index: int, kind: StageKind, tiles: int, groups: int) -> StageGraph:
-        """The segment as a stage of its own."""
-        stage = Stage(0, kind, index, index)
+    def _with(self, index: int, **changes: int) -> SegmentChain:
+        """The chain with one segment changed."""
         segments = list(self._chain.segments)
-        segments[index] = replace(segments[index], tiles=tiles, head_groups=groups)
-        chain = replace(self._chain, segments=tuple(segments))
-        partition = Partition((stage,), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
-        return ExtractStages(self._capture, chain).run(partition)[0]
-
-    def _run(self, stage: StageGraph, piece: Piece) -> PieceMemory:
-        """What the stage's graph needs, found as that of a piece of the capture is."""
-        memory, tiled = tiled_piece(self._whole, stage, piece)
-        with microbatch_seed(0):  # which a stage's random operators ask for
-            return memory.of(tiled)
+        segments[index] = replace(segments[index], **changes)
+        return replace(self._chain, segments=tuple(segments))

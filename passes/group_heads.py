@@ -4,6 +4,11 @@
 
     scaled_dot_product_attention(q, k, v, None, 0.0, True, enable_gqa=True)
     attention_by_groups(q, k, v, None, True, None, True, 8, True)
+
+and where its output is kept::
+
+    from_kept(q, k, v, None, True, None, output, log_sum_exp)
+    from_kept(q, k, v, None, True, None, output, log_sum_exp, 8, True)
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from rpcompile.graphs import aliased_arguments, is_tensor, mutated_arguments
+from rpcompile.attention import from_kept
+from rpcompile.graphs import aliased_arguments, argument, is_tensor, mutated_arguments
 from rpcompile.head_groups import attention_by_groups
 from rpcompile.ir import StageKind
 from rpcompile.sizes import arguments, operator_name, tensors
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from rpcompile.ir import SegmentChain, StageGraph
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_MASK = 3  # the argument's position
 # Their results are memory of their own that their backwards do not read.
 _KEEP_NO_RESULT = frozenset(
     f"aten.{name}" for name in ("linear", "addmm", "matmul", "mm", "bmm", "add", "sub", "mul", "cat", "clone")
@@ -67,24 +74,31 @@ class GroupHeads:
         for node in nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node in found:
-                bound = arguments(copies[node])
-                names = ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
-                given = (*(bound[name] for name in names), found[node], memory.is_free_after(node))
-                copies[node].target = attention_by_groups
-                copies[node].args, copies[node].kwargs = given, {}  # type: ignore[assignment]
+                _divide(copies[node], (found[node], memory.is_free_after(node)))
         return replace(stage, graph_module=GraphModule(stage.graph_module, graph))
+
+
+def _divide(attention: Node, how: tuple[int, bool]) -> None:
+    """Gives it groups, and whether gradients may take the memory of q, k and v."""
+    if attention.target is from_kept:
+        attention.args = (*attention.args, *how)
+        return
+    bound = arguments(attention)
+    names = ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
+    attention.target = attention_by_groups
+    attention.args, attention.kwargs = (*(bound[name] for name in names), *how), {}  # type: ignore[assignment]
 
 
 def key_heads(node: Node, requires_grad: frozenset[str]) -> int:
     """How many heads the keys of an attention that can be divided have; 1 for any other node."""
-    if node.target is not _SDPA:
+    if node.target not in (_SDPA, from_kept):
         return 1
-    bound = arguments(node)
-    key, mask = bound["key"], bound["attn_mask"]
+    key, mask = argument(node, 1), argument(node, _MASK)
     assert isinstance(key, Node)
     heads = tensors(key)[0].shape[1] if tensors(key)[0].dim() == 4 else 1
     learned = isinstance(mask, Node) and mask.name in requires_grad
-    return heads if isinstance(heads, int) and not learned and not bound["dropout_p"] else 1
+    dropout = node.target is _SDPA and arguments(node)["dropout_p"]
+    return heads if isinstance(heads, int) and not learned and not dropout else 1
 
 
 def _divisor(node: Node, groups: int, requires_grad: frozenset[str]) -> int:
@@ -104,9 +118,7 @@ class _Memory:
 
     def is_free_after(self, attention: Node) -> bool:
         """Whether q, k and v each have memory that nobody but the attention reads."""
-        bound = arguments(attention)
-        three = [bound[name] for name in ("query", "key", "value")]
-        owners = {_owner(node) for node in three if isinstance(node, Node)}
+        owners = {_owner(argument(attention, index)) for index in range(3)}
         return len(owners) == 3 and all(self._is_only_read_by(owner, attention) for owner in owners)
 
     def _is_only_read_by(self, owner: Node, attention: Node) -> bool:

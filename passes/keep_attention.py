@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-from rpcompile.attention import Call, find_kernel, from_kept, log_sum_exp_like, with_log_sum_exp
+from rpcompile.attention import from_kept, with_log_sum_exp
+from rpcompile.attention_kernels import Call, find_kernel, log_sum_exp_like
 from rpcompile.graphs import value_of
 from rpcompile.ir import StageKind
 from rpcompile.sizes import arguments

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import sympy
 
-from rpcompile.attention import find_kernel, log_sum_exp_like
+from rpcompile.attention_kernels import find_kernel, log_sum_exp_like
 from rpcompile.device_kernels import Kernels
 from rpcompile.graphs import argument, value_of
-from rpcompile.ir import AttentionOutputs, Partition, Stage, StageKind
-from rpcompile.passes._segment_memory import SegmentMemories, tiled_piece
-from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.ir import AttentionOutputs
+from rpcompile.passes._segment_memory import LoneMemory, SegmentMemories
 from rpcompile.passes.keep_attention import attention_call
-from rpcompile.peak_memory import PeakMemory
-from rpcompile.random_streams import microbatch_seed
 from rpcompile.roofline import Work, node_seconds
 from rpcompile.sizes import operator_name, symbol
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from rpcompile.ir import CostedGraph, Segment, SegmentChain
-    from rpcompile.peak_memory import Piece, PieceMemory
 
 ATTENTION = "aten.scaled_dot_product_attention"
 _MASK = 3  # the argument's position
@@ -35,7 +31,8 @@ class PriceAttention:
     """Fills in `Segment.attention`; nothing is offloaded by it.
 
     Bytes are those of the outputs and log-sum-exps, seconds those of the attention's forward, memory is
-    found by running the stages that offload and load them. It depends on `Segment.tiles`, which come first.
+    found by running the stages that offload and load them. It depends on `Segment.tiles` and
+    `Segment.head_groups`, which come first.
 
     Attributes:
         costed: The graph that the chain was bound from.
@@ -59,10 +56,10 @@ class PriceAttention:
 class _Pricer:
     def __init__(self, costed: CostedGraph, chain: SegmentChain, kernels: Kernels) -> None:
         self._costed, self._chain, self._kernels = costed, chain, kernels
-        self._peak = PeakMemory(costed.capture, chain.bindings, kernels)
         self._pieces = SegmentMemories(costed.capture, chain.bindings, kernels)
+        self._peak = self._pieces.peak
         self._sizes = {symbol(name): sympy.Integer(size) for name, size in chain.bindings.items()}
-        self._known: dict[object, tuple[int, int, int]] = {}
+        self._known: dict[object, LoneMemory] = {}
 
     def of(self, index: int) -> AttentionOutputs | None:
         segment = self._chain.segments[index]
@@ -82,8 +79,13 @@ class _Pricer:
         )
         if not kept:
             return found
-        saved, peak, forward_peak = self._memory(index, replace(segment, attention=found, offloads=True))
-        return replace(found, saved_bytes=saved, peak_bytes=peak, forward_peak_bytes=forward_peak)
+        memory = self._memory(index, replace(segment, attention=found, offloads=True))
+        return replace(
+            found,
+            saved_bytes=memory.saved_bytes,
+            peak_bytes=memory.peak_bytes,
+            forward_peak_bytes=memory.forward_peak_bytes,
+        )
 
     def _is_attention(self, node: Node) -> bool:
         return operator_name(node) == ATTENTION and node.name in self._costed.capture.requires_grad
@@ -109,29 +111,11 @@ class _Pricer:
         numbers = [float(sympy.Float(number.xreplace(self._sizes))) for number in (flops, nbytes)]
         return node_seconds(Work(cost.op_class, numbers[0], numbers[1]), self._chain.hardware)
 
-    def _memory(self, index: int, segment: Segment) -> tuple[int, int, int]:
-        """`saved_bytes`, `peak_bytes` and `forward_peak_bytes` of `AttentionOutputs`."""
-        piece = self._pieces.piece(index, index)
-        key = self._peak.key(piece), segment.tiles
+    def _memory(self, index: int, segment: Segment) -> LoneMemory:
+        key = self._peak.key(self._pieces.piece(index, index)), segment.tiles, segment.head_groups
         if key not in self._known:
             segments = list(self._chain.segments)
             segments[index] = segment
             chain = replace(self._chain, segments=tuple(segments))
-            backward = self._run(chain, index, StageKind.B, piece)
-            forward = self._run(chain, index, StageKind.F, piece)
-            gradients_out = sum(map(self._peak.nbytes, piece.gradients_out))
-            given = segment.kept_bytes + sum(map(self._peak.nbytes, piece.boundary))
-            self._known[key] = (
-                backward.saved_bytes,
-                max(0, backward.training_bytes - backward.saved_bytes - gradients_out),
-                forward.forward_bytes - given,
-            )
+            self._known[key] = self._pieces.alone(chain, index)
         return self._known[key]
-
-    def _run(self, chain: SegmentChain, index: int, kind: StageKind, piece: Piece) -> PieceMemory:
-        """What a segment needs as a stage of its own."""
-        partition = Partition((Stage(0, kind, index, index),), 0, 0.0, 0.0, "GIVEN", 0.0, "none")
-        (stage,) = ExtractStages(self._costed.capture, chain).run(partition)
-        memory, alone = tiled_piece(self._peak, stage, piece)
-        with microbatch_seed(0):  # which a stage's random operators ask for
-            return memory.of(alone)

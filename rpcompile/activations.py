@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def activations(plan: Plan) -> list[str]:
-    """Sentences on tiles and on attention; none where the plan has neither."""
-    return [*_tiles(plan), *_attention(plan)]
+    """Sentences on tiles, groups of heads and attention; none where the plan has none of them."""
+    return [*_tiles(plan), *_groups(plan), *_attention(plan)]
 
 
 def in_brief(plan: Plan) -> str:
-    """The same in half a line; empty where nothing is tiled or offloaded."""
-    parts = [f"{_names(found)} in {tiles} chunks of tokens" for tiles, found in _by_tiles(plan).items()]
+    """The same in half a line; empty where nothing is divided or offloaded."""
+    parts = [f"{_names(found)} in {tiles} chunks of tokens" for tiles, found in _by(plan, "tiles").items()]
+    grouped = _by(plan, "head_groups").items()
+    parts += [f"attention of {_names(found)} in {groups} groups of heads" for groups, found in grouped]
     kept = _offloaded(plan)
     if kept:
         again = sum(1 for index in _recomputed(plan) if plan.chain.segments[index].attention)
@@ -31,7 +33,7 @@ def in_brief(plan: Plan) -> str:
 
 def _tiles(plan: Plan) -> list[str]:
     lines: list[str] = []
-    for tiles, found in _by_tiles(plan).items():
+    for tiles, found in _by(plan, "tiles").items():
         need = max(segment.saved_bytes + segment.peak_bytes for segment in found)
         lines.append(
             f"What treats every token by itself in {_names(found)} runs in {tiles} chunks of tokens: so one "
@@ -42,18 +44,26 @@ def _tiles(plan: Plan) -> list[str]:
     return lines
 
 
-def _by_tiles(plan: Plan) -> dict[int, list[Segment]]:
+def _groups(plan: Plan) -> list[str]:
+    return [
+        f"The attention of {_names(found)} runs backward in {groups} groups of heads, one after another."
+        for groups, found in _by(plan, "head_groups").items()
+    ]
+
+
+def _by(plan: Plan, count: str) -> dict[int, list[Segment]]:
+    """The segments that are divided, by how many parts: "tiles" or "head_groups"."""
     found: dict[int, list[Segment]] = {}
     for segment in plan.chain.segments:
-        if segment.tiles > 1:
-            found.setdefault(segment.tiles, []).append(segment)
+        if getattr(segment, count) > 1:
+            found.setdefault(getattr(segment, count), []).append(segment)
     return dict(sorted(found.items()))
 
 
 def _attention(plan: Plan) -> list[str]:
     segments = plan.chain.segments
-    if plan.mode == "forward" or not any(segment.nodes for segment in segments):
-        return []  # a profile does not say what attention takes
+    if plan.mode == "forward" or not any(segment.nodes or segment.attention for segment in segments):
+        return []  # a profile need not say what attention takes
     if not any(segment.attention for segment in segments):
         return [
             "No attention output can be kept: scaled_dot_product_attention is not in what is recomputed "

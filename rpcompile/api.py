@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -187,11 +188,13 @@ def compile(
             announce(bar, "bind-chain")
             device = "cpu" if runtime.devices is None else str(runtime.devices[0])
             divided: dict[str, Any] = {"tiles": tiles, "head_groups": head_groups}
+            priced = {"seconds": given, "device": device, "progress": progress}
+            bind = functools.partial(captured.bind, hardware, **divided, **priced)
             many = {"gpus": gpus, "microbatches": parts}
             with naming_the_longest(captured, hardware, captured.capture.example_sizes, **many, **divided):
-                chain = captured.bind(hardware, seconds=given, device=device, progress=progress, **divided)
                 asked = replace(options, update_s_per_byte=update_s)
-                loaded = plan_chain(chain, asked, captured.described(), bar, captured.capture)
+                others = captured.described(), bar, captured.capture, functools.partial(bind, offloading=True)
+                loaded = plan_chain(bind(), asked, *others)
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"

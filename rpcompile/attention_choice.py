@@ -4,24 +4,27 @@ Offloading saves the attention's forward in every recompute and costs two copies
 a microbatch, the first with their square, so there is a length from which on it pays; and where a link is
 what bounds the iteration, it does not. That is left to the simulator: the plan with every output offloaded,
 and one with as many as the links have time for beside the compute, compete with the plan that recomputes
-them all. Each runs on the better of its own stages and the other's.
+them all. Each runs on the better of its own stages and the other's. Where segments that offload would be
+divided into other chunks of tokens or groups of heads to fit, they are; the division for recompute is tried,
+too, on the stages that were found.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import StageKind, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from rpcompile.ir import Partition, Schedule, SegmentChain
     from rpcompile.scheduling import Found
 
+_T = TypeVar("_T")
 NAMED = ("auto", "recompute", "offload")
 AS_IS = "as is"  # as the chain's segments say
 WORTH = 0.02  # of the compute, or of the iteration: what offloading has to save; searches differ by 1 %
@@ -62,16 +65,16 @@ class Means:
     problem: Callable[[SegmentChain, Schedule], str | None]
 
 
-def choose_attention(chain: SegmentChain, asked: str, means: Means) -> AttentionChoice:
+def choose_attention(
+    chain: SegmentChain, asked: str, means: Means, divided: Callable[[], SegmentChain] | None = None
+) -> AttentionChoice:
     """Decides for which segments attention outputs are offloaded.
 
     Args:
         chain: With `Segment.attention` where there is something to decide.
+        divided: The chain with tokens and heads divided for segments that offload; None: as in `chain`.
         asked: "auto"; "recompute" for none; "offload" for all that can be; "as is".
         means: Is only used where there is something to compare.
-
-    Raises:
-        PartitionError: Not even recomputing everything fits.
     """
     if asked == AS_IS:
         return AttentionChoice(chain, None, "")
@@ -82,27 +85,57 @@ def choose_attention(chain: SegmentChain, asked: str, means: Means) -> Attention
     if asked == "recompute":
         return replace(none, why="attention='recompute' was asked for.")
     if asked == "offload":
-        return AttentionChoice(offload(chain, every), None, "attention='offload' was asked for.")
+        chain = divided() if divided else chain
+        return AttentionChoice(offload(chain), None, "attention='offload' was asked for.")
     share = saved_share(chain)
     if share < WORTH:
         return replace(none, why=f"Offloading could save no more than {100 * share:.1f} % of the compute.")
-    return _fastest(chain, every, means)
+    return _fastest(chain, divided() if divided else chain, every, means)
 
 
-def offload(chain: SegmentChain, count: int) -> SegmentChain:
+def offload(
+    chain: SegmentChain, count: int | None = None, divided: SegmentChain | None = None
+) -> SegmentChain:
     """The chain with the outputs of `count` segments offloaded, those that save most for their bytes.
 
     Of segments that are alike, every so many is taken, so that the copies are spread over the iteration.
+
+    Args:
+        chain: The segments that recompute.
+        count: How many offload; None: all that can.
+        divided: The chain that those are of; None for the same.
     """
     candidates = _candidates(chain)
+    count = len(candidates) if count is None else count
     worth = {index: _seconds_a_byte(chain, index) for index in candidates}
     chosen: set[int] = set()
     for value in sorted(set(worth.values()), reverse=True):
         alike = [index for index in candidates if worth[index] == value]
         taken = min(count - len(chosen), len(alike))
         chosen |= {alike[place * len(alike) // taken] for place in range(taken)}
-    segments = enumerate(chain.segments)
-    return replace(chain, segments=tuple(replace(s, offloads=index in chosen) for index, s in segments))
+    return offload_these(chain, chosen, divided)
+
+
+def offload_these(
+    chain: SegmentChain, chosen: Collection[int], divided: SegmentChain | None = None
+) -> SegmentChain:
+    """The chain with the outputs of these segments offloaded, which are taken from `divided`."""
+    other = divided or chain
+
+    def pick(mine: Sequence[_T], theirs: Sequence[_T]) -> tuple[_T, ...]:
+        pairs = enumerate(zip(mine, theirs, strict=True))
+        return tuple(b if index in chosen else a for index, (a, b) in pairs)
+
+    segments = enumerate(pick(chain.segments, other.segments))
+    kinds = (
+        replace(a, forward_s=pick(a.forward_s, b.forward_s), backward_s=pick(a.backward_s, b.backward_s))
+        for a, b in zip(chain.kinds, other.kinds, strict=True)
+    )
+    return replace(
+        chain,
+        segments=tuple(replace(segment, offloads=index in chosen) for index, segment in segments),
+        kinds=tuple(kinds),
+    )
 
 
 def saved_share(chain: SegmentChain) -> float:
@@ -115,7 +148,7 @@ def saved_share(chain: SegmentChain) -> float:
 
 
 def _candidates(chain: SegmentChain) -> list[int]:
-    return [i for i, segment in enumerate(chain.segments) if segment.attention and segment.attention.nodes]
+    return [i for i, segment in enumerate(chain.segments) if segment.attention and segment.attention.nbytes]
 
 
 def _seconds_a_byte(chain: SegmentChain, index: int) -> float:
@@ -124,24 +157,37 @@ def _seconds_a_byte(chain: SegmentChain, index: int) -> float:
     return attention.forward_s / attention.nbytes
 
 
-def _fastest(chain: SegmentChain, every: int, means: Means) -> AttentionChoice:
+def _fastest(chain: SegmentChain, divided: SegmentChain, every: int, means: Means) -> AttentionChoice:
     """Tries all, and as many as the links have time for; the sentence says what became of each."""
     none = offload(chain, 0)
-    recomputed = means.plan(none)
+    try:
+        recomputed = means.plan(none)
+    except PartitionError:
+        # A search may still find one; what is that tight has no room for copies.
+        return AttentionChoice(none, None, "No plan to compare others with was found without a search.")
     best: AttentionChoice | None = None
     said: list[str] = []
     for count in dict.fromkeys((every, _fits_in_slack(chain, recomputed.partition, recomputed.schedule))):
         if not count or best is not None:
             continue
-        trial = offload(chain, count)
-        what = f"with {'all' if count == every else f'{count} of {every}'} outputs offloaded"
+        trial = offload(chain, count, divided)
         recomputed, planned = _compared(none, recomputed, trial, means)
-        if planned is None:
-            said.append(f"{what} no plan fits in the GPUs' memory")
-        elif problem := means.problem(trial, planned.schedule):
-            said.append(f"{what} the host {problem}")
-        else:
-            said.append(f"{what} at {planned.iteration_s:.4g} s")
+        tried = [(trial, planned, "")]
+        if divided.segments != chain.segments:
+            found = [found for found in (planned, recomputed) if found]
+            tried.append((*_on_their_stages(offload(chain, count), found, means), ", divided as before"))
+        fitting: list[tuple[SegmentChain, Found]] = []
+        for trial, planned, how in tried:
+            what = f"with {'all' if count == every else f'{count} of {every}'} outputs offloaded{how}"
+            if planned is None:
+                said.append(f"{what} no plan fits in the GPUs' memory")
+            elif problem := means.problem(trial, planned.schedule):
+                said.append(f"{what} the host {problem}")
+            else:
+                said.append(f"{what} at {planned.iteration_s:.4g} s")
+                fitting.append((trial, planned))
+        if fitting:
+            trial, planned = min(fitting, key=lambda pair: pair[1].iteration_s)
             if planned.iteration_s < (1 - WORTH) * recomputed.iteration_s:
                 best = AttentionChoice(trial, planned, "")
     recompute_s = recomputed.iteration_s
@@ -160,6 +206,14 @@ def _compared(
     other = None if own is None else means.again(none, own, recomputed.partition.bound_s)
     faster = min(filter(None, (own, shared)), key=_seconds, default=None)
     return min(filter(None, (recomputed, other)), key=_seconds), faster
+
+
+def _on_their_stages(
+    chain: SegmentChain, plans: Iterable[Found], means: Means
+) -> tuple[SegmentChain, Found | None]:
+    """The chain, and its best plan on the stages of others."""
+    found = (means.again(chain, plan, 0.0) for plan in plans)
+    return chain, min(filter(None, found), key=_seconds, default=None)
 
 
 def _seconds(found: Found) -> float:

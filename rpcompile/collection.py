@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def collection_paused() -> Iterator[None]:
     """No cyclic collection inside; as it was before, afterwards.
 
-    A schedule has hundreds of thousands of objects. While it is built, the collector would look through
-    all of them again and again and find nothing: about half of the time of `insert-event-waits`.
+    A schedule has hundreds of thousands of objects. While it is built or read, the collector would look
+    through all of them again and again and find nothing: about half of the time of `insert-event-waits`.
     """
     enabled = gc.isenabled()
     gc.disable()

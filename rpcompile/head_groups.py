@@ -10,16 +10,17 @@ The forward is torch's own, whatever kernel its dispatcher picks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
+
+from rpcompile.attention_kernels import Three, kernel_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _ATEN = torch.ops.aten
-_Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attention_by_groups(
@@ -56,15 +57,15 @@ def attention_by_groups(
 
 
 def gradients_by_groups(
-    backward: Callable[..., _Three],
+    backward: Callable[..., Three],
     gradient: torch.Tensor,
-    three: _Three,
+    three: Three,
     mask: torch.Tensor | None,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
     groups: int,
     overwrite: bool,
-) -> _Three:
+) -> Three:
     """Gradients of query, key and value.
 
     Args:
@@ -74,6 +75,8 @@ def gradients_by_groups(
         mask, output, log_sum_exp: As the kernel takes and gave them.
         groups, overwrite: As for `attention_by_groups`.
     """
+    if groups == 1 and not overwrite:
+        return backward(gradient, *three, mask, output, log_sum_exp)
     # Where a dimension is expanded, numbers share memory.
     if overwrite and all(_is_dense(tensor) for tensor in three):
         found = three
@@ -86,7 +89,8 @@ def gradients_by_groups(
         )
         bias = mask if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask[:, queries]
         operands = (three[0][:, queries], three[1][:, keys], three[2][:, keys], bias, output[:, queries])
-        made = backward(gradient[:, queries], *operands, log_sum_exp[:, queries])
+        # CUDA's flash attention takes its numbers to lie side by side.
+        made = backward(gradient[:, queries], *operands, log_sum_exp[:, queries].contiguous())
         for target, part, piece in zip(found, (queries, keys, keys), made, strict=True):
             target[:, part].copy_(piece)
         made = piece = None  # before the next ones are there
@@ -108,7 +112,7 @@ class _ByGroups(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         leaves, edge, ctx.leaves, ctx.edge = ctx.leaves, ctx.edge, None, None
-        kernel = _KERNELS.get(edge.node.name())
+        kernel = kernel_of(edge.node.name())
         saved = {} if kernel is None else _saved(edge.node)
         if kernel is None or _differ(saved, leaves):
             # A kernel that is not known here, or one that works on copies: as torch does it.
@@ -117,7 +121,7 @@ class _ByGroups(torch.autograd.Function):
         three = saved["query"], saved["key"], saved["value"]
         kept = saved[kernel.mask] if kernel.mask else None, saved["output"], saved[kernel.log_sum_exp]
 
-        def backward(*operands: torch.Tensor | None) -> _Three:
+        def backward(*operands: torch.Tensor | None) -> Three:
             return kernel.backward(saved, *operands)
 
         found = gradients_by_groups(backward, gradient, three, *kept, ctx.groups, ctx.overwrite)
@@ -144,53 +148,3 @@ def _differ(saved: dict[str, Any], leaves: list[torch.Tensor]) -> bool:
         mine.untyped_storage()._cdata != given.untyped_storage()._cdata or mine.shape != given.shape
         for mine, given in zip(kept, leaves, strict=True)
     )
-
-
-# ------------------------------------------------------------------------------ the kernels' backwards
-
-
-class _Kernel(NamedTuple):
-    """A kernel's backward, and the names under which its node keeps mask and log-sum-exp.
-
-    `backward` takes all that the node keeps, then a group's gradient, query, key, value, mask, output and
-    log-sum-exp.
-    """
-
-    backward: Callable[..., _Three]
-    mask: str
-    log_sum_exp: str
-
-
-def _flash_cpu(
-    saved: dict[str, Any], gradient: Any, query: Any, key: Any, value: Any, mask: Any, *results: Any
-) -> _Three:
-    return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        gradient, query, key, value, *results, 0.0, saved["is_causal"], attn_mask=mask, scale=saved["scale"]
-    )
-
-
-def _flash(
-    saved: dict[str, Any], gradient: Any, query: Any, key: Any, value: Any, _mask: Any, *results: Any
-) -> _Three:
-    sequences = (saved[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k"))
-    tail = 0.0, saved["is_causal"], saved["rng_state"], saved["unused"]
-    return _ATEN._scaled_dot_product_flash_attention_backward.default(
-        gradient, query, key, value, *results, *sequences, *tail, scale=saved["scale"]
-    )
-
-
-def _efficient(
-    saved: dict[str, Any], gradient: Any, query: Any, key: Any, value: Any, mask: Any, *results: Any
-) -> _Three:
-    tail = saved["philox_seed"], saved["philox_offset"], 0.0, [True, True, True, False], saved["is_causal"]
-    return _ATEN._scaled_dot_product_efficient_attention_backward.default(
-        gradient, query, key, value, mask, *results, *tail, scale=saved["scale"]
-    )[:3]
-
-
-# By the name of autograd's node. The two of CUDA have run on tensors without data only.
-_KERNELS = {
-    "ScaledDotProductFlashAttentionForCpuBackward0": _Kernel(_flash_cpu, "attn_mask", "logsumexp"),
-    "ScaledDotProductFlashAttentionBackward0": _Kernel(_flash, "", "logsumexp"),
-    "ScaledDotProductEfficientAttentionBackward0": _Kernel(_efficient, "attn_bias", "log_sumexp"),
-}

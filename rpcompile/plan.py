@@ -7,12 +7,10 @@ schema is `rpcompile/data/plan.schema.json`, written by `python -m rpcompile.pla
 from __future__ import annotations
 
 import base64
-import gc
 import hashlib
 import html
 import io
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +23,7 @@ from rich.table import Table
 
 from rpcompile import stage_bytes
 from rpcompile.action_table import ActionTable, schedule_table
+from rpcompile.collection import collection_paused
 from rpcompile.errors import PlanFileError, RpcompileError, ScheduleError
 from rpcompile.files import write_in_one_step
 from rpcompile.host_memory import HostMemory
@@ -39,8 +38,6 @@ from rpcompile.trace import write_trace
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from matplotlib.figure import Figure
 
     from rpcompile.explain import Explanation
@@ -249,7 +246,7 @@ def _decode(source: Path, data: bytes, verify: bool) -> Plan:
             f"{source} was made by {what}: its version is {header.version}, this one reads {VERSION}"
         )
     try:
-        with _no_garbage_collection():
+        with collection_paused():
             plan = _read(data, header.version)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PlanFileError) as error:
         raise PlanFileError(f"{source} is damaged: {error}") from error
@@ -284,18 +281,6 @@ def _scheduled_again(source: Path, plan: Plan) -> Plan:
         return laid_out_again(plan)
     except RpcompileError as error:
         raise PlanFileError(f"{source} is damaged: its schedule cannot be laid out again: {error}") from error
-
-
-@contextmanager
-def _no_garbage_collection() -> Generator[None]:
-    """Reading makes many objects and no garbage; looking for some in between takes most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # ------------------------------------------------------------------- the printed form

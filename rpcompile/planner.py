@@ -12,6 +12,7 @@ import logging
 import math
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,14 @@ import torch
 from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
-from rpcompile.attention_choice import Means, check_attention, choose_attention, over
+from rpcompile.attention_choice import (
+    Means,
+    check_attention,
+    choose_attention,
+    offload,
+    offload_these,
+    over,
+)
 from rpcompile.cost_file import CostFile
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.host_memory import host_memory
@@ -48,13 +56,13 @@ from rpcompile.variations import dispatch_of, laid_out_as
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
     from torch import nn
 
-    from rpcompile.ir import Capture, CostedGraph, Hardware, SegmentChain
-    from rpcompile.profile import Profile
+    from rpcompile.ir import Capture, CostedGraph, Hardware, Segment, SegmentChain
+    from rpcompile.profile import Profile, ProfileSegment
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
@@ -83,6 +91,7 @@ class CapturedModel:
         tiles: str | int = "auto",
         head_groups: str | int = "auto",
         progress: bool | None = None,
+        offloading: bool = False,
     ) -> SegmentChain:
         """Prices the segments for one size of microbatch on a kind of GPU. Nothing is captured again.
 
@@ -100,6 +109,8 @@ class CapturedModel:
             head_groups: Into how many groups of heads attention's backward is divided. "auto": as few as
                 let a segment fit; 1: none.
             progress: Show a progress bar while measuring; default: if standard error is a terminal.
+            offloading: Divide tokens and heads as it takes for segments to fit that offload all attention
+                outputs that can be. Whether they do is decided by `plan`.
 
         Raises:
             InvalidArgument: A size is unknown or out of the captured range, or the profile is of
@@ -115,14 +126,19 @@ class CapturedModel:
                 tiles=tiles,
                 head_groups=head_groups,
                 progress=progress,
+                offloading=offloading,
             )
             if len(hardware.kinds) == 1:
                 return chain
             return with_ratios(chain, hardware, self._ratios(hardware, chain.bindings))
         bindings = {**self.capture.example_sizes, **(sizes or {})}
-        chain = BindChain(bindings, hardware).run(self.costed)
-        tiled = ChooseTiles(self.costed, tiles, head_groups).run(chain)
-        chain = PriceAttention(self.costed).run(tiled)
+        divide, price = ChooseTiles(self.costed, tiles, head_groups), PriceAttention(self.costed)
+        bound = BindChain(bindings, hardware).run(self.costed)
+        if offloading:
+            divided = divide.run(offload(price.run(bound)))
+            chain = price.run(offload(divided, 0))
+        else:
+            chain = price.run(divide.run(bound))
         if seconds == "estimated":
             _report(unknown_shares(self.costed, bindings, hardware))
             return chain
@@ -143,14 +159,26 @@ class CapturedModel:
             found.append((forward, backward))
         return found
 
-    def plan(self, chain: SegmentChain, options: PlanOptions, progress: bool | None = None) -> Plan:
+    def plan(
+        self,
+        chain: SegmentChain,
+        options: PlanOptions,
+        progress: bool | None = None,
+        offloading: Callable[[], SegmentChain] | None = None,
+    ) -> Plan:
         """Partitions and schedules a chain that `bind` made.
+
+        Args:
+            chain: The segments.
+            options: What to plan for.
+            progress: Show a progress bar; default: if standard error is a terminal.
+            offloading: As for `plan_chain`.
 
         Raises:
             PartitionError: Nothing fits.
         """
         with progress_bar(progress) as bar:
-            return plan_chain(chain, options, self.described(), bar, self.capture)
+            return plan_chain(chain, options, self.described(), bar, self.capture, offloading)
 
     def rebind(self, plan: Plan, sizes: Mapping[str, int]) -> Plan:
         """The plan for another batch or sequence: same stages and GPUs, new times, bytes and proof.
@@ -169,12 +197,12 @@ class CapturedModel:
                 f"the plan is of {plan.model_name} {plan.fingerprint[:12]}, this model is "
                 f"{self.capture.model_name} {self.capture.fingerprint[:12]}; make a new plan"
             )
-        chain = self.bind(box_of(plan.chain, plan.gpus), {**plan.chain.bindings, **sizes})
+        box, sizes = box_of(plan.chain, plan.gpus), {**plan.chain.bindings, **sizes}
+        chain = self.bind(box, sizes)
         pairs = zip(chain.segments, plan.chain.segments, strict=True)
-        chain = replace(
-            chain,
-            segments=tuple(replace(new, offloads=bool(old.kept and new.attention)) for new, old in pairs),
-        )
+        kept = {index for index, (new, old) in enumerate(pairs) if old.kept and new.attention}
+        if kept:
+            chain = offload_these(chain, kept, self.bind(box, sizes, offloading=True))
         partition = FindStageMemory(self.capture, chain).run(plan.partition)
         rebound = laid_out_again(replace(plan, chain=chain, partition=partition))
         rebound.verify()
@@ -271,6 +299,7 @@ def plan_chain(
     model: ModelDescription,
     bar: tqdm[Any] | None = None,
     capture: Capture | None = None,
+    offloading: Callable[[], SegmentChain] | None = None,
 ) -> Plan:
     """Partition, schedule, simulation and proof of one chain.
 
@@ -281,6 +310,8 @@ def plan_chain(
         bar: Is advanced by one for each pass.
         capture: The graph, if it is known: the memory of the stages chosen is then found by running them on
             tensors without data, and not only bounded.
+        offloading: Makes the chain divided for segments that offload attention outputs (`bind` with
+            `offloading=True`); None: they are divided as the others are.
 
     Raises:
         InvalidArgument: An option is out of range.
@@ -288,7 +319,7 @@ def plan_chain(
     """
     started = time.perf_counter()
     check_attention(options.attention)
-    chain, found, why = _with_attention(chain, options, model.dtype, bar, capture)
+    chain, found, why = _with_attention(chain, options, model.dtype, bar, capture, offloading)
     announce(bar, "verify")
     verify_schedule(found.schedule, chain, found.partition)
     prediction = _prediction(chain, found, model.dtype)
@@ -320,6 +351,7 @@ def _with_attention(
     dtype: str,
     bar: tqdm[Any] | None,
     capture: Capture | None,
+    offloading: Callable[[], SegmentChain] | None,
 ) -> tuple[SegmentChain, Found, str]:
     """The chain with its attention outputs offloaded or not, its plan, and why."""
     # One plan of each is enough to compare; only the chain that is chosen is searched on.
@@ -330,10 +362,14 @@ def _with_attention(
         lambda trial, schedule: over(host_memory(trial, schedule, dtype).total_bytes, options.host_bytes),
     )
     asked = "recompute" if options.mode == "forward" else options.attention
-    choice = choose_attention(chain, asked, means)
+    choice = choose_attention(chain, asked, means, offloading)
     found = choice.found
-    if found is None or options.effort is not None:
+    if found is None:
         found = find_schedule(choice.chain, options, bar, capture)
+    elif options.effort is not None:
+        with suppress(PartitionError):  # that no search fits, where stages in turn do
+            searched = find_schedule(choice.chain, options, bar, capture)
+            found = min(searched, found, key=lambda item: item.iteration_s)
     if capture is not None:
         announce(bar, FindStageMemory.name)
         found = with_exact_memory(choice.chain, found, options, capture)
@@ -423,11 +459,15 @@ def _with_given_seconds(chain: SegmentChain, profile: Profile) -> SegmentChain:
             f"the profile is of another model: it has {_names([s.name for s in given])}, this model "
             f"{_names(names)}; make one with `rpcompile profile`"
         )
-    segments = tuple(
-        own.timed(other.forward_s, other.backward_s, "given")
-        for own, other in zip(chain.segments, given, strict=True)
-    )
-    return replace(chain, segments=segments)
+    pairs = zip(chain.segments, given, strict=True)
+    return replace(chain, segments=tuple(_as_given(own, other) for own, other in pairs))
+
+
+def _as_given(own: Segment, given: ProfileSegment) -> Segment:
+    timed = own.timed(given.forward_s, given.backward_s, "given")
+    if timed.attention is None or given.attention is None:
+        return timed
+    return replace(timed, attention=replace(timed.attention, forward_s=given.attention.forward_s))
 
 
 def _names(names: Sequence[str]) -> str:

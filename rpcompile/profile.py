@@ -11,13 +11,15 @@ A JSON object; `rpcompile/data/profile.schema.json` is its JSON Schema. Unknown 
       "hop_s": 0.0016,                        optional: one boundary from one GPU to the next
       "segments": [
         {"name": "layers.0", "forward_s": 0.0074, "backward_s": 0.0158, "weight_bytes": 100663296,
-         "gradient_bytes": 100663296, "boundary_bytes": 33554432, "saved_bytes": 700000000, "chunks": 1},
+         "gradient_bytes": 100663296, "boundary_bytes": 33554432, "saved_bytes": 700000000, "chunks": 1,
+         "attention": {"nbytes": 34603008, "forward_s": 0.0011}},     optional: what offloading it takes
         ...
       ]
     }
 
 Times and sizes are for one microbatch; `backward_s` is without recompute. Segments are in execution order
-and the last one ends with the loss, so its `boundary_bytes` is 0.
+and the last one ends with the loss, so its `boundary_bytes` is 0. A segment with `attention` may offload
+its `nbytes` in the forward and load them for the backward, which then recomputes `forward_s` less of it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from rpcompile import hardware as catalogue
 from rpcompile.errors import InvalidArgument, ProfileFileError
 from rpcompile.files import write_in_one_step
 from rpcompile.hardware import Bytes, HardwareNumbers, Seconds
-from rpcompile.ir import Hardware, Segment, SegmentChain, TiedWeight
+from rpcompile.ir import AttentionOutputs, Hardware, Segment, SegmentChain, TiedWeight
 
 if TYPE_CHECKING:
     import os
@@ -43,6 +45,19 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "rpcompile.profile", 1
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class ProfileAttention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What offloading a segment's attention outputs takes; fields as in `ir.AttentionOutputs`.
+
+    Memory is that of the segment unless it is given.
+    """
+
+    nbytes: Count
+    forward_s: Seconds
+    saved_bytes: Bytes | None = None
+    peak_bytes: Bytes | None = None
+    forward_peak_bytes: int | None = None
 
 
 class ProfileSegment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -70,6 +85,7 @@ class ProfileSegment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     forward_peak_bytes: int | None = None
     saved_input_bytes: Bytes = 0
     rematerialised_bytes: Bytes = 0
+    attention: ProfileAttention | None = None
 
 
 class ProfileTied(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,8 +120,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     def from_chain(cls, chain: SegmentChain, source: str = "") -> Profile:
         """The profile of any chain; node, parameter and tensor names are left out."""
         hardware = {name: getattr(chain.hardware, name) for name in HardwareNumbers.__struct_fields__}
-        fields = ProfileSegment.__struct_fields__
-        segments = [ProfileSegment(**{name: getattr(s, name) for name in fields}) for s in chain.segments]
+        segments = [_profile_segment(segment) for segment in chain.segments]
         tokens = math.prod(chain.bindings.values()) if "sequence" in chain.bindings else None
         tied = [ProfileTied(t.name, t.segments, t.weight_bytes, t.gradient_bytes) for t in chain.tied]
         return cls(
@@ -226,6 +241,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         fields |= {"boundary_bytes": boundary, "boundary_gradient_bytes": gradient}
         if given.forward_peak_bytes is None:
             fields["forward_peak_bytes"] = given.peak_bytes
+        fields["attention"] = self._attention(index, needs_backward and not last)
         values = () if last else (f"{given.name}.output",)
         return Segment(
             **fields,
@@ -236,6 +252,35 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             boundary_gradients=values if gradient else (),
             needs_backward=needs_backward,
             source="given",
+        )
+
+    def _attention(self, index: int, recomputed: bool) -> AttentionOutputs | None:
+        segment, where = self.segments[index], f"$.segments[{index}].attention"
+        given = segment.attention
+        if given is None:
+            return None
+        if not recomputed:
+            raise ProfileFileError(
+                f"{where} is given, but segment {segment.name!r} is never recomputed: it has no backward, or "
+                "ends with the loss; leave it out"
+            )
+        if given.forward_s > segment.forward_s:
+            raise ProfileFileError(
+                f"{where}.forward_s is {given.forward_s}, more than the {segment.forward_s} of its whole "
+                "segment; give the part of that which attention takes"
+            )
+        peak_bytes = segment.peak_bytes if given.peak_bytes is None else given.peak_bytes
+        forward_peak_bytes = given.forward_peak_bytes
+        if forward_peak_bytes is None:
+            own = segment.forward_peak_bytes
+            forward_peak_bytes = segment.peak_bytes if own is None else own
+        return AttentionOutputs(
+            nodes=(),
+            nbytes=given.nbytes,
+            forward_s=given.forward_s,
+            saved_bytes=segment.saved_bytes if given.saved_bytes is None else given.saved_bytes,
+            peak_bytes=peak_bytes,
+            forward_peak_bytes=forward_peak_bytes,
         )
 
     def _tied(self, index: int) -> TiedWeight:
@@ -252,6 +297,14 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 def schema() -> dict[str, Any]:
     """The file's JSON Schema."""
     return json.loads(msgspec.json.encode(msgspec.json.schema(Profile)))
+
+
+def _profile_segment(segment: Segment) -> ProfileSegment:
+    fields = {name: getattr(segment, name) for name in ProfileSegment.__struct_fields__}
+    attention, names = segment.attention, ProfileAttention.__struct_fields__
+    can = attention is not None and attention.nbytes > 0
+    fields["attention"] = ProfileAttention(*(getattr(attention, name) for name in names)) if can else None
+    return ProfileSegment(**fields)
 
 
 def _hop_bytes(hop_s: float, hardware: Hardware) -> int:

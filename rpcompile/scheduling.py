@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcompile import stage_bytes
 from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.ir import Partition
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.propose_partitions import ProposePartitions
-from rpcompile.round_robin_time import StageCosts
+from rpcompile.round_robin_time import StageCosts, stages_between
 from rpcompile.simulate import Timeline, simulate, simulate_steady
 from rpcompile.variations import dispatch_of, host_rate, lay_out
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from rpcompile.ir import Capture, Dispatch, Partition, Schedule, SegmentChain
+    from rpcompile.ir import Capture, Dispatch, Schedule, SegmentChain
     from rpcompile.shared_links import SharedLinks
 
 EFFORTS = {"fast": 2.0, "normal": 20.0, "thorough": 90.0}
@@ -127,9 +128,16 @@ def find_schedule(
     """
     _check(chain, options)
     finding = _Finding(chain, options, bar, capture)
-    if options.mode == "forward" or (options.effort is None and options.mode == "sync" and not chain.kinds):
-        return finding.fitting(finding.round_robin)
-    return finding.searched()
+    try:
+        if options.mode == "forward" or (
+            options.effort is None and options.mode == "sync" and not chain.kinds
+        ):
+            return finding.fitting(finding.round_robin)
+        return finding.searched()
+    except PartitionError:
+        if (found := finding.finest()) is None:
+            raise
+        return found
 
 
 def with_exact_memory(chain: SegmentChain, found: Found, options: PlanOptions, capture: Capture) -> Found:
@@ -266,6 +274,28 @@ class _Finding:
         ).run(chain)
         self._check_traffic(partition)
         return self._dispatched(partition)
+
+    def finest(self) -> Found | None:
+        """One segment a stage, which takes least memory; None if that does not fit, either."""
+        chain, options = self.chain, self.options
+        if options.mode == "forward":
+            return None
+        segments = len(chain.segments)
+        cuts = [*range(segments), *range(segments + 1, 2 * segments - chain.first_backward + 1)]
+        stages, costs = stages_between(cuts, segments), StageCosts(chain, options.gpus, options.microbatches)
+        partition = Partition(
+            stages=stages,
+            memory_limit_bytes=chain.hardware.usable_bytes,
+            objective_s=costs.iteration_s([costs.of(stage) for stage in stages]),
+            bound_s=0.0,
+            status="FEASIBLE",
+            solve_s=0.0,
+            solver="one segment a stage",
+        )
+        with suppress(PartitionError):
+            self._check_traffic(partition)
+            return self._fit(*self._dispatched(partition))
+        return None
 
     def _dispatched(self, partition: Partition) -> _Made:
         return partition, DispatchRoundRobin(self.options.gpus, self.options.microbatches).run(partition)

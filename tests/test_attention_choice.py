@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from rpcompile.activations import activations
-from rpcompile.attention_choice import offload, saved_share
+from rpcompile.attention_choice import offload, offload_these, saved_share
 from rpcompile.errors import InvalidArgument, PartitionError
-from rpcompile.ir import AttentionOutputs, SegmentChain
+from rpcompile.ir import AttentionOutputs, GpuKind, SegmentChain
+from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan
 from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 from tests.chains import HARDWARE, chain
@@ -86,6 +87,61 @@ def test_it_is_recomputed_where_the_link_is_the_bound() -> None:
     assert offloaded(forced) == list(range(6))
     assert forced.prediction.iteration_s > plan.prediction.iteration_s
     assert forced.attention == "attention='offload' was asked for."
+
+
+def slower(given: SegmentChain, seconds: float) -> SegmentChain:
+    """The chain with segments that are divided in more chunks, and take longer."""
+    segments = (replace(s, tiles=s.tiles + 1, backward_s=s.backward_s + seconds) for s in given.segments)
+    return replace(given, segments=tuple(segments))
+
+
+@pytest.mark.parametrize(("seconds", "tiles"), [(-0.5, 2), (0.5, 1)])
+def test_of_two_ways_to_divide_what_offloads_the_faster_is_taken(seconds: float, tiles: int) -> None:
+    given = toy(1)
+    options = PlanOptions(2, 4, solver_time_s=0.3, effort=None)
+    plan = plan_chain(given, options, MODEL, offloading=lambda: slower(given, seconds))
+    assert offloaded(plan) == list(range(6))
+    assert {segment.tiles for segment in plan.chain.segments[:6]} == {tiles}
+    assert plan.chain.segments[6].tiles == 1  # which does not offload
+    what = "with all outputs offloaded"
+    assert re.search(rf"{what} at [\d.]+ s, {what}, divided as before at [\d.]+ s", plan.attention)
+
+
+def test_what_can_be_loaded_only_when_divided_for_it_is_offloaded() -> None:
+    """As they are, backward stages that load need more than a GPU has: all would have to be fused."""
+    hardware = replace(toy(1).hardware, usable_bytes=10**5)
+    given = replace(toy(1, attention=replace(attention(1), peak_bytes=10**6)), hardware=hardware)
+
+    def divided() -> SegmentChain:
+        return replace(slower(toy(1), 0.0), hardware=hardware)
+
+    options = PlanOptions(2, 4, solver_time_s=0.3, effort=None)
+    assert offloaded(plan_chain(given, options, MODEL)) == []
+    plan = plan_chain(given, options, MODEL, offloading=divided)
+    assert offloaded(plan) == list(range(6))
+    forced = plan_chain(given, replace(options, attention="offload"), MODEL, offloading=divided)
+    assert {segment.tiles for segment in forced.chain.segments[:6]} == {2}
+
+
+def test_on_different_gpus_the_seconds_are_those_of_what_was_taken() -> None:
+    kinds = (GpuKind(HARDWARE, (2.0,) * 7, (3.0,) * 7), GpuKind(HARDWARE, (4.0,) * 7, (6.0,) * 7))
+    given = replace(toy(1), kinds=kinds, kind_of=(0, 1))
+    other = replace(slower(given, 1.0), kinds=tuple(replace(kind, backward_s=(9.0,) * 7) for kind in kinds))
+    mixed = offload_these(given, {1, 4}, other)
+    assert [segment.tiles for segment in mixed.segments] == [1, 2, 1, 1, 2, 1, 1]
+    assert [segment.offloads for segment in mixed.segments] == [i in (1, 4) for i in range(7)]
+    assert mixed.kinds[1].backward_s == (6.0, 9.0, 6.0, 6.0, 9.0, 6.0, 6.0)
+    assert mixed.kinds[1].forward_s == (4.0,) * 7
+
+
+def test_what_only_a_search_can_plan_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_luck(*_: object) -> None:
+        raise PartitionError("no luck")
+
+    monkeypatch.setattr(PartitionStages, "run", no_luck)
+    plan = planned(toy(1), effort="fast", max_traffic=0.3)  # stages of one segment take 0.5
+    assert offloaded(plan) == []
+    assert plan.attention == "No plan to compare others with was found without a search."
 
 
 def test_as_many_are_offloaded_as_the_links_have_time_for() -> None:
@@ -190,6 +246,17 @@ def test_it_says_what_is_tiled() -> None:
     )
     assert "in layer6 runs in 16 chunks" in explained(plan)
     assert "Memory     2 segments (layer1 … layer2) in 4 chunks of tokens · layer6 in 16 chunks" in str(plan)
+
+
+def test_it_says_what_runs_in_groups_of_heads() -> None:
+    given = with_nodes(toy(1))
+    segments = (replace(s, head_groups=8 if i in (1, 2) else 1) for i, s in enumerate(given.segments))
+    plan = planned(replace(given, segments=tuple(segments)), "recompute")
+    line = (
+        "The attention of 2 segments (layer1 … layer2) runs backward in 8 groups of heads, one after another."
+    )
+    assert line in explained(plan)
+    assert "Memory     attention of 2 segments (layer1 … layer2) in 8 groups of heads" in str(plan)
 
 
 def test_other_words_are_refused() -> None:

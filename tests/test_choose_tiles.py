@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import rpcompile
+from rpcompile.attention_choice import offload
 from rpcompile.device_kernels import Kernels
 from rpcompile.errors import InvalidArgument, StageTooLarge
 from rpcompile.fit import naming_the_longest
@@ -17,6 +19,7 @@ from rpcompile.ir import SegmentChain, Stage, StageKind
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.capture_graph import ExampleInputs
 from rpcompile.passes.choose_tiles import ChooseTiles, _Chooser
+from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.planner import CapturedModel, PlanOptions, capture_model
 from rpcompile.round_robin_time import StageCosts, stages_between
 from tests import memory_cases, models, reference, staged
@@ -107,6 +110,39 @@ def test_chunks_are_priced_by_the_weights_that_they_read_and_the_gradients_that_
     # For a chunk's gradients: weights are read, their gradients written; then added in float32.
     adding = chunks * (1 + 2 * 2) * weights
     assert tiled.backward_s - mlp.backward_s == (chunks - 1) * 2 * weights + adding
+
+
+def test_a_segment_that_offloads_fits_with_its_copies(captured: CapturedModel) -> None:
+    """Where it fits as it is without them, and not with them, it is divided; only then."""
+    roomy = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=1 << 40)
+    free = captured.bind(roomy, SIZES, offloading=True)
+    assert free == captured.bind(roomy, SIZES)
+    attention = free.segments[1].attention
+    assert attention is not None
+    loads = attention.saved_bytes + attention.peak_bytes
+    # Of a byte more that a GPU has, a segment has 0.95.
+    usable = (1 << 30) + math.ceil((max(needs(free)[:-1]) - _goal(captured, 1 << 30)) / 0.95)
+    assert _goal(captured, usable) >= max(needs(free)[:-1])
+    goal = _goal(captured, usable, offloads=True)
+    assert goal < loads
+    tight = replace(roomy, usable_bytes=usable)
+    apart, kept = captured.bind(tight, SIZES), captured.bind(tight, SIZES, offloading=True)
+    divided = [(s.tiles, s.head_groups) for s in (apart.segments[1], kept.segments[1])]
+    assert divided[0] == (1, 1) != divided[1]
+    offloaded = kept.segments[1].attention
+    assert offloaded is not None
+    assert offloaded.saved_bytes + offloaded.peak_bytes <= goal
+    # Nothing is offloaded by it, and what has no attention is as it was.
+    assert not any(segment.offloads for segment in kept.segments)
+    assert kept.segments[2] == apart.segments[2]
+    assert kept.segments[-1] == apart.segments[-1]
+
+
+def _goal(captured: CapturedModel, usable_bytes: int, offloads: bool = False) -> float:
+    """What the need of the first attention may be."""
+    chain = PriceAttention(captured.costed).run(bound(captured, usable_bytes))
+    chain = offload(chain) if offloads else chain
+    return _Chooser(ChooseTiles(captured.costed), chain, Kernels("cuda"))._goal(1)
 
 
 @pytest.mark.parametrize("tiles", [0, -3, "many"])

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import rpcompile
+from rpcompile.attention import from_kept
+from rpcompile.head_groups import attention_by_groups
 from rpcompile.ir import StageKind
 from rpcompile.runtime.compiled_stages import CompiledStages
 from tests import family_tiny, models, reference
@@ -19,6 +21,13 @@ from tests import family_tiny, models, reference
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 COMPILER = shutil.which("c++") or shutil.which("g++")
 NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+
+
+def divided_attention(compiled: rpcompile.Compiled) -> set[tuple[object, object]]:
+    """What runs attention in backward stages, and in how many groups of heads."""
+    stages = (stage for stage in compiled.program.stages if stage.stage.kind is StageKind.B)
+    nodes = [node for stage in stages for node in stage.graph_module.graph.nodes]
+    return {(n.target, n.args[-2]) for n in nodes if n.target in (from_kept, attention_by_groups)}
 
 
 def _cases() -> Iterator[object]:
@@ -59,6 +68,7 @@ def test_divided_training_equals_plain_pytorch(
         assert offloaded == (attention == "offload")
         (runners,) = compiled._training.engine._runners.values()
         assert all((runner._compiled is not None) == (backend is not None) for runner in runners)
+        assert divided_attention(compiled) == {(from_kept if offloaded else attention_by_groups, 2)}
         torch.manual_seed(5)
         loss = compiled.forward_backward(**case.batch)
     torch.manual_seed(5)

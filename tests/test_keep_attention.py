@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional
 
 import rpcompile
-from rpcompile.attention import Call, Kernel, find_kernel, from_kept, log_sum_exp_like, with_log_sum_exp
+from rpcompile.attention import from_kept, with_log_sum_exp
+from rpcompile.attention_kernels import Call, Kernel, find_kernel, log_sum_exp_like
 from rpcompile.ir import AttentionOutputs, SegmentChain, Stage, StageKind
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.choose_tiles import ChooseTiles
@@ -22,6 +23,7 @@ from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.price_attention import PriceAttention
 from tests import families, memory_cases, models, reference, staged
 from tests.measured_memory import Measured
+from tests.test_head_groups import with_groups
 from tests.test_tiling import with_tiles
 
 if TYPE_CHECKING:
@@ -71,6 +73,39 @@ def test_output_and_gradients_are_those_of_torch_bit_for_bit(
     assert torch.equal(again, expected)
     for mine, other in zip(torch.autograd.grad(again, three, gradient), theirs, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["causal", "bool"])
+def test_groups_of_heads_change_no_bit_and_take_the_memory_of_q_k_and_v(
+    dtype: torch.dtype, groups: int, kind: str
+) -> None:
+    torch.manual_seed(0)
+    given = [heads(count, dtype) for count in (4, 2, 2)]
+    added, causal = mask(kind, dtype), kind == "causal"
+    expected = functional.scaled_dot_product_attention(*given, added, is_causal=causal, enable_gqa=True)
+    gradient = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, given, gradient)
+    with torch.no_grad():
+        _, *kept = with_log_sum_exp(*given, added, causal, None, dtype)
+    before = [tensor.clone() for tensor in kept]
+    own = [tensor * 1 for tensor in given]
+    found = from_kept(*own, added, causal, None, *kept, groups, True)
+    mine = torch.autograd.grad(found, given, gradient)
+    for ours, other, memory in zip(mine, theirs, own, strict=True):
+        assert torch.equal(ours, other)
+        assert torch.equal(memory, ours)  # it is where the operand was
+    assert all(torch.equal(tensor, old) for tensor, old in zip(kept, before, strict=True))
+
+
+def test_operands_stay_where_their_memory_may_not_be_taken() -> None:
+    three = heads(4, torch.float32), heads(4, torch.float32), heads(4, torch.float32)
+    before = [tensor.detach().clone() for tensor in three]
+    with torch.no_grad():
+        _, *kept = with_log_sum_exp(*three, None, True, None, torch.float32)
+    from_kept(*three, None, True, None, *kept, 2, False).sum().backward()
+    assert all(torch.equal(tensor, old) for tensor, old in zip(three, before, strict=True))
 
 
 def test_nothing_is_computed_in_the_forward_of_what_was_kept() -> None:
@@ -208,9 +243,12 @@ def offloading(captured: Capture, chain: SegmentChain, device: str = "cpu") -> S
 
 
 def both_ways(
-    item: families.Family, tiles: int = 1
+    item: families.Family, tiles: int, groups: int
 ) -> tuple[list[StageGraph], list[AttentionOutputs], list[bool]]:
-    """Runs a tiny family with and without offloading; the stages, what was offloaded, what is equal."""
+    """Runs a tiny family with and without offloading, with it in groups of heads.
+
+    Returns the stages that offload, what was offloaded, and what is equal.
+    """
     assert item.tiny is not None
     case = models.build(item.tiny)
     with item.context():
@@ -220,9 +258,10 @@ def both_ways(
     stages = staged.partition(
         chain.first_backward, count, count - 1, set(range(0, count, 3)), set(range(1, count, 2))
     )
+    assert len({segment.tiles for segment in chain.segments}) == 1
     seen: list[StageGraph] = []
     found: list[list[torch.Tensor | None]] = []
-    offloaded = offloading(captured, chain)
+    offloaded = with_groups(offloading(captured, chain), groups, tiles)
     for option in (chain, offloaded):
         model = copy.deepcopy(case.model)
         torch.manual_seed(11)
@@ -239,18 +278,18 @@ def both_ways(
 
 # Tied weights, adapters, mixtures, autocast, masks.
 KEPT = [
-    ("Qwen3, tied", 1),
-    ("Qwen3, tied", 3),
-    ("LoRA on Qwen3", 1),
-    ("Qwen3-MoE", 3),
-    ("bfloat16 autocast", 1),
-    ("Padded on the left", 3),
+    ("Qwen3, tied", 1, 1),
+    ("Qwen3, tied", 3, 2),
+    ("LoRA on Qwen3", 1, 2),
+    ("Qwen3-MoE", 3, 1),
+    ("bfloat16 autocast", 1, 2),
+    ("Padded on the left", 3, 2),
 ]
 
 
-@pytest.mark.parametrize(("name", "tiles"), KEPT)
-def test_gradients_are_those_of_recompute_bit_for_bit(name: str, tiles: int) -> None:
-    graphs, kept, equal = both_ways(families.family(name), tiles)
+@pytest.mark.parametrize(("name", "tiles", "groups"), KEPT)
+def test_gradients_are_those_of_recompute_bit_for_bit(name: str, tiles: int, groups: int) -> None:
+    graphs, kept, equal = both_ways(families.family(name), tiles, groups)
     assert kept
     assert all(equal)
     for graph in graphs:
@@ -259,6 +298,8 @@ def test_gradients_are_those_of_recompute_bit_for_bit(name: str, tiles: int) -> 
         computes = any("scaled_dot_product" in target for target in targets)
         # A forward stage hands on two values for each of its attentions, a backward stage takes them.
         assert not computes or graph.stage.kind is FB or "LoRA" in name
+        given = {node.args[8:] for node in calls if node.target is from_kept}
+        assert given <= ({(2, True)} if groups == 2 else {()})
         names = [value for values in graph.keeps.values() for value in values]
         assert set(names) <= set(graph.outputs if graph.stage.kind is F else graph.values)
         assert all(name.endswith(("_output", "_log_sum_exp")) for name in names)
@@ -315,10 +356,11 @@ def test_a_mask_is_refused_on_cuda_and_a_learned_one_everywhere() -> None:
 # --------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("tiles", [1, 4])
-def test_predicted_memory_is_what_the_allocator_gives_out(tiles: int) -> None:
+@pytest.mark.parametrize(("tiles", "groups"), [(1, 1), (4, 4)])
+def test_predicted_memory_is_what_the_allocator_gives_out(tiles: int, groups: int) -> None:
     case = memory_cases.llama()
-    found = Measured(case, staged.capture(case.model, case.batch, 1), tiles=tiles, offload=True)
+    captured = staged.capture(case.model, case.batch, 1)
+    found = Measured(case, captured, tiles=tiles, offload=True, head_groups=groups)
     last = len(found.chain.segments) - 1
     kept = [index for index, segment in enumerate(found.chain.segments) if segment.kept]
     assert kept == [1, 3]
@@ -326,6 +368,21 @@ def test_predicted_memory_is_what_the_allocator_gives_out(tiles: int) -> None:
         given = found.given_bytes(stage)
         measured = found.measured_bytes(stage)
         assert abs((found.predicted_bytes(stage) + given) / (measured + given) - 1) <= 0.001, stage
+
+
+def test_groups_of_heads_need_less_with_what_was_kept() -> None:
+    """Where a layer's attention is a segment, and takes memory in proportion to the sequence."""
+    case = models.build(qwen3)
+    case.model.to(torch.bfloat16)
+    costed = EstimateCosts().run(staged.capture(case.model, case.batch))
+    bound = BindChain({"batch": 1, "sequence": 2048}, models.SLOW_GPU).run(costed)
+    needs: list[int] = []
+    for groups in (1, 2):
+        priced = PriceAttention(costed).run(with_groups(bound, groups))
+        attention = priced.segments[1].attention
+        assert attention is not None
+        needs.append(attention.saved_bytes + attention.peak_bytes)
+    assert needs[0] > needs[1]
 
 
 # --------------------------------------------------------------------- training

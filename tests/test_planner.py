@@ -11,11 +11,14 @@ import pytest
 import torch
 
 import rpcompile
-from rpcompile.errors import InvalidArgument, ProfileFileError
+from rpcompile.errors import InvalidArgument, PartitionError, ProfileFileError
 from rpcompile.passes.capture_graph import ExampleInputs
+from rpcompile.passes.partition_stages import PartitionStages
+from rpcompile.passes.search_schedule import SearchSchedule
 from rpcompile.planner import CapturedModel, PlanOptions, capture_model, plan_profile
 from rpcompile.profile import Profile
-from tests import reference
+from rpcompile.scheduling import find_schedule
+from tests import chains, reference
 from tests.models import SLOW_GPU, make
 
 PROFILES = Path(__file__).parents[1] / "benchmarks" / "profiles"
@@ -172,3 +175,31 @@ def test_refuses_efforts(captured: CapturedModel) -> None:
 def test_refuses_options(captured: CapturedModel, option: str) -> None:
     with pytest.raises(InvalidArgument, match=f"{option}=0; at least 1 is needed"):
         captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, **{option: 0}))
+
+
+def no_luck(*_: object) -> None:
+    raise PartitionError("no luck")
+
+
+@pytest.mark.parametrize("effort", [None, "fast"])
+def test_where_nothing_is_found_that_fits_stages_of_one_segment_are_tried(
+    effort: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PartitionStages, "run", no_luck)
+    monkeypatch.setattr(SearchSchedule, "run", no_luck)
+    options = PlanOptions(2, 4, effort=effort, solver_time_s=0.2)
+    found = find_schedule(chains.chain(3), options)
+    assert [(s.kind.value, s.first, s.last) for s in found.partition.stages] == [
+        ("F", 0, 0),
+        ("F", 1, 1),
+        ("FB", 2, 2),
+        ("B", 1, 1),
+        ("B", 0, 0),
+    ]
+    for changes, given in (
+        ({"max_traffic": 0.1}, chains.chain(3)),
+        ({"mode": "forward"}, chains.chain(3)),
+        ({}, replace(chains.chain(3), hardware=replace(chains.HARDWARE, usable_bytes=5))),
+    ):
+        with pytest.raises(PartitionError, match="no luck"):
+            find_schedule(given, replace(options, **changes))

@@ -13,10 +13,12 @@ from hypothesis import given
 
 from benchmarks import make_profiles
 from rpcompile import hardware
+from rpcompile.activations import activations
 from rpcompile.errors import ProfileFileError
-from rpcompile.ir import TiedWeight
+from rpcompile.ir import AttentionOutputs, TiedWeight
 from rpcompile.passes.partition_stages import PartitionStages
-from rpcompile.profile import Profile, schema
+from rpcompile.planner import PlanOptions, plan_profile
+from rpcompile.profile import Profile, ProfileAttention, schema
 from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
 from tests import chains
@@ -57,6 +59,11 @@ SMALL: dict[str, Any] = {
 
 def parse(**changes: object) -> Profile:
     return Profile.parse(json.dumps({**SMALL, **changes}))
+
+
+def with_attention(index: int, **fields: object) -> list[dict[str, Any]]:
+    """The segments, one of them with attention."""
+    return [{**s, "attention": fields} if i == index else s for i, s in enumerate(SMALL["segments"])]
 
 
 def test_a_chain_from_a_profile():
@@ -102,8 +109,11 @@ def test_any_chain_comes_back(problem: Any):
     last = replace(chain.segments[-1], boundary_bytes=0, boundary_gradient_bytes=0)
     # A segment without times or gradients tells a profile nothing of where backwards begin.
     tied = tuple(replace(item) for item in chain.tied)
-    # Nor does a profile say what offloading attention outputs would take.
-    segments = (replace(s, attention=None, offloads=False) for s in (*chain.segments[:-1], last))
+    # Nor does a profile say what is offloaded; the last segment is never recomputed.
+    every = (*chain.segments[:-1], replace(last, attention=None))
+    segments = (
+        replace(s, offloads=False, attention=s.attention if s.needs_backward else None) for s in every
+    )
     chain = replace(chain, segments=tuple(segments), bindings={"batch": 2, "sequence": 8}, tied=tied)
     again = Profile.parse(json.dumps(_plain(Profile.from_chain(chain)))).to_chain()
     assert again.bindings == {"batch": 1, "sequence": 16}
@@ -264,3 +274,44 @@ def test_published_profiles(name: str, hop_s: float, work_s: float):
     up_s, down_s = size / gpu.h2d_bytes_per_s, size / gpu.d2h_bytes_per_s
     assert up_s + down_s + 2 * gpu.latency_s == pytest.approx(hop_s, rel=1e-6)
     assert chain.segments[-1].name == "lm_head"
+
+
+# --------------------------------------------------------------------- attention
+
+
+def test_attention_outputs_can_be_offloaded_by_a_plan_of_a_profile() -> None:
+    segments = with_attention(1, nbytes=2, forward_s=0.5, peak_bytes=3)
+    profile = parse(segments=segments)
+    attention = profile.to_chain().segments[1].attention
+    assert attention == AttentionOutputs((), 2, 0.5, saved_bytes=7, peak_bytes=3, forward_peak_bytes=0)
+    options = PlanOptions(2, 4, solver_time_s=0.2, effort=None, attention="offload")
+    plan = plan_profile(profile, options)
+    assert plan.chain.segments[1].recompute_s == 1.0
+    assert "attention='offload' was asked for." in "\n".join(activations(plan))
+    again = Profile.from_chain(plan.chain)
+    assert again.segments[1].attention == ProfileAttention(2, 0.5, 7, 3, 0)
+    assert all(segment.attention is None for segment in (*again.segments[:1], *again.segments[2:]))
+
+
+@pytest.mark.parametrize(
+    ("index", "fields", "message"),
+    [
+        (
+            0,
+            {"nbytes": 2, "forward_s": 0.5},
+            "$.segments[0].attention is given, but segment 'frozen' is never",
+        ),
+        (3, {"nbytes": 2, "forward_s": 0.5}, "$.segments[3].attention is given, but segment 'head' is never"),
+        (
+            1,
+            {"nbytes": 2, "forward_s": 1.75},
+            "$.segments[1].attention.forward_s is 1.75, more than the 1.5 of its whole segment; give",
+        ),
+        (1, {"nbytes": 0, "forward_s": 0.5}, "`int` >= 1 - at `$.segments[1].attention.nbytes`"),
+        (1, {"nbytes": 2, "forward_s": -0.5}, "`float` >= 0.0 - at `$.segments[1].attention.forward_s`"),
+        (1, {"nbytes": 2}, "missing required field `forward_s` - at `$.segments[1].attention`"),
+    ],
+)
+def test_attention_that_cannot_be(index: int, fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ProfileFileError, match=re.escape(message)):
+        parse(segments=with_attention(index, **fields))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,8 +80,9 @@ def plan(
         captured = capture(model, dtype, lora)
         sizes, given = sizes_of(captured, rows, seq), asked(count, captured.described().dtype)
         divided = _divided(tiles, head_groups)
+        bind = functools.partial(captured.bind, box, sizes, **divided)
         with naming_the_longest(captured, box, sizes, gpus=number, microbatches=count, **divided):
-            found = captured.plan(captured.bind(box, sizes, **divided), given)
+            found = captured.plan(bind(), given, offloading=functools.partial(bind, offloading=True))
     if out is not None:
         found.save(out)
     from rpcompile.plan_summary import summary

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rpcompile.policies import PolicyResult
 
 OptionalPlan = Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A plan file; or use --profile.")]
+ProfileGpus = Annotated[int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")]
 _COLUMNS = f"{'policy':<24} {'iteration':>10} {'bubble':>8} {'GPU peak':>10} {'uploads':>10}"
 
 
@@ -32,9 +33,7 @@ def simulate(
         str | None,
         typer.Option("--partition", help='Stages, e.g. "7,7,7,7|0,3,3,3": forward | fused, backward.'),
     ] = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")
-    ] = None,
+    gpus: ProfileGpus = None,
     microbatches: options.Microbatches = None,
     as_json: options.Json = False,
 ) -> None:
@@ -69,9 +68,7 @@ def simulate(
 def compare(
     plan: OptionalPlan = None,
     profile: options.ProfileFile = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="With --profile: number of GPUs (8).")
-    ] = None,
+    gpus: ProfileGpus = None,
     microbatches: options.Microbatches = None,
     as_json: options.Json = False,
 ) -> None:
