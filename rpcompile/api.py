@@ -198,7 +198,8 @@ def compile(
         else:
             _check_plan(loaded, captured.capture)
         pinned = runtime.cuda and pin == "auto"
-        arenas = WeightArenas(pin=pinned, adopt=pinned)
+        # Masters, and the two copies that asynchronous iterations take turns at.
+        arenas = WeightArenas(pin=pinned, adopt=pinned, versions=3 if mode == "async" else 1)
         training = _executable(captured.capture, loaded, runtime, arenas, bar)
     chosen = loaded
     for_evaluation: list[CapturedModel] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from rpcompile.random_streams import stream_seed
 from rpcompile.runtime import batches
 from rpcompile.runtime.engine import Engine
 from rpcompile.runtime.host_weights import HostWeights
+from rpcompile.runtime.in_flight import InFlight
 from rpcompile.runtime.read_guard import unguarded
 from rpcompile.runtime.stage_runner import Microbatch
 from rpcompile.runtime.updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from concurrent.futures import Future
     from os import PathLike
 
     from torch import nn
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from rpcompile.ir import Capture, Program
     from rpcompile.plan import Plan
+    from rpcompile.runtime.flight import Result
     from rpcompile.runtime.stage_runner import Tensors
 
 
@@ -92,6 +96,7 @@ class Compiled:
         self._weights = HostWeights(
             self.program.weights, trainable, self._updates, options.compute_dtype, options.mode == "async"
         )
+        self._in_flight = InFlight(self._updates, self._weights)
 
     # ------------------------------------------------------------------- training
 
@@ -105,6 +110,10 @@ class Compiled:
         `num_items_in_batch` is among the inputs, each microbatch's loss is already divided by the whole
         batch's token count, and the loss is their sum.
 
+        In mode "async" it returns, from the second call on, when the iteration has been enqueued behind the
+        one before it; whoever reads the loss, or a gradient, waits for it. At most two are in flight. Read a
+        loss one call later, for nothing overlaps while you wait. With `return_outputs` it waits itself.
+
         Args:
             *args, **kwargs: The tensors that the model was compiled for, for the whole batch, on the host.
             return_outputs: Return what the model returns as well, microbatches joined as in evaluation.
@@ -117,31 +126,44 @@ class Compiled:
             BatchError: The batch does not fit what was compiled.
             InvalidArgument: It is called under another autocast than the model was compiled under.
             ExecutionError: An instruction failed; the model, its gradients and buffers are unchanged. Or
-                an update that was still in flight did.
+                an update that was still in flight did, or an earlier call's iteration: then it and what was
+                called behind it are undone, and the next call computes with the weights as they are.
         """
+        overlaps = self._options.mode == "async" and self._in_flight.ready and not return_outputs
         executable = self._with_outputs if return_outputs else self._training
         capture = executable.program.capture
         _check_autocast(capture)
         self._updates.raise_failed()
         batch = batches.named_batch(capture, *self._cast(args, kwargs))
+        if overlaps:  # the caller may use its memory again
+            batch = {name: value.clone() for name, value in batch.items()}
         parts = batches.split_batch(capture, batch, self.plan.microbatches)
         summed = "num_items_in_batch" in batch
         shares = None if summed else batches.row_weights(capture, parts)
         scales = shares or [1.0 if summed else 1.0 / len(parts)] * len(parts)
         grown = [scale * self._loss_scale() for scale in scales]
         microbatches = _microbatches(capture, parts, grown)
+
+        def loss_of(result: Result) -> torch.Tensor:
+            losses = [outputs[capture.outputs[0]] for outputs in result.outputs]
+            total = torch.zeros((), dtype=torch.promote_types(losses[0].dtype, torch.float32))
+            for loss, scale in zip(losses, scales, strict=True):
+                total += loss * scale if summed or shares else loss / len(parts)
+            return total
+
+        self._in_flight.make_room(executable.engine.capacity if overlaps else 1)
         try:
             with unguarded():  # the engine waits for each segment's update
                 tensors, pending = self._weights.for_iteration(self._tensors(capture))
+                if overlaps:
+                    return self._overlap(tensors, parts, microbatches, pending, loss_of)
                 result = executable.engine.run(tensors, parts, microbatches, pending)
         except ExecutionError as error:
             self._updates.forget(error)
             raise
         self._commit(result.gradients, result.states)
-        losses = [outputs[capture.outputs[0]] for outputs in result.outputs]
-        total = torch.zeros((), dtype=torch.promote_types(losses[0].dtype, torch.float32))
-        for loss, scale in zip(losses, scales, strict=True):
-            total += loss * scale if summed or shares else loss / len(parts)
+        self._in_flight.note(result)
+        total = loss_of(result)
         return (total, batches.join_outputs(capture, result.outputs)) if return_outputs else total
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -333,6 +355,34 @@ class Compiled:
         owners = {id(named[name]): segment for name, segment in self._weights.owners().items()}
         self._updates.step(optimizer, owners, lambda: self._weights.before_step(masters))
         self._weights.after_step(masters)
+
+    def _overlap(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        parts: list[Tensors],
+        microbatches: list[Microbatch],
+        pending: Mapping[int, Future[None]],
+        loss_of: Callable[[Result], torch.Tensor],
+    ) -> torch.Tensor:
+        """Starts an iteration behind the one in flight, and hands out its loss."""
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        if self._updates.is_clipped(parameters.values()):
+            self._updates.wait()  # not zeroed, and to be scaled before anything is added
+        if (last := self._in_flight.last) is not None:
+            # Buffers that the iteration before changes are there when it is over.
+            changed = {name for names in self.program.states for name in names}
+            changing = (s for s, names in enumerate(self.program.weights) if changed & set(names))
+            pending = {**pending, **dict.fromkeys(changing, last)}
+        flight = self._training.engine.start(tensors, parts, microbatches, pending)
+        stored = dict(self._module.named_buffers(remove_duplicate=False))
+        read = [parameters[name] for name in parameters if tensors.get(name) is parameters[name]]
+        try:
+            return self._in_flight.add(flight, parameters, stored, read, loss_of)
+        except BaseException:
+            flight.cancel()
+            with suppress(ExecutionError):
+                flight.result()
+            raise
 
     def _loss_scale(self) -> float:
         scaler = self._options.grad_scaler

@@ -18,6 +18,9 @@ _FLOAT32 = 4
 class HostMemory:
     """Bytes on the host by what they are for.
 
+    In mode "async" two iterations are in flight, and what each has for itself is there twice: gradients,
+    boundaries, attention outputs and inputs.
+
     Attributes:
         weight_bytes: Parameters and buffers; a tied tensor once.
         gradient_bytes: Gradients of the trainable parameters.
@@ -25,7 +28,7 @@ class HostMemory:
         optimizer_bytes: What the optimizer keeps, e.g. AdamW's two moments.
         boundary_bytes: Activations kept for recompute or handed from GPU to GPU, all microbatches' at once.
         input_bytes: The batch.
-        copy_bytes: In mode "async", the trainable weights of before the update that is under way.
+        copy_bytes: In mode "async", the trainable weights that either iteration computes with.
         attention_bytes: Attention outputs kept for the backward, all microbatches' at once.
     """
 
@@ -76,6 +79,7 @@ def host_memory(
 
     every = range(len(chain.segments))
     training = schedule.mode != "forward"
+    in_flight = 2 if schedule.mode == "async" else 1
     gradients = sum(stage_bytes.gradient_bytes(chain, every).values()) if training else 0
     itemsize = getattr(torch, dtype, torch.float32).itemsize
     copies = gradients // itemsize * _FLOAT32 if masters and itemsize < _FLOAT32 else 0
@@ -83,12 +87,12 @@ def host_memory(
     host = [(name, size) for name, size in host if name.space == buffers.HOST]
     return HostMemory(
         weight_bytes=sum(stage_bytes.weight_bytes(chain, every).values()),
-        gradient_bytes=gradients,
+        gradient_bytes=in_flight * gradients,
         master_bytes=copies,
         optimizer_bytes=optimizer_states * (copies or gradients),
-        boundary_bytes=sum(size for name, size in host if name.kind in ("x", "dx")),
-        input_bytes=sum(size for name, size in host if name.kind == "inputs"),
+        boundary_bytes=in_flight * sum(size for name, size in host if name.kind in ("x", "dx")),
+        input_bytes=in_flight * sum(size for name, size in host if name.kind == "inputs"),
         # As large as the gradients, for they are of the same tensors and dtype.
-        copy_bytes=gradients if schedule.mode == "async" else 0,
-        attention_bytes=sum(size for name, size in host if name.kind == "kept"),
+        copy_bytes=in_flight * gradients if schedule.mode == "async" else 0,
+        attention_bytes=in_flight * sum(size for name, size in host if name.kind == "kept"),
     )

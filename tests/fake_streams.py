@@ -95,7 +95,7 @@ class FakeStreams:
     def enqueue(self, iteration: Iteration, stream: str, instruction: str, task: Any) -> None:
         self._machine.queues[self._gpu, stream].append(("task", instruction, task))
 
-    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
+    def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
         if (self._gpu, event) not in self._machine.ignored:
             self._machine.queues[self._gpu, stream].append(("wait", event, lambda: iteration.wait(event)))
 

@@ -56,7 +56,7 @@ class CudaEngine(Engine):
         timeout_s: float = 20,
     ) -> None:
         self._driver, self._kind = driver, kind
-        options, arenas = RuntimeOptions(timeout_s=timeout_s), WeightArenas(adopt=True)
+        options, arenas = RuntimeOptions(timeout_s=timeout_s), WeightArenas(adopt=True, versions=3)
         super().__init__(compiled.program, compiled.plan.chain, options, arenas)
 
     def _make_streams(self) -> list[Any]:
@@ -199,10 +199,10 @@ class Listening(CudaStreams):
             self.counts[self._gpu, str(stream)] += 1
         super().enqueue(iteration, stream, instruction, task)
 
-    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
+    def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
         place = self._gpu, str(stream)
         self.waits[*place, event] = place, self.counts[place] + 1
-        super().wait(iteration, stream, event)
+        super().wait(iteration, stream, event, of)
 
     def _enqueue_wait(self, iteration: Iteration, stream: str, event: str) -> None:
         self._streams[stream].deaf = (self._gpu, str(stream), event) in self.ignored
@@ -281,8 +281,11 @@ MUTANTS = {
         "_Mark(recorded, dict(self._clocks[stream]))",
         "_Mark(recorded, self._clocks[stream])",
     ),
-    "not awaited": ("while any(self._pending.values()):", "while False:"),
-    "ends too early": ("while pending and pending[0][2].query():", "while pending:"),
+    "not awaited": (
+        "while left := [name for name, pending in self._pending.items() if mine(pending)]:",
+        "while left := []:",
+    ),
+    "ends too early": ("and _is_over(pending[0]):", "and True:"),
 }
 
 

@@ -370,7 +370,7 @@ def test_neither_bytes_nor_objects_grow_from_step_to_step() -> None:
         case.model, example_inputs=case.batch, gpus=2, microbatches=4, gpu=models.SLOW_GPU
     )
     optimizer = torch.optim.AdamW(compiled.parameters(), lr=1e-2)
-    slots = compiled._training.engine._slots
+    slots = compiled._training.engine._bays[0].slots
     found, objects = [], []
     for step in range(30):
         compiled.forward_backward(**case.batch)

@@ -140,7 +140,7 @@ def test_sums_of_the_schedule_are_those_in_the_order_of_jobs_bit_for_bit(dtype: 
 def test_memory_is_kept_from_iteration_to_iteration() -> None:
     """Also that of float32 sums; a gradient that the user keeps is never written to again."""
     shared = Shared(compute_dtype=torch.bfloat16)
-    slots = shared.compiled._training.engine._slots
+    slots = shared.compiled._training.engine._bays[0].slots
     parameters = list(shared.case.model.parameters())
     sizes: list[int] = []
     places: list[set[int]] = []

@@ -40,12 +40,24 @@ class _Held:
 
 
 @dataclass(frozen=True)
+class _Pending:
+    """An instruction that is not known to be over; its start, and when the times of its iteration began."""
+
+    iteration: Iteration
+    instruction: str
+    end: Any
+    begin: Any
+    started: tuple[float, Any] | None
+
+
+@dataclass(frozen=True)
 class _Step:
-    """What is yet to be enqueued, once `event` (if any) has been recorded."""
+    """What is yet to be enqueued, once `event` (if any) has been recorded, by `of` if given."""
 
     instruction: str
     enqueue: Callable[[], object]
     event: str | None = None
+    of: Iteration | None = None
 
 
 class CudaStreams:
@@ -77,18 +89,21 @@ class CudaStreams:
         self._streams = {name: driver.Stream(device=device) for name in names}
         self._clocks: dict[str, Clock] = {name: {(gpu, name): 0} for name in names}
         self._held: dict[str, list[_Held]] = defaultdict(list)
-        # Per stream, the instructions that are not known to be over: name, start (if timed) and end.
-        self._pending: dict[str, deque[tuple[str, Any, Any]]] = {name: deque() for name in names}
+        self._pending: dict[str, deque[_Pending]] = {name: deque() for name in names}
         self._spare: list[Any] = []
         self._started: tuple[float, Any] | None = None
         self._steps: dict[str, deque[_Step]] = {name: deque() for name in names}
         self._begun: set[str] = set()  # the streams whose first step has been announced
+        self._lock = threading.Lock()  # of what is held, which both threads let go of
         self._thread = StreamThread(f"rpcompile-gpu{gpu}", (gpu, "dispatch"))
+        # Looks on while the first one enqueues the next iteration.
+        self._watcher = StreamThread(f"rpcompile-gpu{gpu}-watcher", (gpu, "watcher"))
 
     def start(self, iteration: Iteration, dispatch: Callable[[], object]) -> None:
         def run() -> None:
             # The thread's own: torch would otherwise go back and forth to device 0 around each instruction.
             self._driver.set_device(self.device)
+            self._started = None
             if iteration.times is not None:
                 self._started = time.perf_counter(), self._timestamp(next(iter(self._streams)))
             try:
@@ -113,12 +128,13 @@ class CudaStreams:
             with self._driver.stream(self._streams[stream]):
                 task()
             end = self._timestamp(stream) if timed else self._event(stream)
-            self._pending[stream].append((instruction, begin, end))
+            self._pending[stream].append(_Pending(iteration, instruction, end, begin, self._started))
 
         self._put(iteration, stream, _Step(instruction, enqueue))
 
-    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
-        step = _Step(f"wait {event}", lambda: self._enqueue_wait(iteration, stream, event), event)
+    def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
+        owner = of or iteration
+        step = _Step(f"wait {event}", lambda: self._enqueue_wait(owner, stream, event), event, of)
         self._put(iteration, stream, step)
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
@@ -133,12 +149,17 @@ class CudaStreams:
     def release(self, stream: str, made_by: str, tensors: Sequence[Tensors]) -> None:
         if stream != made_by:
             freed_by = self._gpu, stream
-            self._held[made_by].append(_Held(freed_by, self._clocks[stream][freed_by], tensors))
+            with self._lock:
+                self._held[made_by].append(_Held(freed_by, self._clocks[stream][freed_by], tensors))
 
     def drain(self, iteration: Iteration) -> list[threading.Event]:
-        return [self._thread.drain(iteration, lambda: self._settle(iteration))]
+        over = threading.Event()
+        self._thread.drain(iteration, lambda: self._finish(iteration, over))
+        return [over]
 
     def close(self) -> None:
+        # Behind what the first thread still hands to the second.
+        self._thread.drain(Iteration({}), self._watcher.close)
         self._thread.close()
 
     def _enqueue_wait(self, iteration: Iteration, stream: str, event: str) -> None:
@@ -149,9 +170,10 @@ class CudaStreams:
         clock = self._clocks[stream]
         for place, position in mark.clock.items():
             clock[place] = max(position, clock.get(place, 0))
-        self._held[stream] = [
-            held for held in self._held[stream] if clock.get(held.freed_by, 0) < held.position
-        ]
+        with self._lock:
+            self._held[stream] = [
+                held for held in self._held[stream] if clock.get(held.freed_by, 0) < held.position
+            ]
 
     def _put(self, iteration: Iteration, stream: str, step: _Step) -> None:
         self._steps[stream].append(step)
@@ -180,7 +202,9 @@ class CudaStreams:
             if stream not in self._begun:
                 iteration.begin(place, step.instruction)
                 self._begun.add(stream)
-            if step.event is not None and not iteration.recorded(step.event):
+            if step.event is not None and not (owner := step.of or iteration).recorded(step.event):
+                if owner.cancelled:
+                    raise Cancelled
                 return False
             step.enqueue()
             iteration.end(place)
@@ -202,50 +226,72 @@ class CudaStreams:
         for steps in self._steps.values():
             if steps and steps[0].event is not None:
                 iteration.wake(steps[0].event, waker)
+                if (of := steps[0].of) is not None:
+                    of.wake(steps[0].event, waker)
         waker.wait()
         if iteration.cancelled:
             raise Cancelled
 
-    def _settle(self, iteration: Iteration) -> None:
-        """Waits, without blocking the device, until it has done everything; then memory may go."""
+    def _finish(self, iteration: Iteration, over: threading.Event) -> None:
+        """Everything has been enqueued; `over` happens when the device has done it."""
         try:
             for name in self._streams:
-                self._pending[name].append(("", None, self._event(name)))
-            while any(self._pending.values()):
-                for name, pending in self._pending.items():
-                    self._advance(iteration, name, pending)
+                self._pending[name].append(_Pending(iteration, "", self._event(name), None, self._started))
+        except Exception as error:
+            iteration.fail(f"gpu{self._gpu}", self._gpu, error)
+        ends = {(self._gpu, name): clock[self._gpu, name] for name, clock in self._clocks.items()}
+
+        def settle() -> None:
+            try:
+                self._settle(iteration, ends)
+            finally:
+                over.set()
+
+        self._watcher.drain(iteration, settle)
+
+    def _settle(self, iteration: Iteration, ends: Clock) -> None:
+        """Waits, without blocking the device, until it has done the iteration; then its memory may go."""
+
+        def mine(pending: deque[_Pending]) -> bool:
+            return bool(pending) and pending[0].iteration is iteration
+
+        try:
+            while left := [name for name, pending in self._pending.items() if mine(pending)]:
+                for name in left:
+                    self._advance(iteration, name, self._pending[name])
                 time.sleep(POLL_S)
         except Exception as error:
             # A kernel that failed is reported here, whichever it was.
             iteration.fail(f"gpu{self._gpu}", self._gpu, error)
-        for name, clock in self._clocks.items():
-            clock.clear()
-            clock[self._gpu, name] = 0
-            self._pending[name].clear()
-        self._held.clear()
-        self._started = None
+        for pending in self._pending.values():
+            while mine(pending):
+                pending.popleft()
+        with self._lock:
+            for name, found in self._held.items():
+                self._held[name] = [held for held in found if held.position > ends[held.freed_by]]
 
-    def _advance(self, iteration: Iteration, name: str, pending: deque[tuple[str, Any, Any]]) -> None:
-        """Takes note of instructions that have come to their end, and of the one that runs now."""
+    def _advance(self, iteration: Iteration, name: str, pending: deque[_Pending]) -> None:
+        """Takes note of instructions that have come to their end, and of the one that runs now.
+
+        Not of those of the iteration behind, which notes itself what is enqueued now.
+        """
         place = self._gpu, name
-        if self._started is not None and not self._started[1].query():
-            return  # times are counted from there
-        while pending and pending[0][2].query():
-            instruction, begin, end = pending.popleft()
+        while pending and pending[0].iteration is iteration and _is_over(pending[0]):
+            over = pending.popleft()
             iteration.running.pop(place, None)
             iteration.progress_s = time.perf_counter()
-            if begin is not None:
-                assert self._started is not None
+            if over.begin is not None:
+                assert over.started is not None
                 assert iteration.times is not None
-                zero, first = self._started
-                iteration.times[instruction] = (
-                    zero + first.elapsed_time(begin) / 1e3,
-                    zero + first.elapsed_time(end) / 1e3,
+                zero, first = over.started
+                iteration.times[over.instruction] = (
+                    zero + first.elapsed_time(over.begin) / 1e3,
+                    zero + first.elapsed_time(over.end) / 1e3,
                 )
             else:
-                self._spare.append(end)
-        if pending and place not in iteration.running:
-            iteration.running[place] = pending[0][0] or "end", time.perf_counter()
+                self._spare.append(over.end)
+        if pending and pending[0].iteration is iteration and place not in iteration.running:
+            iteration.running[place] = pending[0].instruction or "end", time.perf_counter()
 
     def _event(self, stream: str) -> Any:
         event = self._spare.pop() if self._spare else self._driver.Event()
@@ -256,3 +302,8 @@ class CudaStreams:
         event = self._driver.Event(enable_timing=True)
         event.record(self._streams[stream])
         return event
+
+
+def _is_over(pending: _Pending) -> bool:
+    # Times are counted from where the iteration began.
+    return (pending.started is None or pending.started[1].query()) and pending.end.query()

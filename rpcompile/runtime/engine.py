@@ -1,10 +1,17 @@
-"""Runs a Program once: microbatches in, losses and gradients out, all or nothing."""
+"""Runs a Program: microbatches in, losses and gradients out, all or nothing.
+
+Iterations of an asynchronous plan may follow one another without a pause: `start` enqueues one behind the one
+before it. Each has workers (with their stores), host memory and events of its own; they share the streams.
+"""
 
 from __future__ import annotations
 
 import errno
+import threading
+import time
 import traceback
 import weakref
+from collections import deque
 from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +21,12 @@ import torch
 
 from rpcompile import buffers
 from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
+from rpcompile.event_loop import chain_events
 from rpcompile.ir import ActionId, Op, Stream
 from rpcompile.runtime import blame
 from rpcompile.runtime.compiled_stages import CompiledStages
 from rpcompile.runtime.cuda_streams import CudaStreams
+from rpcompile.runtime.flight import Bay, Flight, Result
 from rpcompile.runtime.host_slots import HostSlots
 from rpcompile.runtime.host_sums import HostSums
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
 
-    from rpcompile.ir import Program, SegmentChain
+    from rpcompile.ir import Program, Schedule, SegmentChain
     from rpcompile.runtime.stage_runner import Tensors
 
 _UPDATED = "updated.s"
@@ -62,22 +71,6 @@ class RuntimeOptions:
         return any(device.type == "cuda" for device in self.devices or ())
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one iteration leaves on the host.
-
-    Attributes:
-        outputs: Per microbatch, outputs by node name.
-        gradients: Parameter name -> gradient, summed over jobs in job order; where SUMs have done that, one
-            segment after another, a tied weight's segments are added after that.
-        states: Buffer name -> its value after the forward.
-    """
-
-    outputs: tuple[Tensors, ...]
-    gradients: Tensors
-    states: Tensors
-
-
 class Engine:
     """Workers for a program; may be run any number of times, by one caller at a time.
 
@@ -91,6 +84,7 @@ class Engine:
         before_instruction: Called by a stream with an instruction's text before it runs it.
         record_times: Whether the next run records when each action ran.
         times: Start and end of each action of the last run by id, if recorded (`time.perf_counter`).
+        capacity: How many iterations may be in flight at once.
     """
 
     def __init__(
@@ -108,14 +102,19 @@ class Engine:
         self._readers = _readers(program.weights)
         self._devices = options.devices or (torch.device("cpu"),) * len(program.graphs)
         self._runners = self._make_runners()
-        self._slots: HostSlots
-        self._workers: list[Worker] = []
-        self._hosts: list[HostSums] = []  # one, if the program has instructions for it
+        self._places: list[tuple[Streams, list[StageRunner]]] = []
+        self._host_streams: list[Streams] = []  # one, if the program has instructions for the host
+        self._bays: deque[Bay] = deque()
+        self._flights: list[Flight] = []  # in the order in which they were started
+        self._lock = threading.RLock()  # of the five above
+        self.capacity = 2 if program.schedule.mode == "async" else 1
+        self._behind = _behind(program.schedule) if self.capacity > 1 else {}
+        self._marked = frozenset(event for events in self._behind.values() for event in events)
         self._make_workers()
         self.before_instruction: Callable[[str], None] | None = None
         self.record_times = False
         self.times: dict[str, tuple[float, float]] = {}
-        self.close = weakref.finalize(self, _close, self._workers, self._hosts)
+        self.close = weakref.finalize(self, _close, self._places, self._host_streams)
 
     def run(
         self,
@@ -124,23 +123,32 @@ class Engine:
         microbatches: Sequence[Microbatch],
         pending: Mapping[int, Future[None]] | None = None,
     ) -> Result:
-        """Runs every GPU's graph to its end.
+        """Runs every GPU's graph to its end: `start`, then its `result`."""
+        return self.start(tensors, inputs, microbatches, pending).result()
+
+    def start(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        inputs: Sequence[Tensors],
+        microbatches: Sequence[Microbatch],
+        pending: Mapping[int, Future[None]] | None = None,
+    ) -> Flight:
+        """Enqueues every GPU's graph behind the iterations in flight, fewer than `capacity`.
 
         Args:
-            tensors: The model's parameters and buffers by qualified name, on the host. They are read only.
-            inputs: User inputs of each microbatch by name.
+            tensors: The model's parameters and buffers by qualified name, on the host. They are read only,
+                until the iteration is over.
+            inputs: User inputs of each microbatch by name; also read until then.
             microbatches: Seed, sizes and loss scale of each microbatch.
             pending: Segment -> work on the host that must be over before tensors that this segment is the
                 first to read are uploaded.
 
-        Raises:
-            ExecutionError: An instruction failed. Nothing of the model has changed.
-            WorkerTimeout: No instruction came to its end for `timeout_s`.
+        Returns:
+            What to wait for. Its `result` says what an instruction raised; nothing of the model has changed.
         """
         if pending and not self._arenas.follow(self._program.weights, tensors):
             wait(pending.values())  # what is about to be copied must be there
         self._arenas.refresh(self._program.weights, tensors)
-        self._slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
         host: dict[str, Any] = {
             buffers.weights(buffers.HOST, segment): {name: tensors[name] for name in names}
             for segment, names in enumerate(self._program.weights)
@@ -148,36 +156,76 @@ class Engine:
         for index, microbatch in enumerate(inputs):
             host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
         iteration = Iteration(host, self.before_instruction, self.record_times)
-        self._await_host(pending or {}, iteration)
+        with self._lock:
+            if len(self._flights) >= self.capacity:  # its caller was interrupted before it could wait
+                self._flights[-1].cancel()
+                self._come_to_rest(self._flights[-1])
+            bay = self._bays[0]
+            flight = Flight(bay, iteration, len(inputs), self._shift, self._finish, self._cancel_from)
+            bay.slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
+            if self._flights:
+                iteration.before = self._flights[-1].iteration
+            iteration.behind, iteration.marked = self._behind, self._marked
+            self._await_host(pending or {}, iteration)
+            self._flights.append(flight)
+            try:
+                self._dispatch(flight, microbatches)
+            except BaseException:
+                iteration.cancel()
+                self._come_to_rest(flight)
+                raise
+        return flight
+
+    def _dispatch(self, flight: Flight, microbatches: Sequence[Microbatch]) -> None:
+        """Where the schedule rotates, each iteration runs shifted by that many GPUs."""
+        gpus = len(self._places)
+        for number, worker in enumerate(flight.bay.workers):
+            worker.place = self._places[(number + flight.shift) % gpus]
+        for worker in flight.bay.workers:
+            worker.start(flight.iteration, microbatches)
+        for sums in flight.bay.hosts:
+            sums.start(flight.iteration)
+        flight.drains = flight.bay.drain()
+        self._bays.rotate(-1)
+        self._shift = (self._shift + self._program.schedule.rotate) % gpus
+
+    def _finish(self, flight: Flight) -> Result:
+        iteration = flight.iteration
+        iteration.progress_s = time.perf_counter()  # until now it may have stood behind another
         try:
-            for worker in self._workers:
-                worker.start(iteration, microbatches)
-            for sums in self._hosts:
-                sums.start(iteration)
-            self._await(iteration)
+            if not flight.lost:
+                self._await(flight.drains, flight)
         except BaseException:
-            iteration.cancel()
-            self._come_to_rest(iteration)
+            self._cancel_from(flight)
+            self._come_to_rest(flight)
             raise
-        for worker in (*self._workers, *self._hosts):
-            worker.clear()
-        self._rotate()
+        host = iteration.host
+        self._leave(flight)
         if iteration.failure is not None:
             host.clear()  # frames that the error's traceback keeps may keep the iteration
             if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
+        if iteration.cancelled:
+            raise ExecutionError("the iteration was cancelled")
         times = iteration.times or {}
         self.times = {a.id: times[a.id] for a in self._program.schedule.actions() if a.id in times}
-        return self._result(host, len(inputs))
+        return self._result(host, flight.microbatches)
 
-    def _rotate(self) -> None:
-        """Where the schedule rotates, the next iteration runs shifted by that many GPUs."""
-        gpus, rotate = len(self._workers), self._program.schedule.rotate
-        self._shift = (self._shift + rotate) % gpus
-        places = [worker.place for worker in self._workers]
-        for number, worker in enumerate(self._workers):
-            worker.place = places[(number + rotate) % gpus]
+    def _cancel_from(self, flight: Flight) -> None:
+        with self._lock:
+            found = self._flights[self._flights.index(flight) :] if flight in self._flights else []
+        for one in found:
+            one.iteration.cancel()
+
+    def _leave(self, flight: Flight) -> None:
+        """It has come to rest: what it used is free for another one."""
+        flight.bay.clear()
+        # Futures that it waited for may know it for longer.
+        flight.iteration.before = None
+        flight.iteration.host = {}
+        with self._lock:
+            self._flights.remove(flight)
 
     def _await_host(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
         """Makes uploads wait for the host's work; its failure is the iteration's."""
@@ -194,22 +242,25 @@ class Engine:
         for segment, future in pending.items():
             future.add_done_callback(partial(over, segment))
 
-    def _await(self, iteration: Iteration) -> None:
-        drains = [event for worker in (*self._workers, *self._hosts) for event in worker.drain()]
-        await_all(drains, iteration, self._program.schedule, self._options.timeout_s, self._shift)
+    def _await(self, drains: Sequence[threading.Event], flight: Flight) -> None:
+        timeout_s = self._options.timeout_s
+        await_all(drains, flight.iteration, self._program.schedule, timeout_s, flight.shift)
 
-    def _come_to_rest(self, iteration: Iteration) -> None:
+    def _come_to_rest(self, flight: Flight) -> None:
         """Waits for what runs; leaves behind what does not end, with the memory it may write to."""
         try:
-            self._await(iteration)
+            self._await(flight.bay.drain(), flight)
         except BaseException as error:
-            _close(self._workers, self._hosts)
-            self._make_workers()
+            with self._lock:
+                for one in self._flights:
+                    one.lost = True
+                self._flights.remove(flight)
+                _close(self._places, self._host_streams)
+                self._make_workers()
             if not isinstance(error, WorkerTimeout):
                 raise
         else:
-            for worker in (*self._workers, *self._hosts):
-                worker.clear()
+            self._leave(flight)
 
     def _make_runners(self) -> dict[torch.device, list[StageRunner]]:
         """The stages on each device."""
@@ -229,18 +280,30 @@ class Engine:
             for device in dict.fromkeys(self._devices)
         }
 
+    @property
+    def _workers(self) -> list[Worker]:
+        """Those of every iteration that may be in flight."""
+        return [worker for bay in self._bays for worker in bay.workers]
+
     def _make_workers(self) -> None:
-        names = self._program.schedule.buffers
+        streams = self._make_streams()
+        runners = [self._runners[device] for device in self._devices]
+        self._places[:] = zip(streams, runners, strict=True)
+        self._host_streams[:] = [] if self._program.host is None else [self._make_host_streams()]
         self._shift = 0
-        self._slots = HostSlots(names, pin=self._options.cuda)
-        self._workers[:] = [
-            Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
-            for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
+        self._bays = deque(self._make_bay() for _ in range(self.capacity))
+
+    def _make_bay(self) -> Bay:
+        slots = HostSlots(self._program.schedule.buffers, pin=self._options.cuda)
+        workers = [
+            Worker(index, self._program, runners, streams, slots, self._arenas)
+            for index, (streams, runners) in enumerate(self._places)
         ]
         graph, dtype = self._program.host, self._options.gradient_dtype
-        self._hosts[:] = (
-            [] if graph is None else [HostSums(graph, self._make_host_streams(), self._slots, dtype)]
-        )
+        hosts = [
+            HostSums(graph, streams, slots, dtype) for streams in self._host_streams if graph is not None
+        ]
+        return Bay(workers, slots, hosts)
 
     def _make_streams(self) -> list[Streams]:
         return [
@@ -295,7 +358,7 @@ class Engine:
                 f"{failure.instruction} (sum of stage {action.stage}'s gradients) failed on the host in "
                 f"{self._chain.segments[action.part].name}: {reason}.{_advice_on_host(error)} {after}"
             )
-        graph = self._workers[failure.gpu].runners[action.stage].graph
+        graph = self._places[failure.gpu][1][action.stage].graph
         node = blame.failing_node(error, graph.graph_module)
         traceback.clear_frames(error.__traceback__)
         first, last = (self._chain.segments[i].name for i in (graph.stage.first, graph.stage.last))
@@ -343,6 +406,18 @@ def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
     return {segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)}
 
 
-def _close(workers: list[Worker], hosts: list[HostSums]) -> None:
-    for worker in (*workers, *hosts):
-        worker.close()
+def _behind(schedule: Schedule) -> dict[str, tuple[str, ...]]:
+    """Upload -> what must be over of the iteration before: a GPU holds the weights of two jobs at most."""
+    events = chain_events(schedule, 2, "async", schedule.rotate)
+    count = len(events.actions)
+    found: dict[str, tuple[str, ...]] = {}
+    for action, sources in zip(events.actions, events.sources[count:], strict=True):
+        before = tuple(events.actions[source].id for source in sources if source < count)
+        if before:
+            found[action.id] = before
+    return found
+
+
+def _close(places: list[tuple[Streams, list[StageRunner]]], host_streams: list[Streams]) -> None:
+    for streams in (*(streams for streams, _ in places), *host_streams):
+        streams.close()

@@ -14,7 +14,7 @@ from rpcompile.runtime.read_guard import unguarded
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_Task = tuple[tuple[int, int], int, "Callable[[], None]", "Future[None]"]
+_Task = tuple[tuple[int, ...], int, "Callable[[], None]", "Future[None]"]
 
 
 class HostQueue:
@@ -30,11 +30,11 @@ class HostQueue:
         self._thread: threading.Thread | None = None
         self.close = weakref.finalize(self, self._shared.close)
 
-    def put(self, priority: tuple[int, int], task: Callable[[], None]) -> Future[None]:
+    def put(self, priority: tuple[int, ...], task: Callable[[], None]) -> Future[None]:
         """Queues a task.
 
         Args:
-            priority: What kind of work it is, then the segment that it is for.
+            priority: E.g. what kind of work it is, then the segment that it is for.
             task: Runs on the queue's thread.
 
         Returns:

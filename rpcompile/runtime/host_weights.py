@@ -4,8 +4,9 @@ Copies are of trainable parameters only, and are made on the host queue:
 
 - for a compute dtype that is not the masters', at the beginning of every iteration, segment by segment
   behind the segment's update;
-- in asynchronous mode, before the first update of a step, so that the next iteration computes with
-  the weights of before the step while the step is under way.
+- in asynchronous mode, segment by segment behind the update, for the iterations behind the next step. There
+  are two sets, for an iteration is in flight while the next one begins: iterations between two steps read one
+  of them, those behind the next step the other.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class HostWeights:
         self._dtype = compute_dtype
         self._asynchronous = asynchronous
         self._copies: Tensors = {}
-        self._published: dict[int, Future[None]] | None = None
+        self._sets: tuple[Tensors, Tensors] = {}, {}
+        self._filled: list[dict[int, Future[None]]] = []  # by set: segment -> what makes it
+        self._turn = 0  # the set of this iteration
         self._stepped = False
         self._versions: dict[str, tuple[int, int]] = {}
 
@@ -60,20 +63,25 @@ class HostWeights:
         return {name: segment for segment, names in enumerate(self._names) for name in names}
 
     def before_step(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Asynchronous mode: keeps the weights as they are for the next iteration.
+        """Asynchronous mode: what the user has changed in the weights is for the next iteration already.
 
         Args:
             masters: The model's tensors by name.
         """
-        if self._asynchronous and not self._stepped:
-            self._updates.wait()
-            self._published = self._copy(PUBLISH, masters, self._copies)
+        if self._filled and not self._stepped:
+            if self._edited(masters):
+                other = 1 - self._turn
+                self._filled[other] = self._copy(PUBLISH, masters, self._sets[other])
             self._stepped = True
 
     def after_step(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Asynchronous mode: notes what the weights are when the step is over, to tell a later edit."""
-        if not self._asynchronous:
+        """Asynchronous mode: keeps what the step makes for the iteration behind the next step.
+
+        It also notes what the weights are when the step is over, to tell a later edit.
+        """
+        if not self._filled:
             return
+        self._filled[self._turn] = self._copy(UPDATE, masters, self._sets[self._turn])
         self._versions = {}
 
         def note() -> None:
@@ -91,15 +99,16 @@ class HostWeights:
             Tensors by name; and segment -> the work that must be over before anything is uploaded that
             this segment was the first to read.
         """
-        self._stepped = False
-        if self._versions and self._versions != self._current(masters):
-            self._published = None  # the user has loaded other weights
-        if self._published is not None:
-            return {**masters, **self._copies}, self._published
+        if self._asynchronous:
+            return self._take_turns(masters)
         if self._dtype is None:
             return dict(masters), dict(self._updates.pending)
         pending = self._copy(UPDATE, masters, self._copies)
         return {**masters, **self._copies}, pending
+
+    def restart(self) -> None:
+        """Asynchronous mode: the next iteration computes with the weights as they are then."""
+        self._filled = []
 
     def for_evaluation(self, masters: Mapping[str, torch.Tensor]) -> Tensors:
         """The weights as they are, in the compute dtype; nothing may be in flight."""
@@ -110,6 +119,20 @@ class HostWeights:
         for copied in self._copy(UPDATE, masters, copies).values():
             copied.result()
         return {**masters, **copies}
+
+    def _take_turns(self, masters: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[int, Future[None]]]:
+        if not self._filled or self._edited(masters):
+            self._updates.wait()
+            self._filled = [self._copy(PUBLISH, masters, copies) for copies in self._sets]
+            self._versions = self._current(masters)
+        elif self._stepped:
+            self._turn = 1 - self._turn
+        self._stepped = False
+        return {**masters, **self._sets[self._turn]}, self._filled[self._turn]
+
+    def _edited(self, masters: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the user has loaded other weights; never while a step is under way: that would wait."""
+        return bool(self._versions) and self._versions != self._current(masters)
 
     def _current(self, masters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
         """What tells whether a tensor has been changed in place or replaced."""

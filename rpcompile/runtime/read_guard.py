@@ -47,7 +47,7 @@ class ReadGuard:
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
         self._lock = threading.Lock()
-        self._held: dict[int, tuple[Any, type]] = {}
+        self._held: dict[int, tuple[Any, type, int]] = {}  # with how often it is held
         self._guards: dict[type, type] = {own: _tensor_guard(own, wait) for own in _PLAIN}
 
     def can_hold(self, tensor: torch.Tensor) -> bool:
@@ -55,10 +55,10 @@ class ReadGuard:
         return type(tensor) in _PLAIN or self.is_held(tensor)
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Guards plain tensors and parameters."""
+        """Guards plain tensors and parameters, until each has been released as often."""
         with self._lock:
             for tensor in tensors:
-                if type(tensor) in _PLAIN:
+                if id(tensor) in self._held or type(tensor) in _PLAIN:
                     self._switch(tensor)
 
     def hold_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -67,7 +67,7 @@ class ReadGuard:
             if id(optimizer) not in self._held:
                 own = type(optimizer)
                 self._guards.setdefault(own, _optimizer_guard(own, self._wait))
-                self._switch(optimizer)
+            self._switch(optimizer)
 
     def is_held(self, item: object) -> bool:
         """Whether a tensor or optimizer is guarded now."""
@@ -75,17 +75,20 @@ class ReadGuard:
             return id(item) in self._held
 
     def release(self, items: Iterable[object]) -> None:
-        """Gives items their own class back, those that are guarded."""
+        """Gives items their own class back, those that nobody else holds."""
         with self._lock:
             for item in items:
-                found, own = self._held.pop(id(item), (None, object))
-                if found is not None:
+                found, own, count = self._held.pop(id(item), (None, object, 0))
+                if count > 1:
+                    self._held[id(item)] = (found, own, count - 1)
+                elif found is not None:
                     found.__class__ = own
 
     def _switch(self, item: Any) -> None:
-        own = type(item)
-        self._held[id(item)] = (item, own)
-        item.__class__ = self._guards[own]
+        _, own, count = self._held.get(id(item), (item, type(item), 0))
+        self._held[id(item)] = (item, own, count + 1)
+        if not count:
+            item.__class__ = self._guards[own]
 
 
 def _tensor_guard(own: type, wait: Callable[[], None]) -> type:

@@ -13,7 +13,7 @@ import torch
 from rpcompile.runtime.read_guard import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from rpcompile.runtime.stage_runner import Tensors
 
@@ -45,6 +45,9 @@ class Iteration:
         updates: Segment -> events of the host's work on its weights, which uploads wait for.
         failure: The first exception, None so far.
         cancelled: Whether streams skip the tasks they still have.
+        before: The iteration that is still in flight in front of this one, if any.
+        behind: Upload -> what must be over of `before` first.
+        marked: What the iteration behind this one waits for.
         running: What each stream is doing, and since when (`time.perf_counter`).
         progress_s: When an instruction last came to its end.
         times: Start and end of each action by id, in the same clock; None unless asked for.
@@ -61,6 +64,9 @@ class Iteration:
         self.updates: dict[int, tuple[str, ...]] = {}
         self.failure: Failure | None = None
         self.cancelled = False
+        self.before: Iteration | None = None
+        self.behind: Mapping[str, Sequence[str]] = {}
+        self.marked: Collection[str] = ()
         self.running: dict[Place, tuple[str, float]] = {}
         self.progress_s = time.perf_counter()
         self.times: dict[str, tuple[float, float]] | None = {} if record_times else None
@@ -165,8 +171,8 @@ class Streams(Protocol):
     ) -> None:
         """Puts a task behind the others of a stream; it is skipped if the iteration is cancelled."""
 
-    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
-        """What comes behind on `stream` runs once `event` has happened."""
+    def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
+        """What comes behind on `stream` runs once `event` has happened, `of` another iteration if given."""
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
         """`event` happens when everything before it on `stream` is over."""
@@ -217,8 +223,9 @@ class CpuStreams:
     ) -> None:
         self._threads[stream].put(iteration, instruction, task)
 
-    def wait(self, iteration: Iteration, stream: str, event: str) -> None:
-        self._threads[stream].put(iteration, f"wait {event}", lambda: iteration.wait_until_over(event))
+    def wait(self, iteration: Iteration, stream: str, event: str, of: Iteration | None = None) -> None:
+        owner = of or iteration
+        self._threads[stream].put(iteration, f"wait {event}", lambda: owner.wait_until_over(event))
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
         self._threads[stream].put(iteration, f"record {event}", lambda: iteration.record(event))

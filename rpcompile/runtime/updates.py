@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import defaultdict
 from concurrent.futures import Future
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # Kinds of work on the host queue, most urgent first: all that an asynchronous iteration reads is copied
-# before the first update; an update and the cast behind it go segment by segment.
-PUBLISH, UPDATE, FINISH = 0, 1, 2
+# before the first update; an update and the cast or copy behind it go segment by segment.
+_IN_ORDER, PUBLISH, UPDATE, FINISH = 0, 1, 2, 3
 
 
 class Updates:
@@ -44,6 +45,18 @@ class Updates:
         self._futures: list[Future[None]] = []
         self._clipped: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._separable: weakref.WeakKeyDictionary[Optimizer, tuple[str, bool]] = weakref.WeakKeyDictionary()
+        self._last_step: Future[None] | None = None
+        self._epoch = 0  # what is queued in one comes before what is queued in the next
+        # What was handed out before it was there, by turns, and what it comes from.
+        self._results = tuple(ReadGuard(partial(self._wait_for, turn)) for turn in range(2))
+        self._makers: list[list[Future[None]]] = [[], []]
+        self.skipping = False
+        """Whether tasks are passed over: an iteration failed in flight and the caller has not been told."""
+        self._untold: list[tuple[ReadGuard, list[Any]]] = []  # what stays guarded until then
+        self.forgotten: Callable[[], None] = lambda: None
+        """Called when the caller is about to be told, and nothing is in flight any more."""
+        self.turn = 0
+        """Which of two turns the last iteration has."""
         self.pending: dict[int, Future[None]] = {}
         """Segment -> its last update, which may be over."""
 
@@ -62,8 +75,9 @@ class Updates:
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.raise_failed()
-        if any(map(self.guard.is_held, (optimizer, *parameters))):
-            self.wait()
+        if any(map(self.guard.is_held, (optimizer, *parameters))) and self._last_step is not None:
+            self._last_step.exception()  # iterations in flight go on
+            self.raise_failed()
         if not (all(map(self.guard.can_hold, parameters)) and self._is_separable(optimizer)):
             self.wait()
             before()
@@ -89,21 +103,56 @@ class Updates:
         """
         with unguarded():
             gradients = [grad for p in parameters if (grad := p.grad) is not None]
-        if any(map(self.guard.is_held, gradients)):
+        in_flight = any(map(self.guard.is_held, gradients))
+        clipped = any(id(gradient) in self._clipped for gradient in gradients)
+        if in_flight and self._epoch and not clipped and not error_if_nonfinite:
+            return self._clip_later(gradients, max_norm, norm_type)
+        if in_flight:
             self.wait()
         norm = torch.nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
-        scale = torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0)
-        with self._lock:
-            self._clipped.update({id(gradient): (gradient, scale) for gradient in gradients})
-        self.guard.hold(gradients)
+        self._clip(gradients, _scale(norm, max_norm))
         return norm
+
+    def is_clipped(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether a gradient is still to be scaled."""
+        with self._lock, unguarded():
+            return bool(self._clipped) and any(id(p.grad) in self._clipped for p in parameters)
 
     def put(self, kind: int, segment: int, task: Callable[[], None]) -> Future[None]:
         """Queues other work on the host; `wait` waits for it too."""
-        future = self.queue.put((kind, segment), task)
+        future = self.queue.put((self._epoch, kind, segment), task)
         with self._lock:
             self._futures.append(future)
         return future
+
+    def put_in_order(self, turn: int, task: Callable[[], None], makes: torch.Tensor) -> Future[None]:
+        """Queues work behind all that is queued.
+
+        Args:
+            turn: 0 or 1; whoever reads what one made does not wait for the other.
+            task: The work; passed over if an iteration has failed.
+            makes: A tensor that it gives its value. Reading it waits.
+        """
+        guard = self._results[turn]
+        guard.hold([makes])
+
+        def run() -> None:
+            try:
+                task()
+            finally:
+                self.release([makes], guard)
+
+        self._epoch += 1
+        future = self.put(_IN_ORDER, 0, run)
+        self._makers[turn] = [*(one for one in self._makers[turn] if not one.done()), future]
+        return future
+
+    def release(self, items: list[Any], guard: ReadGuard | None = None) -> None:
+        """Lets go of what a task has held; where an iteration failed, once the caller has been told."""
+        if self.skipping:
+            self._untold.append((guard or self.guard, items))
+        else:
+            (guard or self.guard).release(items)
 
     def wait(self) -> None:
         """Returns when nothing is in flight and every gradient is as the user was told.
@@ -114,6 +163,8 @@ class Updates:
         with self._lock:
             for future in self._futures:
                 future.exception()
+            if self.skipping:
+                self.raise_failed()
             with torch.no_grad(), unguarded():
                 for gradient, scale in self._clipped.values():
                     gradient.mul_(scale)
@@ -133,6 +184,8 @@ class Updates:
             self._futures = [future for future in self._futures if not future.done()]
         errors = [error for future in over if (error := future.exception()) is not None]
         if errors:
+            if self.skipping:
+                self._forget_all()
             self.forget(errors[0])
             raise errors[0]
 
@@ -146,10 +199,50 @@ class Updates:
 
     def close(self) -> None:
         """Waits, then ends the thread."""
-        self.wait()
-        self.queue.close()
+        try:
+            self.wait()
+        finally:
+            self.queue.close()
 
     # ------------------------------------------------------------------- helpers
+
+    def _wait_for(self, turn: int) -> None:
+        if any(future.exception() is not None for future in self._makers[turn]):
+            self.raise_failed()
+
+    def _forget_all(self) -> None:
+        """An iteration failed in flight: what was queued behind it is passed over, and then gone."""
+        with self._lock:
+            for future in self._futures:
+                future.exception()
+            self._futures.clear()
+            self.pending.clear()
+            self.guard.release([gradient for gradient, _ in self._clipped.values()])
+            self._clipped.clear()
+            self._makers = [[], []]
+        self.forgotten()
+        self.skipping = False
+        while self._untold:
+            guard, items = self._untold.pop()
+            guard.release(items)
+
+    def _clip(self, gradients: list[torch.Tensor], scale: torch.Tensor) -> None:
+        with self._lock:
+            self._clipped.update({id(gradient): (gradient, scale) for gradient in gradients})
+        self.guard.hold(gradients)
+
+    def _clip_later(self, gradients: list[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
+        """Gradients are still in flight; the norm that is returned is there when they are."""
+        norm, scale = torch.full((), torch.nan), torch.ones(())
+
+        def measure() -> None:
+            if not self.skipping:
+                norm.data = torch.nn.utils.get_total_norm(gradients, norm_type)
+                scale.data = _scale(norm, max_norm)
+
+        self.put_in_order(self.turn, measure, norm)
+        self._clip(gradients, scale)
+        return norm
 
     def _is_separable(self, optimizer: Optimizer) -> bool:
         # Schedulers change numbers in every step; what matters is which are zero.
@@ -176,14 +269,15 @@ class Updates:
             held += list(known)
             self.guard.hold(held)
             task = self._unit(stepper, segment, members, held, failed)
+            self.guard.release(m.values.grad for m in members if m.scale is not None)  # held since clipped
             self.pending[segment] = self.put(UPDATE, segment, task)
         self.guard.hold_optimizer(optimizer)
 
         def finish() -> None:
             stepper.finish()
-            self.guard.release([optimizer])
+            self.release([optimizer])
 
-        self.put(FINISH, 0, finish)
+        self._last_step = self.put(FINISH, 0, finish)
 
     def _units(self, optimizer: Optimizer, owners: Mapping[int, int]) -> dict[int, list[Member]]:
         units: dict[int, list[Member]] = defaultdict(list)
@@ -211,7 +305,7 @@ class Updates:
 
         def update() -> None:
             try:
-                if not failed.is_set():
+                if not failed.is_set() and not self.skipping:
                     with EXPORT_LOCK:
                         stepper.step(members)
             except BaseException as error:
@@ -221,9 +315,13 @@ class Updates:
                     f"before it are updated, it may be in part, those behind it are not; load a checkpoint"
                 ) from error
             finally:
-                self.guard.release(held)
+                self.release(held)
 
         return update
+
+
+def _scale(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    return torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0)
 
 
 def _run_hooks(optimizer: Optimizer, hooks: Iterable[Any]) -> None:

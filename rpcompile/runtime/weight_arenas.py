@@ -67,12 +67,14 @@ class WeightArenas:
         pin: Register the arenas with CUDA.
         adopt: Use arenas at all; otherwise weights stay where they are (memory-mapped files do) and are
             uploaded one by one.
+        versions: Tensors of one name that take turns and are each kept a place; the oldest gives way.
     """
 
-    def __init__(self, pin: bool = False, adopt: bool = False) -> None:
+    def __init__(self, pin: bool = False, adopt: bool = False, versions: int = 1) -> None:
         self._pin = pin
         self._adopt = adopt
-        self._places: dict[str, _Place] = {}
+        self._versions = versions
+        self._places: dict[str, tuple[_Place, ...]] = {}
 
     def refresh(self, groups: Sequence[Sequence[str]], tensors: Mapping[str, torch.Tensor]) -> None:
         """Makes the arenas agree with the model; to be called before an iteration.
@@ -89,20 +91,21 @@ class WeightArenas:
                 strange = {
                     name: tensor
                     for name in names
-                    if not self._knows(name, tensor := tensors[name]) and tensor.requires_grad is trainable
+                    if self._find(name, tensor := tensors[name]) is None and tensor.requires_grad is trainable
                 }
                 if strange:
                     private = _private(tensors.values()) if private is None else private
                     self._place(strange, private)
         with torch.no_grad():
-            for place in self._places.values():
-                if not place.follows:
+            for name in {name for names in groups for name in names}:
+                place = self._find(name, tensors[name])
+                if place is not None and not place.follows:
                     place.view.copy_(place.source)
 
     def follow(self, groups: Sequence[Sequence[str]], tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether `refresh` would have nothing to copy."""
         return not self._adopt or all(
-            self._knows(name, tensors[name]) and self._places[name].follows
+            (place := self._find(name, tensors[name])) is not None and place.follows
             for names in groups
             for name in names
         )
@@ -110,7 +113,8 @@ class WeightArenas:
     def upload(self, tensors: Tensors, device: torch.device) -> Tensors:
         """Copies of host tensors on a device; enqueued, where the device is asynchronous."""
         made: Tensors = {}
-        placed = {name: tensor for name, tensor in tensors.items() if self._knows(name, tensor)}
+        found = {name: self._find(name, tensor) for name, tensor in tensors.items()}
+        placed = {name: (tensors[name], place) for name, place in found.items() if place is not None}
         for run in self._runs(placed):
             flat = torch.empty(run.end - run.begin, dtype=torch.uint8, device=device)
             copy_in_chunks(flat, run.arena[run.begin : run.end])
@@ -124,9 +128,10 @@ class WeightArenas:
                 copy_in_chunks(made[name], tensor.detach())
         return {name: made[name] for name in tensors}
 
-    def _knows(self, name: str, tensor: torch.Tensor) -> bool:
-        place = self._places.get(name)
-        return place is not None and place.source.data_ptr() == tensor.data_ptr()
+    def _find(self, name: str, tensor: torch.Tensor) -> _Place | None:
+        pointer = tensor.data_ptr()
+        places = self._places.get(name, ())
+        return next((place for place in places if place.source.data_ptr() == pointer), None)
 
     def _place(self, tensors: Tensors, private: set[int]) -> None:
         """Puts tensors into a new arena; one that has several names is put there once."""
@@ -145,23 +150,24 @@ class WeightArenas:
                 view.copy_(tensor)
             if pointers[name] in private:
                 tensor.data = view.data
-            self._places[name] = _Place(arena, start, tensor.nbytes, view, tensor)
+            places = *self._places.get(name, ()), _Place(arena, start, tensor.nbytes, view, tensor)
+            self._places[name] = places[-self._versions :]
 
-    def _runs(self, tensors: Tensors) -> list[_Run]:
+    def _runs(self, placed: Mapping[str, tuple[torch.Tensor, _Place]]) -> list[_Run]:
         by_arena: dict[int, list[str]] = defaultdict(list)
-        for name in tensors:
-            by_arena[self._places[name].arena.data_ptr()].append(name)
+        for name, (_, place) in placed.items():
+            by_arena[place.arena.data_ptr()].append(name)
         runs: list[_Run] = []
         for names in by_arena.values():
-            names.sort(key=lambda name: self._places[name].offset)
+            names.sort(key=lambda name: placed[name][1].offset)
             end: int | None = None
             for name in names:
-                place = self._places[name]
+                tensor, place = placed[name]
                 if end is None or place.offset - end >= ALIGNMENT:
                     runs.append(_Run(place.arena, place.offset, place.offset))
                 run = runs[-1]
                 run.end = end = max(run.end, place.offset + place.nbytes)
-                run.members.append((name, tensors[name], place.offset - run.begin))
+                run.members.append((name, tensor, place.offset - run.begin))
         return runs
 
 

@@ -114,6 +114,9 @@ class Worker:
         for source in reads:
             for event in self._now.updates.get(buffers.segment_of(source), ()):
                 self._streams.wait(self._now, Stream.WEIGHTS, event)
+        if (before := self._now.before) is not None:
+            for event in self._now.behind.get(action, ()):
+                self._streams.wait(self._now, Stream.WEIGHTS, event, before)
         self._enqueue(Stream.WEIGHTS, action, task)
 
     def load(self, action: str, **arguments: Any) -> None:
@@ -137,6 +140,8 @@ class Worker:
                 self._free(name, stream)
 
         self._enqueue(stream, action, task)
+        if action in self._now.marked:
+            self._streams.record(self._now, stream, action)
 
     def forward(
         self, action: str, stage: int, microbatch: int, reads: Sequence[str], writes: Sequence[str]
