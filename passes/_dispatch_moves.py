@@ -84,12 +84,12 @@ def energy(
     most_bytes: float,
     state: State,
     order: np.ndarray,
-    starts: np.ndarray,
+    ends: np.ndarray,
 ) -> float:
     """Seconds, with penalties for what breaks a limit."""
     size = state.size[0]
     stages = stages_of(tables, size, state.cuts)
-    played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], starts[:size])
+    played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], ends[:size])
     over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / machine.limit_bytes.min()
     return (played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s) * (
         1.0 + _PENALTY * over
@@ -322,19 +322,19 @@ def anneal(
     """
     np.random.seed(seed)
     most, microbatches = best.gpu_of.shape
-    order, starts = np.empty((most, microbatches), np.int64), np.empty((most, microbatches))
+    order, ends = np.empty((most, microbatches), np.int64), np.empty((most, microbatches))
     gpus = machine.speed.size
-    least = energy(tables, machine, most_bytes, best, order, starts)
+    least = energy(tables, machine, most_bytes, best, order, ends)
     if begin == 0:
         _copy(best, now)
     walk = now
-    value = energy(tables, machine, most_bytes, now, order, starts)
+    value = energy(tables, machine, most_bytes, now, order, ends)
     for move in range(begin, end):
         _copy(now, then)
         dealing = now.wanted[0] > 0
         if not _move(tables, then, widest if dealing else gpus, dealing):
             continue
-        new = energy(tables, machine, most_bytes, then, order, starts)
+        new = energy(tables, machine, most_bytes, then, order, ends)
         heat = least * hot * (cold / hot) ** (move / moves)
         if new - value <= -heat * np.log(1.0 - np.random.random()):
             now, then = then, now

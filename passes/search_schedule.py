@@ -268,12 +268,12 @@ class SearchSchedule:
     ) -> SearchedSchedule:
         size = int(state.size[0])
         cuts = state.cuts[: size + 1].tolist()
-        order, starts = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
+        order, ends = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
         stages = stages_of(problem.tables, size, state.cuts)
         machine, wanted = problem.machine, state.wanted[:size]
         if machine.iterations > 1:  # long enough for any pattern over several iterations to show
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
-        played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
+        played = play(machine, stages, state.gpu_of[:size], wanted, order, ends)
         if played.excess_bytes > 0:
             raise self._nothing_fits(chain, problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
