@@ -41,6 +41,7 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
     gradients, memory, hop = np.empty(size), np.empty(size), np.empty(size)
     handed, updated, lingering = np.empty(size), np.zeros(size), np.empty(size)
     ahead, saved_by, saved_hop = np.zeros(size), np.full(size, -1), np.zeros(size)
+    stored, kept = np.empty(size), np.zeros(size)
     n, maker = tables.segments, size
     for s in range(size):
         begin, end = cuts[s], cuts[s + 1]
@@ -56,8 +57,10 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
             while cuts[maker] >= lowest:
                 maker -= 1
             saved_by[s], saved_hop[s] = maker, tables.saved_s[lowest]
+            if 0 < lowest < cuts[maker + 1]:
+                kept[maker] += tables.handed_bytes[lowest]
         compute[s], loaded[s], weights[s], gradients[s], memory[s] = row[0], row[1], row[2], row[3], row[4]
-        lingering[s] = row[5]
+        lingering[s], stored[s] = row[5], row[6]
         hop[s], handed[s] = tables.hop_s[begin], tables.handed_bytes[begin]
         if begin < n:
             updated[s] = tables.updated_bytes[min(end, n)] - tables.updated_bytes[begin]
@@ -74,6 +77,8 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
         updated,
         memory,
         lingering,
+        stored + kept,
+        kept,
     )
 
 

@@ -73,8 +73,10 @@ class Stages(NamedTuple):
         weight_bytes: Uploaded by each job.
         gradient_bytes: Downloaded by each job.
         updated_bytes: Gradients of the segments that this stage is the first to need; 0 for B stages.
-        memory_bytes: All that one job of the stage can have on its GPU.
+        memory_bytes: All that one job of the stage can have on its GPU, but for `kept_bytes`.
         lingering_bytes: Not 0 if the stage changes buffers of the model, which only one job may do.
+        stored_bytes: All that is copied down.
+        kept_bytes: The part of it that a backward stage recomputes from and that lies inside this stage.
     """
 
     compute_s: np.ndarray
@@ -89,6 +91,8 @@ class Stages(NamedTuple):
     updated_bytes: np.ndarray
     memory_bytes: np.ndarray
     lingering_bytes: np.ndarray
+    stored_bytes: np.ndarray
+    kept_bytes: np.ndarray
 
 
 class Played(NamedTuple):
@@ -147,12 +151,14 @@ def play(
         ends: (stages, microbatches) filled with the end of each, in the last iteration.
     """
     count, microbatches = gpu_of.shape
+    sets = min(2, microbatches)  # microbatches whose copies a GPU holds at once
     gpus = machine.speed.size
     left = np.full(SLICES, machine.host_bytes_per_s * machine.slice_s)
     free, before, uploaded = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     sent, sent_before, busy = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     lands, load = np.zeros(gpus), np.zeros(gpus)
-    memory, weights, gradients = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
+    memory, gradients = np.zeros(gpus), np.zeros(gpus)  # of the job before
+    load_before, store_before = np.zeros(gpus), np.zeros(gpus)
     ready = np.zeros(microbatches)
     came = np.empty(microbatches, np.int64)
     line = np.arange(microbatches)
@@ -247,11 +253,17 @@ def play(
                     continue
                 parts += 1
                 dealt_jobs += 1 if iteration == 0 else 0
-                # Residency of the job before this one: it, these weights, the gradients before it.
-                own = stages.memory_bytes[s] + here[g] * handed
-                excess = max(excess, memory[g] + nbytes - limit[g])
-                excess = max(excess, own + gradients[g] - limit[g])
-                memory[g], gradients[g], weights[g] = own + gradients[g], gradient, nbytes
+                # What `StageCosts.resident_bytes` has: of the job before with what comes for this one, and
+                # of this one with what the job before leaves behind.
+                loaded, stored = stages.loaded_bytes[s], stages.stored_bytes[s]
+                ahead_bytes = nbytes + max(0.0, loaded - (sets - 1) * load_before[g])
+                excess = max(excess, memory[g] + ahead_bytes - limit[g])
+                # What was made right here waits in place; the sets of copies are for the others.
+                copies = min(sets, jobs[g] - here[g]) - sets
+                own = stages.memory_bytes[s] + sets * stages.kept_bytes[s] + (here[g] + copies) * handed
+                own += gradients[g] + max(0.0, store_before[g] - (sets - 1) * stored)
+                excess = max(excess, own - limit[g])
+                memory[g], gradients[g], load_before[g], store_before[g] = own, gradient, loaded, stored
                 gate = free[g]
                 if nbytes > 0.0:
                     begin = max(max(uploaded[g], before[g]), released) + machine.latency_s
