@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 _BACKWARD_LENGTHS = (1, 2, 4)
-_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest
+_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest, and as many of one segment
 _JOB_WORK = 8  # of playing a job's uploads and downloads
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
@@ -152,7 +152,9 @@ def _fused_begins(problem: Problem) -> list[int]:
     n = tables.segments
     fitting = [begin for begin in range(tables.first_fused, n) if tables.fused[begin, 4] <= limit]
     longest = n - 1 - min(fitting, default=n - 1)
-    return sorted({n - 1 - more for part in range(_FUSED_LENGTHS + 1) for more in (part, longest * part // _FUSED_LENGTHS) if more<=longest})
+    parts = range(_FUSED_LENGTHS + 1)
+    more = {min(part, longest) for part in parts} | {longest * part // _FUSED_LENGTHS for part in parts}
+    return sorted(n - 1 - segments for segments in more)
 
 
 def _regular_cuts(tables: Tables, forward: int, backward: int, begin: int, first: int = 0) -> list[int]:

@@ -37,12 +37,12 @@ _WIDEST = 64  # GPUs
 _MOST_MICROBATCHES = 512
 _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
-_MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do not pay on short ones
+_MOVES_A_PLACE = 20_000  # moves of one run for each position on the line; more do not pay on short ones
 _KEPT = 8  # starts that are annealed
-_REFINED = 2  # how many of those are annealed again, and then once more GPU by GPU
+_REFINED = 3  # how many of those are annealed again, and then once more GPU by GPU
 _AGAIN = 4  # how often each where there is nothing else to decide, on a ring
 # Of each round of annealing: its share of the work, and the share of the time a move may cost (first, last).
-_ROUNDS = ((0.25, 3e-3, 3e-4), (0.4, 1e-3, 3e-5), (0.35, 1e-4, 1e-5))
+_ROUNDS = ((0.4, 2e-2, 1e-4), (0.4, 2e-3, 3e-5), (0.2, 1e-4, 1e-5))
 _RING_ROUNDS = ((0.5, 1e-3, 1e-4), (0.5, 1e-3, 3e-5))
 
 
@@ -51,7 +51,7 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        work: What may be played, in all, in units of one microbatch of one stage: about 10 ns each.
+        work: What may be played, in all, in units of one microbatch of one stage: about 5 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 
@@ -59,7 +59,7 @@ class Effort:
     limit_s: float
 
 
-EFFORTS = {"fast": Effort(1e8, 2.0), "normal": Effort(1.6e9, 20.0), "thorough": Effort(8e9, 90.0)}
+EFFORTS = {"fast": Effort(1e8, 2.0), "normal": Effort(3e9, 20.0), "thorough": Effort(1.5e10, 90.0)}
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,12 @@ class SearchSchedule:
             down_bytes_per_s=max(hardware.d2h_bytes_per_s for hardware in every),
             latency_s=min(hardware.latency_s for hardware in every),
         )
-        bound_s = least_seconds(chain, tables, fastest, self.microbatches)
+        most = math.inf if self.max_traffic is None else self.max_traffic * self._unit_bytes(chain)
+        bound_s = least_seconds(chain, tables, fastest, self.microbatches, most)
         if bound_s <= 0:
             raise InvalidArgument("all times of the chain are 0; give what the segments take")
         # Twice the bound, for bandwidth is only scarce where the time is near it.
-        slice_s = 2 * bound_s * machine.iterations / SLICES
-        most = math.inf if self.max_traffic is None else self.max_traffic * self._unit_bytes(chain)
-        machine = machine._replace(slice_s=slice_s)
+        machine = machine._replace(slice_s=2 * bound_s * machine.iterations / SLICES)
         return Problem(tables, machine, self.microbatches, most, self.gpus if self.replicas else 1), bound_s
 
     def _unit_bytes(self, chain: SegmentChain) -> float:

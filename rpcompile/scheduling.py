@@ -33,8 +33,9 @@ EFFORTS = {"fast": 2.0, "normal": 20.0, "thorough": 90.0}
 """Names and seconds of wall time for all that `effort` asks for; the search's own `EFFORTS` counts moves."""
 MODES = ("sync", "async", "forward")
 _PROPOSING = 0.2  # share of that time in which CP-SAT proposes partitions
+_SEARCHED = 0.7  # share of that time after which the search is over: copies, events and the proof take theirs
 _LEAST_SEARCH = 0.2  # share of that time that a search has, however late it is
-_SHARE_STEP, _LEAST_SHARE = 0.05, 0.5  # of memory, where what was made does not fit after all
+_SHARE_STEP, _LEAST_SHARE = 0.005, 0.5  # of memory, where what was made does not fit after all; steps double
 _log = logging.getLogger("rpcompile")
 
 
@@ -62,6 +63,8 @@ class PlanOptions:
             be faster than one that recomputes them; "recompute": never; "offload": wherever it is possible;
             "as is": as the chain's segments say.
         host_bytes: What the host has, for attention outputs to fit in; None if that is not known.
+        fused_segments: Most segments in the fused stage of a search, which are not computed twice; 1 for the
+            last one only, as published schedules have it. None for as many as pay.
     """
 
     gpus: int
@@ -74,6 +77,7 @@ class PlanOptions:
     links: SharedLinks | None = None
     attention: str = "auto"
     host_bytes: int | None = None
+    fused_segments: int | None = None
 
 
 class Found(NamedTuple):
@@ -183,6 +187,14 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         raise InvalidArgument(
             f"max_traffic={options.max_traffic}; it must be above 0, or None to lift the limit"
         )
+    if options.fused_segments is not None:
+        if options.fused_segments < 1:
+            raise InvalidArgument(f"fused_segments={options.fused_segments} must be at least 1: the loss is")
+        if options.effort is None:
+            raise InvalidArgument(
+                f"fused_segments={options.fused_segments} is for a search; set effort to "
+                f"{', '.join(map(repr, EFFORTS))}"
+            )
     if not any(segment.forward_s or segment.backward_s for segment in chain.segments):
         raise InvalidArgument(
             f"all times of the {len(chain.segments)} segments are 0; give what they take, or estimate it"
@@ -217,14 +229,21 @@ class _Finding:
     def searched(self) -> Found:
         """The best of a search, and of the proposed partitions round robin."""
         options, effort = self.options, self.options.effort or "fast"
-        ends = time.monotonic() + EFFORTS[effort]
+        ends = time.monotonic() + _SEARCHED * EFFORTS[effort]
         self.announce(ProposePartitions.name)
         proposing = ProposePartitions(
             options.gpus, options.microbatches, _PROPOSING * EFFORTS[effort], options.seed
         )
         proposed = proposing.run(self.chain)
-        found = [self.fitting(lambda share: self._search(effort, share, proposed, ends))]
-        if proposed and options.mode == "sync" and options.max_traffic is None and not self.chain.kinds:
+        tried: list[Partition] = []
+
+        def search(share: float) -> _Made:
+            made = self._search(effort, share, (*tried, *proposed), ends)
+            tried[:] = [made[0]]
+            return made
+
+        found = [self.fitting(search)]
+        if self._may_beat(proposed, found[0]):
             with suppress(PartitionError):
                 found.append(self._fit(*self._dispatched(proposed[0])))
         # The last first: if times are equal, sums are taken in the order of plain PyTorch.
@@ -232,6 +251,14 @@ class _Finding:
         # The search's bound is one for every schedule of the chain.
         bound_s = min(best.iteration_s, max(item.partition.bound_s for item in (best, found[0])))
         return best._replace(partition=replace(best.partition, bound_s=bound_s))
+
+    def _may_beat(self, proposed: tuple[Partition, ...], found: Found) -> bool:
+        """Whether the best proposed partition may be as fast; its time leaves downloads out."""
+        options = self.options
+        limited = options.max_traffic is not None or options.fused_segments is not None or self.chain.kinds
+        if not proposed or options.mode != "sync" or limited:
+            return False
+        return proposed[0].objective_s <= found.iteration_s * (1 + 1e-9)
 
     def round_robin(self, share: float) -> _Made:
         """The solver's stages, one job each."""
@@ -289,6 +316,7 @@ class _Finding:
             ),
             partitions=proposed,
             replicas=options.effort is not None,
+            fused_segments=options.fused_segments,
             host_bytes_per_s=_host_rate(options.links),
         ).run(chain)
         if found.unused_gpus:
@@ -302,7 +330,7 @@ class _Finding:
         A partition is held to a bound on what its schedule takes, which the schedule's own can exceed.
         """
         problem: _DoesNotFit | None = None
-        share = 1.0
+        share, step = 1.0, _SHARE_STEP
         while share >= _LEAST_SHARE:
             try:
                 partition, dispatch = make(share)
@@ -314,7 +342,7 @@ class _Finding:
                 return self._fit(partition, dispatch)
             except _DoesNotFit as error:
                 problem = error
-                share = min(share - _SHARE_STEP, share * error.fits_share)
+                share, step = min(share - step, share * error.fits_share), 2 * step
         assert problem is not None
         raise problem
 
