@@ -90,10 +90,12 @@ def first_states(problem: Problem, partitions: Sequence[Partition], count: int) 
     given = given[: count // 2]
     known = {entry.cuts for entry in given}
     regular = [entry for entry in _best(problem, _regular(problem)) if entry.cuts not in known]
-    # Of every length of the fused stage one: moves rarely lead from one length to another far away.
+    # Half of the rest have fused stages of different lengths: few moves lead from one length to another.
+    places = count - len(given)
     leaders = {problem.fused_begin(entry.cuts): entry for entry in reversed(regular)}
-    regular.sort(key=lambda entry: leaders[problem.fused_begin(entry.cuts)] is not entry)
-    entries = [*given, *regular[: count - len(given)]]
+    chosen = sorted(leaders.values(), key=lambda entry: entry.energy)[: places // 2]
+    chosen += [entry for entry in regular if all(entry is not other for other in chosen)]
+    entries = [*given, *chosen[:places]]
     return [entry.state for entry in sorted(entries, key=lambda entry: entry.energy)]
 
 

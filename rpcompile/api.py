@@ -74,6 +74,7 @@ def compile(
     head_groups: str | int = "auto",
     effort: str | None = "fast",
     max_traffic: float | None = None,
+    fused_segments: int | None = None,
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -138,6 +139,8 @@ def compile(
             that every sum is taken in the order of plain PyTorch.
         max_traffic: Most weight uploads of an iteration; 1.0 is every layer once for each pass of each
             round of `gpus` microbatches. None: no limit.
+        fused_segments: Most segments of the fused stage, whose forward and backward run at once and which are
+            not computed twice. None: as many as pay.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
@@ -173,7 +176,8 @@ def compile(
     check_attention(attention)
     search = (solver_time_s, seed, effort, max_traffic)
     host_bytes = None if _is_on_meta(module) else installed_bytes()
-    options = PlanOptions(gpus, parts, mode, *search, hardware.links, attention, host_bytes)
+    more = (hardware.links, attention, host_bytes, fused_segments)
+    options = PlanOptions(gpus, parts, mode, *search, *more)
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
         captured = capture_model(module, example, bar, compute_dtype)

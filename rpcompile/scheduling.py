@@ -65,6 +65,8 @@ class PlanOptions:
         host_bytes: What the host has, for attention outputs to fit in; None if that is not known.
         fused_segments: Most segments in the fused stage of a search, which are not computed twice; 1 for the
             last one only, as published schedules have it. None for as many as pay.
+        time_limit_s: Wall time of all that `effort` asks for, instead of its own. Where a search is not ended
+            by it, the same seed gives the same plan.
     """
 
     gpus: int
@@ -78,6 +80,7 @@ class PlanOptions:
     attention: str = "auto"
     host_bytes: int | None = None
     fused_segments: int | None = None
+    time_limit_s: float | None = None
 
 
 class Found(NamedTuple):
@@ -187,6 +190,8 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         raise InvalidArgument(
             f"max_traffic={options.max_traffic}; it must be above 0, or None to lift the limit"
         )
+    if options.time_limit_s is not None and not options.time_limit_s >= 0:
+        raise InvalidArgument(f"time_limit_s={options.time_limit_s} must be at least 0")
     if options.fused_segments is not None:
         if options.fused_segments < 1:
             raise InvalidArgument(f"fused_segments={options.fused_segments} must be at least 1: the loss is")
@@ -229,7 +234,8 @@ class _Finding:
     def searched(self) -> Found:
         """The best of a search, and of the proposed partitions round robin."""
         options, effort = self.options, self.options.effort or "fast"
-        ends = time.monotonic() + _SEARCHED * EFFORTS[effort]
+        limit_s = EFFORTS[effort] if options.time_limit_s is None else options.time_limit_s
+        ends, least_s = time.monotonic() + _SEARCHED * limit_s, _LEAST_SEARCH * limit_s
         self.announce(ProposePartitions.name)
         proposing = ProposePartitions(
             options.gpus, options.microbatches, _PROPOSING * EFFORTS[effort], options.seed
@@ -238,7 +244,8 @@ class _Finding:
         tried: list[Partition] = []
 
         def search(share: float) -> _Made:
-            made = self._search(effort, share, (*tried, *proposed), ends)
+            partitions = (*tried, *proposed)
+            made = self._search(effort, share, partitions, max(least_s, ends - time.monotonic()))
             tried[:] = [made[0]]
             return made
 
@@ -296,7 +303,7 @@ class _Finding:
                 'effort="fast"'
             )
 
-    def _search(self, effort: str, share: float, proposed: tuple[Partition, ...], ends: float) -> _Made:
+    def _search(self, effort: str, share: float, partitions: tuple[Partition, ...], limit_s: float) -> _Made:
         # It compiles its inner loop; who does not search need not wait for that.
         from rpcompile.passes.search_schedule import SearchSchedule
 
@@ -310,11 +317,11 @@ class _Finding:
             # A second try, where the first did not fit after all, is a short one, and cools down sooner.
             effort=effort if share == 1.0 else "fast",
             seed=options.seed,
-            time_limit_s=max(_LEAST_SEARCH * EFFORTS[effort], ends - time.monotonic()),
+            time_limit_s=limit_s,
             memory_limit_bytes=tuple(
                 int(share * chain.hardware_of(gpu).usable_bytes) for gpu in range(options.gpus)
             ),
-            partitions=proposed,
+            partitions=partitions,
             replicas=options.effort is not None,
             fused_segments=options.fused_segments,
             host_bytes_per_s=_host_rate(options.links),

@@ -32,6 +32,7 @@ def plan(
     dtype: options.Dtype = None,
     effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
+    fused_segments: options.FusedSegments = None,
     tiles: options.Tiles = "auto",
     attention: options.Attention = "auto",
     head_groups: options.HeadGroups = "auto",
@@ -60,7 +61,8 @@ def plan(
 
     def asked(count: int) -> PlanOptions:
         search = (solver_time, seed, level, max_traffic)
-        return PlanOptions(number, count, mode, *search, box.links, attention, host_bytes)
+        more = (box.links, attention, host_bytes, fused_segments)
+        return PlanOptions(number, count, mode, *search, *more)
 
     if profile is not None:
         given = {"tiles": tiles, "head_groups": head_groups}
