@@ -257,7 +257,8 @@ class _Finding:
         best = min(reversed(found), key=lambda item: item.iteration_s)
         # The search's bound is one for every schedule of the chain.
         bound_s = min(best.iteration_s, max(item.partition.bound_s for item in (best, found[0])))
-        return best._replace(partition=replace(best.partition, bound_s=bound_s))
+        partition = replace(best.partition, objective_s=best.iteration_s, bound_s=bound_s)
+        return best._replace(partition=partition)
 
     def _may_beat(self, proposed: tuple[Partition, ...], found: Found) -> bool:
         """Whether the best proposed partition may be as fast; its time leaves downloads out."""
