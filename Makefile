@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 demo: $(STAMP) ## fine-tune SmolLM2-135M on the GPUs here, or on four CPU workers where there are none
 	$(BIN)/python -m rpcompile.demo $(ARGS)
 
-test: lint ## run the linters and every test
-	$(BIN)/python -m pytest
+test: lint ## run the linters and every test, one process per core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

@@ -206,7 +206,7 @@ def _limit(plan: Plan) -> str:
 def _idle(plan: Plan, run: _Run) -> list[str]:
     whole = plan.gpus * run.iteration_s
     total = sum(gap.seconds for gap in run.gaps) / run.iterations
-    steady = " in the steady state" if plan.mode == "async" else ""
+    steady = " in the steady state" if plan.chained else ""
     if total <= _SMALLEST * whole:
         return [f"No GPU is ever idle{steady}."]
     causes: dict[str, float] = defaultdict(float)
@@ -229,7 +229,7 @@ class _Run:
 
     def __init__(self, plan: Plan, schedule: Schedule) -> None:
         self._schedule = schedule
-        if plan.mode == "async":
+        if plan.chained:
             self.timeline = simulate_steady(schedule, plan.links)
             self.iteration_s = self.timeline.period_s
         else:
@@ -364,6 +364,7 @@ class _Question:
             effort=effort,
             links=plan.links,
             attention=AS_IS,
+            update_s_per_byte=plan.update_s_per_byte,
         )
         # What is added to different GPUs are the first of them once more.
         kind_of = (

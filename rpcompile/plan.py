@@ -54,15 +54,16 @@ class Prediction:
     """What the simulator says about one iteration of a schedule.
 
     Attributes:
-        iteration_s: Makespan; in mode "async" the period, which each of many iterations takes that follow one
-            another without a pause.
+        iteration_s: Makespan; in mode "async" or with updates the period, which each of many iterations takes
+            that follow one another without a pause.
         tokens_per_s: Tokens of all microbatches over `iteration_s`; None where there are no tokens.
-        bubble: Share of the GPUs' compute time that is idle, in mode "async" of the period.
+        bubble: Share of the GPUs' compute time that is idle, of the period where there is one.
         gpu_peak_bytes: Peak memory of each GPU.
         host_peak_bytes: Peak memory of the host.
         host: What it is made of; None where that is not known.
         traffic: Weights uploaded, in units of `stage_bytes.upload_unit_bytes`; None where that is not known.
-        alone_s: In mode "async", the makespan of an iteration that nothing precedes or follows; else None.
+        alone_s: Where `iteration_s` is a period, the makespan of an iteration that nothing precedes or
+            follows; else None.
     """
 
     iteration_s: float
@@ -93,6 +94,8 @@ class Plan:
         provenance: Versions that made it.
         links: What its transfers and host work share; None for an idle machine, where nothing is shared.
         attention: What was found when it was decided whether to offload attention outputs, in a sentence.
+        update_s_per_byte: What the optimizer takes on the host for each byte of gradient; 0 where updates are
+            no part of the schedule.
     """
 
     model_name: str
@@ -108,6 +111,12 @@ class Plan:
     provenance: dict[str, str]
     links: SharedLinks | None = None
     attention: str = ""
+    update_s_per_byte: float = 0.0
+
+    @property
+    def chained(self) -> bool:
+        """Whether the predicted time is that of iterations that follow one another."""
+        return self.mode == "async" or self.update_s_per_byte > 0
 
     @property
     def id(self) -> str:
@@ -190,9 +199,9 @@ class Plan:
         return plot(self, path)
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the simulated timeline, if asynchronous of several iterations, for ui.perfetto.dev."""
+        """Writes the simulated timeline for ui.perfetto.dev, of several iterations if these are chained."""
         timeline = self.simulate()
-        if self.mode == "async":
+        if self.chained:
             timeline = simulate(self.schedule, links=self.links, iterations=_TRACED)
         write_trace(self.schedule, timeline, Path(path))
 
@@ -356,17 +365,16 @@ def _links(plan: Plan) -> str:
 
 
 def _iterations(plan: Plan) -> list[tuple[str, str]]:
-    """How an asynchronous plan's iterations follow one another."""
+    """How a plan's iterations follow one another, where the step's time is not that of one alone."""
     alone_s = plan.prediction.alone_s
     if alone_s is None:
         return []
     shift = f", each shifted by {plan.schedule.rotate} GPUs" if plan.schedule.rotate else ""
+    how = f"iterations overlap without a pause{shift}"
+    if plan.mode == "sync":
+        how = "each layer's forward follows its update on the host"
     return [
-        (
-            "Iterations",
-            f"the step's time is the steady state's: iterations overlap without a pause{shift}; "
-            f"one alone takes {seconds(alone_s)}",
-        )
+        ("Iterations", f"the step's time is the steady state's: {how}; one alone takes {seconds(alone_s)}")
     ]
 
 

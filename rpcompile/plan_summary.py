@@ -19,8 +19,9 @@ def summary(plan: Plan) -> dict[str, Any]:
     """Everything about a plan but its transfers; numbers in the units that the keys end with.
 
     Of GPUs that are not alike, `hardware` is the smallest and `gpu_hardware` has each. In mode "async",
-    `prediction.iteration_s` is the period of the steady state, and `actions` are those of one iteration
-    alone, which takes `alone_s`; the next one is shifted by `rotate` GPUs.
+    or with updates (`update_s_per_byte` above 0), `prediction.iteration_s` is the period of the steady
+    state, and `actions` are those of one iteration alone, which takes `alone_s`; the next one is shifted
+    by `rotate` GPUs.
 
     `source` says that the times are simulated. `stages[].upload_s` is one upload of the stage's weights at
     the link's full rate; `compute_s` is one microbatch, and so are the bytes of
@@ -44,6 +45,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         else None,
         "links": msgspec.to_builtins(plan.links),
         "rotate": plan.schedule.rotate,
+        "update_s_per_byte": plan.update_s_per_byte,
         "prediction": {
             "iteration_s": predicted.iteration_s,
             "tokens_per_s": predicted.tokens_per_s,

@@ -9,6 +9,7 @@ planned for any GPUs. `rpcompile/api.py` goes on from here to a program.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from rpcompile.scheduling import (
     with_exact_memory,
 )
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
-from rpcompile.variations import dispatch_of, lay_out
+from rpcompile.variations import dispatch_of, laid_out_as
 from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ def plan_chain(
         provenance=_provenance(options),
         attention=why,
         links=options.links,
+        update_s_per_byte=options.update_s_per_byte,
     )
 
 
@@ -345,9 +347,9 @@ def laid_out_again(plan: Plan) -> Plan:
     Raises:
         ScheduleError, PartitionError: The plan contradicts itself.
     """
-    schedule = lay_out(plan.chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    schedule = laid_out_as(plan, dispatch_of(plan.schedule))
     again = replace(plan, schedule=schedule)
-    steady = again.simulate_steady() if plan.mode == "async" else None
+    steady = again.simulate_steady() if plan.chained else None
     timed = Found(plan.partition, schedule, again.simulate(), steady)
     return replace(again, prediction=_prediction(plan.chain, timed, plan.dtype))
 
@@ -366,6 +368,24 @@ def _prediction(chain: SegmentChain, found: Found, dtype: str) -> Prediction:
         traffic=traffic_of(chain, schedule, timeline),
         alone_s=None if steady is None else timeline.makespan_s,
     )
+
+
+def update_s_per_byte(optimizer_ns: float | None, dtype: str) -> float:
+    """What `PlanOptions` is told of an optimizer that takes so long for a trainable parameter.
+
+    Args:
+        optimizer_ns: Nanoseconds for a parameter; None for no updates.
+        dtype: Of most parameters, and so of gradients; of another than torch's, 16 bits are assumed.
+
+    Raises:
+        InvalidArgument: It is not above 0 and finite.
+    """
+    if optimizer_ns is None:
+        return 0.0
+    if not 0 < optimizer_ns < math.inf:
+        raise InvalidArgument(f"optimizer_ns={optimizer_ns}; it must be finite and above 0, or None")
+    kind = getattr(torch, dtype, None)
+    return optimizer_ns * 1e-9 / (kind.itemsize if isinstance(kind, torch.dtype) else 2)
 
 
 def progress_bar(progress: bool | None) -> tqdm[Any]:

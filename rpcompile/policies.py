@@ -111,8 +111,10 @@ def schedule_policy(
     gpus: int,
     microbatches: int,
     mode: str = "sync",
+    update_s_per_byte: float = 0.0,
+    links: SharedLinks | None = None,
 ) -> Schedule:
-    """A policy's schedule with transfers and events.
+    """A policy's schedule with transfers and events, and updates as `lay_out` adds them.
 
     Raises:
         InvalidArgument: No such policy, or the chain is priced for another number of different GPUs.
@@ -125,7 +127,7 @@ def schedule_policy(
             "leave gpus out"
         )
     dispatch = POLICIES[policy](gpus, microbatches).run(partition)
-    return lay_out(chain, partition, dispatch, mode)
+    return lay_out(chain, partition, dispatch, mode, update_s_per_byte, links)
 
 
 def result_of(policy: str, chain: SegmentChain, timeline: Timeline, own: bool) -> PolicyResult:
@@ -151,9 +153,11 @@ def compare_policies(plan: Plan) -> tuple[PolicyResult, ...]:
     """
     if plan.mode == "forward":
         return ()
-    timeline = plan.simulate_steady() if plan.mode == "async" else plan.simulate()
+    timeline = plan.simulate_steady() if plan.chained else plan.simulate()
     own = result_of(f"this plan ({plan.schedule.policy})", plan.chain, timeline, own=True)
-    others = compare_chain(plan.chain, plan.gpus, plan.microbatches, plan.mode, plan.links)
+    others = compare_chain(
+        plan.chain, plan.gpus, plan.microbatches, plan.mode, plan.links, plan.update_s_per_byte
+    )
     return own, *others
 
 
@@ -163,16 +167,18 @@ def compare_chain(
     microbatches: int,
     mode: str = "sync",
     links: SharedLinks | None = None,
+    update_s_per_byte: float = 0.0,
 ) -> tuple[PolicyResult, ...]:
-    """Every policy with its usual stages on one chain; in mode "async" the steady state of each."""
+    """Every policy with its usual stages on one chain; in mode "async" or with updates the steady state."""
+    chained = mode == "async" or update_s_per_byte > 0
     found: list[PolicyResult] = []
     for policy in POLICIES:
         try:
             partition = default_partition(chain, policy, gpus)
-            schedule = schedule_policy(chain, partition, policy, gpus, microbatches, mode)
-            timeline = (
-                simulate_steady(schedule, links) if mode == "async" else simulate(schedule, links=links)
+            schedule = schedule_policy(
+                chain, partition, policy, gpus, microbatches, mode, update_s_per_byte, links
             )
+            timeline = simulate_steady(schedule, links) if chained else simulate(schedule, links=links)
         except RpcompileError as error:
             found.append(PolicyResult(policy, problem=str(error)))
             continue

@@ -18,9 +18,8 @@ from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.propose_partitions import ProposePartitions
 from rpcompile.round_robin_time import StageCosts
-from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import Timeline, simulate, simulate_steady
-from rpcompile.variations import dispatch_of, lay_out
+from rpcompile.variations import dispatch_of, host_rate, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from rpcompile.ir import Capture, Dispatch, Partition, Schedule, SegmentChain
+    from rpcompile.shared_links import SharedLinks
 
 EFFORTS = {"fast": 2.0, "normal": 20.0, "thorough": 90.0}
 """Names and seconds of wall time for all that `effort` asks for; the search's own `EFFORTS` counts moves."""
@@ -63,6 +63,10 @@ class PlanOptions:
             be faster than one that recomputes them; "recompute": never; "offload": wherever it is possible;
             "as is": as the chain's segments say.
         host_bytes: What the host has, for attention outputs to fit in; None if that is not known.
+        update_s_per_byte: What the optimizer takes on the host for each byte of gradient. Above 0, updates
+            are part of the schedule: each segment's behind the norm of all gradients, first layers first,
+            and the next iteration's forward right behind them; plans are then for the shortest steady
+            state of such iterations.
         fused_segments: Most segments in the fused stage of a search, which are not computed twice; 1 for the
             last one only, as published schedules have it. None for as many as pay.
         time_limit_s: Wall time of all that `effort` asks for, instead of its own. Where a search is not ended
@@ -79,8 +83,14 @@ class PlanOptions:
     links: SharedLinks | None = None
     attention: str = "auto"
     host_bytes: int | None = None
+    update_s_per_byte: float = 0.0
     fused_segments: int | None = None
     time_limit_s: float | None = None
+
+    @property
+    def chained(self) -> bool:
+        """Whether what counts is the steady state of iterations that follow one another."""
+        return self.mode == "async" or self.update_s_per_byte > 0
 
 
 class Found(NamedTuple):
@@ -90,7 +100,7 @@ class Found(NamedTuple):
         partition: Its stages.
         schedule: With transfers and events.
         timeline: Of one iteration.
-        steady: Of iterations that follow one another, in mode "async".
+        steady: Of iterations that follow one another, in mode "async" or with updates.
     """
 
     partition: Partition
@@ -190,6 +200,14 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         raise InvalidArgument(
             f"max_traffic={options.max_traffic}; it must be above 0, or None to lift the limit"
         )
+    if not 0 <= options.update_s_per_byte < math.inf:
+        raise InvalidArgument(
+            f"update_s_per_byte={options.update_s_per_byte}; it must be finite, and not negative"
+        )
+    if options.update_s_per_byte and options.mode == "forward":
+        raise InvalidArgument(
+            'mode="forward" has no gradients to update weights with; leave the optimizer out'
+        )
     if options.time_limit_s is not None and not options.time_limit_s >= 0:
         raise InvalidArgument(f"time_limit_s={options.time_limit_s} must be at least 0")
     if options.fused_segments is not None:
@@ -266,7 +284,8 @@ class _Finding:
         limited = options.max_traffic is not None or options.fused_segments is not None or self.chain.kinds
         if not proposed or options.mode != "sync" or limited:
             return False
-        return proposed[0].objective_s <= found.iteration_s * (1 + 1e-9)
+        # Chained iterations hide some of a single one's ends.
+        return options.chained or proposed[0].objective_s <= found.iteration_s * (1 + 1e-9)
 
     def round_robin(self, share: float) -> _Made:
         """The solver's stages, one job each."""
@@ -324,8 +343,9 @@ class _Finding:
             ),
             partitions=partitions,
             replicas=options.effort is not None,
+            host_bytes_per_s=host_rate(options.links),
+            update_s_per_byte=options.update_s_per_byte,
             fused_segments=options.fused_segments,
-            host_bytes_per_s=_host_rate(options.links),
         ).run(chain)
         if found.unused_gpus:
             names = ", ".join(map(str, found.unused_gpus))
@@ -381,10 +401,10 @@ class _Finding:
 
     def _laid_out(self, partition: Partition, dispatch: Dispatch) -> tuple[Found, tuple[int, ...]]:
         """A dispatch with its times, and the peak of each GPU."""
-        links = self.options.links
-        schedule = lay_out(self.chain, partition, dispatch, self.options.mode)
+        options, links = self.options, self.options.links
+        schedule = lay_out(self.chain, partition, dispatch, options.mode, options.update_s_per_byte, links)
         peaks, steady = gpu_memory_bounds(schedule), None
-        if self.options.mode == "async":
+        if options.chained:
             steady = simulate_steady(schedule, links)
             peaks = tuple(map(max, peaks, steady.gpu_peak_bytes))
         return Found(partition, schedule, simulate(schedule, links=links), steady), peaks
@@ -394,9 +414,3 @@ class _Finding:
         if self.bar is not None:
             self.bar.update()
             self.bar.set_description(step)
-
-
-def _host_rate(links: SharedLinks | None) -> float:
-    """The search always has a host; where nothing is said of it, the usual one."""
-    said = None if links is None else links.host_bytes_per_s
-    return said or SharedLinks().host_bytes_per_s or math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ from rpcompile.ir import COMPUTE_OPS, Dispatch, Op, Stream
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
+from rpcompile.passes.insert_updates import InsertUpdates
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
+from rpcompile.shared_links import SharedLinks
 
 if TYPE_CHECKING:
     from rpcompile.ir import Hardware, Partition, Schedule, SegmentChain
@@ -38,14 +41,53 @@ def dispatch_of(schedule: Schedule) -> Dispatch:
     )
 
 
-def lay_out(chain: SegmentChain, partition: Partition, dispatch: Dispatch, mode: str) -> Schedule:
-    """The schedule of a dispatch, with transfers and events.
+def lay_out(
+    chain: SegmentChain,
+    partition: Partition,
+    dispatch: Dispatch,
+    mode: str,
+    update_s_per_byte: float = 0.0,
+    links: SharedLinks | None = None,
+) -> Schedule:
+    """The schedule of a dispatch, with transfers, updates and events.
+
+    Args:
+        chain: The segments.
+        partition: The stages.
+        dispatch: Jobs and their order.
+        mode: "sync", "async" or "forward".
+        update_s_per_byte: Of the host's optimizer, for a byte of gradient; 0 leaves updates out.
+        links: What they say of the host's memory is what sums of gradients and norms take.
 
     Raises:
         ScheduleError: The dispatch does not fit the partition.
     """
-    schedule = LayOutDispatch(chain, partition, mode).run(dispatch)
-    return InsertEventWaits().run(InsertTransfers(chain).run(schedule))
+    schedule = InsertTransfers(chain).run(LayOutDispatch(chain, partition, mode).run(dispatch))
+    if update_s_per_byte:
+        rate = host_rate(links)
+        updates = InsertUpdates(chain, update_s_per_byte, parameter_bytes=1, host_bytes_per_s=rate, clip=True)
+        schedule = updates.run(schedule)
+    return InsertEventWaits().run(schedule)
+
+
+def host_rate(links: SharedLinks | None) -> float:
+    """Bytes per second of the host's memory; where nothing is said of it, the usual one."""
+    said = None if links is None else links.host_bytes_per_s
+    return said or SharedLinks().host_bytes_per_s or math.inf
+
+
+def laid_out_as(
+    plan: Plan, dispatch: Dispatch, chain: SegmentChain | None = None, partition: Partition | None = None
+) -> Schedule:
+    """A dispatch laid out as the plan's was."""
+    return lay_out(
+        chain or plan.chain,
+        partition or plan.partition,
+        dispatch,
+        plan.mode,
+        plan.update_s_per_byte,
+        plan.links,
+    )
 
 
 def with_microbatches(plan: Plan, more: int) -> Schedule:
@@ -71,7 +113,7 @@ def with_microbatches(plan: Plan, more: int) -> Schedule:
         for queue in dispatch.order
     )
     grown = replace(dispatch, microbatches=old + more, jobs=jobs, order=order)
-    return lay_out(plan.chain, plan.partition, grown, plan.mode)
+    return laid_out_as(plan, grown)
 
 
 def with_faster_links(plan: Plan, factor: float) -> Schedule:
@@ -83,10 +125,10 @@ def with_faster_links(plan: Plan, factor: float) -> Schedule:
 
     kinds = tuple(replace(kind, hardware=faster(kind.hardware)) for kind in plan.chain.kinds)
     chain = replace(plan.chain, hardware=faster(plan.chain.hardware), kinds=kinds)
-    return lay_out(chain, plan.partition, dispatch_of(plan.schedule), plan.mode)
+    return laid_out_as(plan, dispatch_of(plan.schedule), chain)
 
 
 def with_stages(plan: Plan, partition: Partition) -> Schedule:
     """Other stages, dispatched round robin."""
     dispatch = DispatchRoundRobin(plan.gpus, plan.microbatches).run(partition)
-    return lay_out(plan.chain, partition, dispatch, plan.mode)
+    return laid_out_as(plan, dispatch, partition=partition)

@@ -325,6 +325,7 @@ BAD = [
     (["plan", "config.json", "--gpus", "many"], "--gpus"),
     (["plan", "config.json", "--batch", "-1"], "--batch"),
     (["plan", "config.json", "--seq", "0"], "--seq"),
+    (["plan", "config.json", "--effort", "default"], "--effort 'default'; choose none, fast"),
     (["plan", "config.json", "--gpus", "64", "--effort", "none"], "gpus=64 is more than the"),
     (["plan", "--profile", "missing.json"], "missing.json: cannot be read"),
     (["plan", "--profile", "plan.json"], "is no profile"),

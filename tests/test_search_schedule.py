@@ -192,8 +192,8 @@ def modelled_bytes(chain: SegmentChain, cuts: list[int], gpu_of: list[list[int]]
 def test_the_fast_model_has_the_copies_of_the_jobs_around() -> None:
     """Two backward stages recompute from inside the first stage, which copies those inputs down as well.
 
-    It has 0.3 GB of weights, 1 GB to work in, and two microbatches' worth of three boundaries, while 0.1 GB of
-    weights and two boundaries come for the GPU's next job.
+    It has 0.3 GB of weights, 1 GB to work in, and two microbatches' worth of three boundaries, while 0.1 GB
+    of weights and two boundaries come for the GPU's next job.
     """
     chain = decoder(3, boundary_bytes=10**9, boundary_gradient_bytes=10**9)
     modelled, _ = modelled_bytes(chain, [0, 3, 5, 6, 7, 8], [[0] * 3, [1] * 3, [0] * 3, [1] * 3, [0] * 3])

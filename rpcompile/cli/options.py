@@ -73,6 +73,14 @@ MaxTraffic = Annotated[
         help="Most uploads of weights; 1 is every layer once a pass and round of GPUS microbatches.",
     ),
 ]
+OptimizerNs = Annotated[
+    float | None,
+    typer.Option(
+        "--optimizer-ns",
+        help="Put the optimizer's updates into the plan: nanoseconds on the host for a trainable parameter "
+        "(AdamW: 0.15 where host memory moves 200 GB/s).",
+    ),
+]
 FusedSegments = Annotated[
     int | None,
     typer.Option(

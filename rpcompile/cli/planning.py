@@ -32,6 +32,7 @@ def plan(
     dtype: options.Dtype = None,
     effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
+    optimizer_ns: options.OptimizerNs = None,
     fused_segments: options.FusedSegments = None,
     tiles: options.Tiles = "auto",
     attention: options.Attention = "auto",
@@ -51,17 +52,18 @@ def plan(
         _list(as_json)
         return
     from rpcompile.fit import naming_the_longest
-    from rpcompile.planner import PlanOptions, plan_profile
+    from rpcompile.planner import PlanOptions, plan_profile, update_s_per_byte
     from rpcompile.profile import Profile
 
     check_one_source(model, profile)
     box, number = find_box(gpu, gpus)
-    level = None if effort == "none" else effort
+    level = _level(effort)
     host_bytes = None if host_gb is None else int(host_gb * 1e9)
 
-    def asked(count: int) -> PlanOptions:
+    def asked(count: int, dtype: str) -> PlanOptions:
         search = (solver_time, seed, level, max_traffic)
-        more = (box.links, attention, host_bytes, fused_segments)
+        update_s = update_s_per_byte(optimizer_ns, dtype)
+        more = (box.links, attention, host_bytes, update_s, fused_segments)
         return PlanOptions(number, count, mode, *search, *more)
 
     if profile is not None:
@@ -69,7 +71,7 @@ def plan(
         chosen = {name: None if value == "auto" else value for name, value in given.items()}
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, **chosen)
         loaded = Profile.load(profile)
-        given = asked(microbatches or 2 * number)
+        given = asked(microbatches or 2 * number, "given")
         found = plan_profile(loaded, given, profile.stem, None, None if gpu is None else box)
     else:
         assert model is not None
@@ -77,7 +79,7 @@ def plan(
             raise InvalidArgument(f"--gpu {gpu}: speeds are for --profile; a model is priced for each GPU")
         rows, count = divide(batch, microbatches, number)
         captured = capture(model, dtype, lora)
-        sizes, given = sizes_of(captured, rows, seq), asked(count)
+        sizes, given = sizes_of(captured, rows, seq), asked(count, captured.described().dtype)
         divided = _divided(tiles, head_groups)
         with naming_the_longest(captured, box, sizes, gpus=number, microbatches=count, **divided):
             found = captured.plan(captured.bind(box, sizes, **divided), given)
@@ -178,6 +180,15 @@ def capture(name: str, dtype: str | None = None, lora: int | None = None) -> Cap
         )
     with progress_bar(None) as bar:
         return capture_model(found.module, ExampleInputs.of(example), bar)
+
+
+def _level(effort: str) -> str | None:
+    """`--effort` as `PlanOptions` has it."""
+    from rpcompile.scheduling import EFFORTS
+
+    if effort not in ("none", *EFFORTS):
+        raise InvalidArgument(f"--effort {effort!r}; choose none, {', '.join(EFFORTS)}")
+    return None if effort == "none" else effort
 
 
 def _divided(tiles: str, head_groups: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def simulate(
                 "--gpus and --microbatches need --policy or --profile; the plan has its own"
             )
         found = load(plan)
-        timeline = found.simulate_steady() if found.mode == "async" else found.simulate()
+        timeline = found.simulate_steady() if found.chained else found.simulate()
         result = policies.result_of(found.schedule.policy, found.chain, timeline, own=True)
     else:
         chain, count, parts = _chain(plan, profile, gpus, microbatches)

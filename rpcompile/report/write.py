@@ -96,8 +96,9 @@ def _subtitle(plan: Plan) -> str:
 def _iterations(plan: Plan) -> str:
     if plan.prediction.alone_s is None:
         return ""
+    how = "iterations overlap" if plan.mode == "async" else "each layer's forward follows its update"
     return (
-        "; time and bubble are those of the steady state, where iterations overlap, and charts over time "
+        f"; time and bubble are those of the steady state, where {how}, and charts over time "
         f"show one iteration alone, which takes {seconds(plan.prediction.alone_s)}"
     )
 
