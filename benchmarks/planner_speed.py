@@ -7,8 +7,10 @@ seconds of planning are simulated. Seconds of the whole plan (partitions, search
 proof), by the wall clock and of processor time on all threads, and of the search within it. The first search
 of a process compiles its kernels, or loads them from numba's cache; that is timed apart.
 
-    python benchmarks/planner_speed.py [--efforts fast normal] [--modes sync async] [--limit-s SECONDS]
-        [--output PATH]
+    python benchmarks/planner_speed.py [chains | published] [--efforts fast normal] [--modes sync async]
+        [--limit-s SECONDS] [--output PATH]
+
+The profiles are planned, and not the chains, where `published` is asked for.
 
 On a busy machine, give `--limit-s 1000`, so that moves and not the clock end each search.
 """
@@ -21,6 +23,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,12 +33,13 @@ from partition_speed import decoder
 from rich.console import Console
 from rich.table import Table
 
+from rpcompile.ir import SegmentChain
 from rpcompile.passes.search_schedule import EFFORTS, SearchSchedule
 from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
 from rpcompile.profile import Profile
 
 if TYPE_CHECKING:
-    from rpcompile.ir import SegmentChain
+    from collections.abc import Iterator
 
 HERE = Path(__file__).parent
 CASES = (
@@ -80,36 +84,31 @@ def measure(name: str, chain: SegmentChain, options: PlanOptions) -> dict[str, o
     }
 
 
-def cases(efforts: list[str], modes: list[str], limit_s: float | None) -> list[tuple]:
-    """Name, chain and options of each plan."""
-    found = []
-    for effort in efforts:
-        for name, mode in product(PROFILES, modes):
-            chain = Profile.load(HERE / "profiles" / f"{name}.json").to_chain()
-            for most, fused in product(LIMITS[mode], (None, 1)):
-                options = PlanOptions(
-                    8,
-                    16,
-                    mode,
-                    effort=effort,
-                    max_traffic=most,
-                    fused_segments=fused,
-                    time_limit_s=limit_s,
-                )
-                found.append((name, chain, options))
-        for (layers, gpus, microbatches), mode in product(CASES, modes):
-            options = PlanOptions(gpus, microbatches, mode, effort=effort, time_limit_s=limit_s)
-            found.append((f"{layers} layers", decoder(layers), options))
-    return found
+Case = tuple[str, SegmentChain, PlanOptions]  # and the model's name
+
+
+def chains(modes: list[str]) -> Iterator[Case]:
+    """Chains of many lengths."""
+    for (layers, gpus, microbatches), mode in product(CASES, modes):
+        yield f"{layers} layers", decoder(layers), PlanOptions(gpus, microbatches, mode)
+
+
+def published(modes: list[str]) -> Iterator[Case]:
+    """The published profiles under the published traffic, and without a limit."""
+    for name, mode in product(PROFILES, modes):
+        chain = Profile.load(HERE / "profiles" / f"{name}.json").to_chain()
+        for most, fused in product(LIMITS[mode], (None, 1)):
+            yield name, chain, PlanOptions(8, 16, mode, max_traffic=most, fused_segments=fused)
 
 
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("what", nargs="?", choices=("chains", "published"), default="chains")
     parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=["fast", "normal"])
     parser.add_argument("--modes", nargs="+", choices=("sync", "async"), default=["sync", "async"])
     parser.add_argument("--limit-s", type=float, help="wall time of one plan; default: the effort's")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "planner_speed.json")
+    parser.add_argument("--output", type=Path, help="default: planner_speed[_published].json in results")
     options = parser.parse_args()
     began = time.monotonic()
     SearchSchedule(2, 2, time_limit_s=0.0).run(decoder(1))
@@ -118,8 +117,9 @@ def main() -> None:
     columns += "|stages|fused|jobs|plan|cpu|search|solver"
     table = Table(*columns.split("|"), title=f"The planner; search compiled or loaded in {first_s:.1f} s")
     rows: list[dict[str, object]] = []
-    for case in cases(options.efforts, options.modes, options.limit_s):
-        row = measure(*case)
+    cases = list((published if options.what == "published" else chains)(options.modes))
+    for effort, (name, chain, asked) in product(options.efforts, cases):
+        row = measure(name, chain, replace(asked, effort=effort, time_limit_s=options.limit_s))
         rows.append(row)
         texts = {"gap": "{:.2%}", "bubble": "{:.2%}", "traffic": "{:.2f}x"}
         texts |= dict.fromkeys(("time_s", "bound_s"), "{:.3f} s")
@@ -136,8 +136,10 @@ def main() -> None:
         "compile_or_load_s": first_s,
         "rows": rows,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    name = "planner_speed_published.json" if options.what == "published" else "planner_speed.json"
+    output: Path = options.output or HERE / "results" / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

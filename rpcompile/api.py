@@ -181,8 +181,8 @@ def compile(
     check_attention(attention)
     search = (solver_time_s, seed, effort, max_traffic)
     host_bytes = None if _is_on_meta(module) else installed_bytes()
-    more = (hardware.links, attention, host_bytes, fused_segments)
-    options = PlanOptions(gpus, parts, mode, *search, *more)
+    means = (hardware.links, attention, host_bytes)
+    options = PlanOptions(gpus, parts, mode, *search, *means, fused_segments=fused_segments)
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
         captured = capture_model(module, example, bar, compute_dtype)
