@@ -54,6 +54,7 @@ class InsertUpdates:
             what several made it is taken with the last SUM, which reads the gradient once more.
         order: Segments in the order of their updates. None: the lowest that is ready comes first, in
             simulated time (with `clip` all are ready at once).
+        updates: Whether UPDATEs are added; without them, SUMs alone: the caller's optimizer does the rest.
     """
 
     chain: SegmentChain
@@ -62,6 +63,7 @@ class InsertUpdates:
     host_bytes_per_s: float = 200e9
     clip: bool = False
     order: tuple[int, ...] | None = None
+    updates: bool = True
 
     name = "insert-updates"
 
@@ -72,7 +74,7 @@ class InsertUpdates:
             schedule: With transfers; before `insert-event-waits`.
 
         Returns:
-            The schedule; as it is if no segment has a gradient.
+            The schedule; as it is if there is nothing to add.
 
         Raises:
             InvalidArgument: A price is negative, a size or rate not above 0, or `order` does not name
@@ -87,7 +89,7 @@ class InsertUpdates:
             if action.op is Op.GRADIENT:
                 for buffer in action.writes:
                     made[buffers.segment_of(buffer)][action.job] = buffer
-        if not made:
+        if not made or not (self.updates or any(len(jobs) > 1 for jobs in made.values())):
             return schedule
         work = _Updates(self, schedule, {s: dict(sorted(jobs.items())) for s, jobs in sorted(made.items())})
         order = None if self.order is None else self._checked_order(work)
@@ -165,6 +167,8 @@ class _Updates:
             for segment, jobs in self.made.items()
             for job, moment in list(zip(jobs, accumulate(landed[segment], max), strict=True))[1:]
         ]
+        if not self.options.updates:
+            return self._as_they_come(coming)
         if not self.options.clip and order is None:
             for segment in self.made:
                 moment = max(max(landed[member]) for member in self.members(segment))

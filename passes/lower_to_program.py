@@ -1,4 +1,4 @@
-"""Schedule -> Program: one torch.fx graph a GPU, one node an instruction, record or wait."""
+"""Schedule -> Program: one torch.fx graph a GPU and one for the host, a node an instruction, record, wait."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ METHODS = {
     Op.HANDOFF: "handoff",
     Op.OFFLOAD: "offload",
     Op.GRADIENT: "gradient",
+    Op.SUM: "sum",
     Op.FREE: "free",
 }
 
 
 @dataclass(frozen=True)
 class LowerToProgram:
-    """Writes each GPU's part of a schedule as a graph that calls its worker, `gpu`.
+    """Writes each GPU's part of a schedule as a graph that calls its worker, `gpu`; the host's calls `host`.
 
     The instructions of a GPU's streams are interleaved in the order in which they are predicted to
-    start; only the order within a stream and the events bind. UPDATEs are left out: the caller's
-    optimizer does them, and nothing of the same iteration waits for one.
+    start; only the order within a stream and the events bind. Of UPDATEs only the waits are left: the
+    caller's optimizer does them, and no other queue of the same iteration waits for one.
 
     Before -> after::
 
@@ -61,29 +62,33 @@ class LowerToProgram:
         # Where starts are equal, causes come first: a worker that enqueues must meet them in that order.
         graph = ActionGraph.from_events(schedule)
         ordered = [graph.actions[number] for number in graph.execution_order()]
-        ordered = [action for action in ordered if action.stream is not Stream.HOST]
         ordered.sort(key=lambda action: timeline.start_s[action.id])
+        host = [action for action in ordered if action.stream is Stream.HOST]
         for action in ordered:
-            merged[action.gpu].append(action)
+            if action.stream is not Stream.HOST:
+                merged[action.gpu].append(action)
         return Program(
-            graphs=tuple(_lower(actions) for actions in merged),
+            graphs=tuple(_lower(actions, "gpu") for actions in merged),
             stages=extract.run(self.partition),
             weights=weights,
             states=states,
             capture=self.capture,
             schedule=schedule,
+            host=_lower(host, "host") if any(action.op is Op.SUM for action in host) else None,
         )
 
 
-def _lower(actions: list[Action]) -> GraphModule:
+def _lower(actions: list[Action], name: str) -> GraphModule:
     graph = Graph()
-    gpu = graph.placeholder("gpu")
+    worker = graph.placeholder(name)
     for action in actions:
         for event in action.waits:
-            graph.call_method("wait", (gpu, action.stream.value, event))
-        graph.call_method(METHODS[action.op], (gpu, action.id), _arguments(action))
+            graph.call_method("wait", (worker, action.stream.value, event))
+        if action.op is Op.UPDATE:
+            continue  # what it waits for, what comes behind it need not wait for once more
+        graph.call_method(METHODS[action.op], (worker, action.id), _arguments(action))
         for event in action.records:
-            graph.call_method("record", (gpu, action.stream.value, event))
+            graph.call_method("record", (worker, action.stream.value, event))
     graph.output(None)
     return GraphModule(torch.nn.Module(), graph)
 

@@ -124,12 +124,12 @@ def _update_edges(events: Events, mode: str) -> list[tuple[int, int]]:
     updates: dict[int, list[int]] = defaultdict(list)
     gradients: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
-        if action.op in (Op.UPDATE, Op.GRADIENT):
+        if action.op in (Op.UPDATE, Op.SUM, Op.GRADIENT):
             for name in action.writes:
                 _, kind, segment = name.partition(":updated.s")
                 if kind:
                     updates[int(segment)].append(number)
-                elif action.op is Op.GRADIENT:
+                elif action.op is not Op.UPDATE:
                     gradients[buffers.segment_of(name)].append(number)
     if mode == "sync" and not updates:
         return _barrier_edges(events)

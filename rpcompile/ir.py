@@ -732,6 +732,7 @@ class Program:
         states: Segment -> the buffers among them that its forward changes.
         capture: The graph the stages were cut from.
         schedule: The schedule the instructions are from.
+        host: The host's instructions (SUMs), of the same form; None if there are none.
     """
 
     graphs: tuple[torch.fx.GraphModule, ...]
@@ -740,12 +741,15 @@ class Program:
     states: tuple[tuple[str, ...], ...]
     capture: Capture
     schedule: Schedule
+    host: torch.fx.GraphModule | None = None
 
     def __str__(self) -> str:
-        """Readable Python, one function per GPU."""
+        """Readable Python, one function per GPU, and one for the host where it has instructions."""
+        named = [(f"gpu{index}", "gpu", graph) for index, graph in enumerate(self.graphs)]
+        named += [] if self.host is None else [("host", "host", self.host)]
         parts: list[str] = []
-        for index, graph in enumerate(self.graphs):
-            code = graph.code.strip().replace("def forward(self, gpu):", f"def gpu{index}(gpu):", 1)
-            code = re.sub(r"^( +)\w+ = (gpu\..*?);  .*$", r"\1\2", code, flags=re.MULTILINE)
+        for name, worker, graph in named:
+            code = graph.code.strip().replace(f"def forward(self, {worker}):", f"def {name}({worker}):", 1)
+            code = re.sub(rf"^( +)\w+ = ({worker}\..*?);  .*$", r"\1\2", code, flags=re.MULTILINE)
             parts.append(code.replace("    return None", "").rstrip())
         return "\n\n\n".join(parts) + "\n"

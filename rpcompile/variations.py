@@ -49,7 +49,7 @@ def lay_out(
     update_s_per_byte: float = 0.0,
     links: SharedLinks | None = None,
 ) -> Schedule:
-    """The schedule of a dispatch, with transfers, updates and events.
+    """The schedule of a dispatch, with transfers, sums of gradients, updates and events.
 
     Args:
         chain: The segments.
@@ -63,11 +63,16 @@ def lay_out(
         ScheduleError: The dispatch does not fit the partition.
     """
     schedule = InsertTransfers(chain).run(LayOutDispatch(chain, partition, mode).run(dispatch))
-    if update_s_per_byte:
-        rate = host_rate(links)
-        updates = InsertUpdates(chain, update_s_per_byte, parameter_bytes=1, host_bytes_per_s=rate, clip=True)
-        schedule = updates.run(schedule)
-    return InsertEventWaits().run(schedule)
+    stepped = update_s_per_byte > 0
+    updates = InsertUpdates(
+        chain,
+        update_s_per_byte,
+        parameter_bytes=1,
+        host_bytes_per_s=host_rate(links),
+        clip=stepped,
+        updates=stepped,
+    )
+    return InsertEventWaits().run(updates.run(schedule))
 
 
 def host_rate(links: SharedLinks | None) -> float:

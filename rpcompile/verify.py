@@ -69,7 +69,7 @@ def verify_schedule(
     totals = _check_sums(order)
     _check_order(order)
     _check_results(order, schedule)
-    _check_updates(order, chain, totals)
+    _check_updates(order, chain, schedule, totals)
     limits = memory_limits(chain, partition, schedule.gpus)
     for gpu, peak in enumerate(gpu_memory_bounds(schedule, order, order.uses)):
         if peak > limits[gpu]:
@@ -249,10 +249,13 @@ def _check_sums(order: _Order) -> dict[int, list[str]]:
     return made
 
 
-def _check_updates(order: _Order, chain: SegmentChain, made: dict[int, list[str]]) -> None:
+def _check_updates(
+    order: _Order, chain: SegmentChain, schedule: Schedule, made: dict[int, list[str]]
+) -> None:
     """Each gradient goes into one update, which comes after every upload of the old weights.
 
-    A tied tensor is updated with the first of its segments, from the gradients of all of them.
+    A schedule that speaks of no updated weights leaves updates to the caller. A tied tensor is updated with
+    the first of its segments, from the gradients of all of them.
     """
     updates = [number for number, action in enumerate(order.actions) if action.op is Op.UPDATE]
     uploads: dict[int, list[int]] = {}
@@ -287,7 +290,8 @@ def _check_updates(order: _Order, chain: SegmentChain, made: dict[int, list[str]
             raise ScheduleError(f"{action.id} leaves out {name}, which goes into {target}")
         for name in Counter(action.reads) - Counter(wanted):
             raise ScheduleError(f"{action.id} reads {name}, which does not go into {target}")
-    for segment in sorted(made):
+    promised = any(order.parsed[name].kind == "updated" for name in schedule.buffers)
+    for segment in sorted(made) if updates or promised else ():
         if made[segment] and len(updated[segment]) != 1:
             names = order.ids(updated[segment])
             raise ScheduleError(f"{made[segment][0]} goes into {names}; one update of segment {segment} must")

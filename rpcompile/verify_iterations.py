@@ -102,7 +102,7 @@ def _changes(events: Events) -> Mapping[int, list[int]]:
     updates: dict[int, list[int]] = defaultdict(list)
     gradients: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
-        found = {Op.UPDATE: updates, Op.GRADIENT: gradients}.get(action.op)
+        found = {Op.UPDATE: updates, Op.GRADIENT: gradients, Op.SUM: gradients}.get(action.op)
         for name in action.writes if found is not None else ():
             segment = buffers.parse(name).segment
             if found is not None and segment is not None:

@@ -160,9 +160,10 @@ class Driver:
                     raise torch.OutOfMemoryError("simulated")
 
     def poll(self) -> None:
-        """The calling thread has enqueued all it had, and waits."""
+        """The calling thread waits: it has enqueued all it had, or is the host's, which enqueues nothing."""
         with self.lock:
-            self._waiting.add(threading.get_ident())
+            if not threading.current_thread().name.endswith("-host"):
+                self._waiting.add(threading.get_ident())
             if len(self._waiting) >= self._gpus and not self.stuck:
                 self.advance(self._choices.randrange(200))
                 if self.idle:

@@ -83,10 +83,10 @@ class FakeStreams:
 
     device = torch.device("cpu")
 
-    def __init__(self, gpu: int, machine: Machine) -> None:
+    def __init__(self, gpu: int, machine: Machine, lanes: Sequence[str] = LANES) -> None:
         self._gpu = gpu
         self._machine = machine
-        for lane in LANES:
+        for lane in lanes:
             machine.queues[gpu, lane] = deque()
 
     def start(self, iteration: Iteration, dispatch: Callable[[], object]) -> None:

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 
 import rpcompile
 from rpcompile.errors import ExecutionError, WorkerTimeout
-from rpcompile.ir import ActionId, Op
+from rpcompile.ir import ActionId, Op, Stream
+from rpcompile.ordering import ActionGraph, HappensBefore
 from rpcompile.runtime import cuda_streams
 from rpcompile.runtime.cuda_streams import CudaStreams
 from rpcompile.runtime.engine import Engine, RuntimeOptions
@@ -200,8 +202,11 @@ class Listening(CudaStreams):
     def wait(self, iteration: Iteration, stream: str, event: str) -> None:
         place = self._gpu, str(stream)
         self.waits[*place, event] = place, self.counts[place] + 1
-        self._streams[stream].deaf = (*place, event) in self.ignored
         super().wait(iteration, stream, event)
+
+    def _enqueue_wait(self, iteration: Iteration, stream: str, event: str) -> None:
+        self._streams[stream].deaf = (self._gpu, str(stream), event) in self.ignored
+        super()._enqueue_wait(iteration, stream, event)
         self._streams[stream].deaf = False
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
@@ -472,3 +477,45 @@ def test_steps_that_overlap_the_next_iteration_do_not_reach_its_uploads(mode: st
             found.append([*losses, *(parameter.detach().clone() for parameter in case.model.parameters())])
     assert equal(found[1], found[0])
     assert equal(found[2], found[0])
+
+
+class Pending(CudaEngine):
+    """An engine whose next run has to wait for work of the host."""
+
+    pending: dict[int, Future[None]] | None = None
+
+    def run(self, tensors: Any, inputs: Any, microbatches: Any, pending: Any = None) -> Any:
+        return super().run(tensors, inputs, microbatches, self.pending)
+
+
+def test_an_update_that_is_late_keeps_back_only_what_needs_its_weights(
+    small: tuple[models.Case, rpcompile.Compiled, list[torch.Tensor]],
+) -> None:
+    """While one is held back, all that does not come behind an upload of its segment is enqueued."""
+    case, compiled, expected = small
+    engine = Pending(compiled, Driver(gpus=2), timeout_s=5)
+    run(case, compiled, engine)  # weights move into their arenas, and are not copied again
+    order = HappensBefore(ActionGraph.from_events(compiled.plan.schedule))
+    computed: list[int] = []
+    for segment in range(len(compiled.program.weights)):
+        uploads = [n for n, a in enumerate(order.graph.actions) if f"host:weights.s{segment}" in a.reads]
+        free = [
+            action
+            for number, action in enumerate(order.graph.actions)
+            if not any(upload == number or order.before(upload, number) for upload in uploads)
+        ]
+        held: Future[None] = Future()
+        left = {action.id for action in free}
+
+        def hook(instruction: str, left: set[str] = left, held: Future[None] = held) -> None:
+            left.discard(instruction)
+            if not left and not held.done():
+                held.set_result(None)
+
+        engine.before_instruction, engine.pending = hook, {segment: held}
+        assert equal(run(case, compiled, engine), expected)
+        computed.append(len({action.stage for action in free if action.stream is Stream.COMPUTE}))
+    assert computed[0] == 0
+    assert computed == sorted(computed)
+    assert computed[-1] >= 2
+    engine.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,15 +12,30 @@ import torch
 
 import rpcompile
 from rpcompile.ir import StageKind
+from rpcompile.runtime.compiled_stages import CompiledStages
 from tests import family_tiny, models, reference
 
 # Chunks add in another order than plain PyTorch: float32 rounding of sums of some hundred terms.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+COMPILER = shutil.which("c++") or shutil.which("g++")
+NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize("attention", ["recompute", "offload"])
-@pytest.mark.parametrize("family", ["qwen3-tied", "qwen3-lora", "qwen3-moe"])
-def test_divided_training_equals_plain_pytorch(family: str, attention: str) -> None:
+def _cases() -> Iterator[object]:
+    """Families with and without offloading, and through backends of torch.compile; most of those are slow."""
+    for family in ("qwen3-tied", "qwen3-lora", "qwen3-moe"):
+        yield from ((family, attention, None) for attention in ("recompute", "offload"))
+        marks = [] if family == "qwen3-moe" else [pytest.mark.slow]
+        yield pytest.param(family, "offload", "aot_eager", marks=marks)
+    yield pytest.param("qwen3-tied", "offload", "inductor", marks=[pytest.mark.slow, NEEDS_COMPILER])
+
+
+@pytest.mark.parametrize(("family", "attention", "backend"), _cases())
+def test_divided_training_equals_plain_pytorch(
+    family: str, attention: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with `compile_stages=True`; a region in chunks then runs between two compiled graphs."""
+    monkeypatch.setattr(CompiledStages.__init__, "__defaults__", (backend,))
     case = models.build(family_tiny.moe) if family == "qwen3-moe" else models.make(family)
     plain = copy.deepcopy(case.model)
     with rpcompile.compile(
@@ -30,6 +47,7 @@ def test_divided_training_equals_plain_pytorch(family: str, attention: str) -> N
         tiles=2,
         head_groups=2,
         attention=attention,
+        compile_stages=backend is not None,
         effort=None,
         solver_time_s=0.3,
     ) as compiled:
@@ -39,6 +57,8 @@ def test_divided_training_equals_plain_pytorch(family: str, attention: str) -> N
         assert any(stage.kind is StageKind.B for stage in plan.partition.stages)
         offloaded = any(name.startswith("host:kept.") for name in plan.schedule.buffers)
         assert offloaded == (attention == "offload")
+        (runners,) = compiled._training.engine._runners.values()
+        assert all((runner._compiled is not None) == (backend is not None) for runner in runners)
         torch.manual_seed(5)
         loss = compiled.forward_backward(**case.batch)
     torch.manual_seed(5)

@@ -42,4 +42,7 @@ def test_a_recorded_run_becomes_a_timeline_and_a_trace(tmp_path: Path) -> None:
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["metadata"]["source"] == "rpcompile, measured"
     names = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
-    assert names == {"GPU 0 (measured)", "GPU 1 (measured)"}
+    host = (
+        {"Host (measured)"} if any(action.stream is Stream.HOST for action in schedule.actions()) else set()
+    )
+    assert names == {"GPU 0 (measured)", "GPU 1 (measured)"} | host

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict, deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpcompile.runtime.streams import Cancelled, Iteration, StreamThread
+from rpcompile.runtime.streams import POLL_S, Cancelled, Iteration, StreamThread
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from rpcompile.runtime.stage_runner import Tensors
     from rpcompile.runtime.streams import Place
 
-_POLL_S = 0.0002
 Clock = dict["Place", int]
 """For each stream, how many of its instructions are over."""
 
@@ -41,12 +39,22 @@ class _Held:
     tensors: Sequence[Tensors]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is yet to be enqueued, once `event` (if any) has been recorded."""
+
+    instruction: str
+    enqueue: Callable[[], object]
+    event: str | None = None
+
+
 class CudaStreams:
     """Enqueues on CUDA streams, from one thread a logical GPU, which never waits for the device.
 
-    A task runs at once and puts its kernels and copies into its stream. An event of another GPU is waited
-    for twice: by the thread until it has been recorded (CUDA takes a wait for an event that has not been for
-    no wait at all), and by the stream until it has happened.
+    A task runs at once and puts its kernels and copies into its stream. An event is waited for twice: on the
+    host until it has been recorded (CUDA takes a wait for an event that has not been for no wait at all, and
+    knows nothing of the host's own work), and by the stream until it has happened. What comes behind a wait
+    on its stream is kept back meanwhile; the other streams go on.
 
     The caching allocator lets a stream use memory again that this stream allocated, at once. So what another
     stream frees is held until the allocating stream has been made to wait for that; the vector clocks that
@@ -73,6 +81,8 @@ class CudaStreams:
         self._pending: dict[str, deque[tuple[str, Any, Any]]] = {name: deque() for name in names}
         self._spare: list[Any] = []
         self._started: tuple[float, Any] | None = None
+        self._steps: dict[str, deque[_Step]] = {name: deque() for name in names}
+        self._begun: set[str] = set()  # the streams whose first step has been announced
         self._thread = StreamThread(f"rpcompile-gpu{gpu}", (gpu, "dispatch"))
 
     def start(self, iteration: Iteration, dispatch: Callable[[], object]) -> None:
@@ -81,14 +91,22 @@ class CudaStreams:
             self._driver.set_device(self.device)
             if iteration.times is not None:
                 self._started = time.perf_counter(), self._timestamp(next(iter(self._streams)))
-            dispatch()
+            try:
+                dispatch()
+                while any(self._steps.values()):
+                    self._sleep(iteration)
+                    self._enqueue_steps(iteration)
+            finally:
+                self._begun.clear()
+                for steps in self._steps.values():
+                    steps.clear()
 
         self._thread.put(iteration, f"gpu{self._gpu}", run)
 
     def enqueue(
         self, iteration: Iteration, stream: str, instruction: str, task: Callable[[], object]
     ) -> None:
-        with _instruction(iteration, instruction, (self._gpu, stream)):
+        def enqueue() -> None:
             self._clocks[stream][self._gpu, stream] += 1
             timed = iteration.times is not None
             begin = self._timestamp(stream) if timed else None
@@ -97,25 +115,20 @@ class CudaStreams:
             end = self._timestamp(stream) if timed else self._event(stream)
             self._pending[stream].append((instruction, begin, end))
 
+        self._put(iteration, stream, _Step(instruction, enqueue))
+
     def wait(self, iteration: Iteration, stream: str, event: str) -> None:
-        with _instruction(iteration, f"wait {event}", (self._gpu, stream)):
-            mark: _Mark | None = iteration.wait(event)
-            if mark is None:
-                return  # of the host: over, now that this thread goes on
-            self._streams[stream].wait_event(mark.event)
-            clock = self._clocks[stream]
-            for place, position in mark.clock.items():
-                clock[place] = max(position, clock.get(place, 0))
-            self._held[stream] = [
-                held for held in self._held[stream] if clock.get(held.freed_by, 0) < held.position
-            ]
+        step = _Step(f"wait {event}", lambda: self._enqueue_wait(iteration, stream, event), event)
+        self._put(iteration, stream, step)
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
-        with _instruction(iteration, f"record {event}", (self._gpu, stream)):
+        def enqueue() -> None:
             # One that others may still wait for is not taken from the spare ones.
             recorded = self._driver.Event()
             recorded.record(self._streams[stream])
             iteration.record(event, _Mark(recorded, dict(self._clocks[stream])))
+
+        self._put(iteration, stream, _Step(f"record {event}", enqueue))
 
     def release(self, stream: str, made_by: str, tensors: Sequence[Tensors]) -> None:
         if stream != made_by:
@@ -128,6 +141,71 @@ class CudaStreams:
     def close(self) -> None:
         self._thread.close()
 
+    def _enqueue_wait(self, iteration: Iteration, stream: str, event: str) -> None:
+        mark: _Mark | None = iteration.wait(event)
+        if mark is None:
+            return  # of the host: it has happened
+        self._streams[stream].wait_event(mark.event)
+        clock = self._clocks[stream]
+        for place, position in mark.clock.items():
+            clock[place] = max(position, clock.get(place, 0))
+        self._held[stream] = [
+            held for held in self._held[stream] if clock.get(held.freed_by, 0) < held.position
+        ]
+
+    def _put(self, iteration: Iteration, stream: str, step: _Step) -> None:
+        self._steps[stream].append(step)
+        self._enqueue_steps(iteration)
+
+    def _enqueue_steps(self, iteration: Iteration) -> None:
+        """Enqueues, stream by stream, all that no unrecorded event keeps back.
+
+        Raises:
+            Cancelled: The iteration ended early, or a step failed and has ended it.
+        """
+        moved = True
+        while moved:
+            moved = False
+            for stream, steps in self._steps.items():
+                while steps and self._enqueued(iteration, stream, steps[0]):
+                    steps.popleft()
+                    moved = True
+
+    def _enqueued(self, iteration: Iteration, stream: str, step: _Step) -> bool:
+        """Enqueues a step, unless it has to wait; its failure ends the iteration under its name."""
+        place = self._gpu, stream
+        try:
+            if iteration.cancelled:
+                raise Cancelled
+            if stream not in self._begun:
+                iteration.begin(place, step.instruction)
+                self._begun.add(stream)
+            if step.event is not None and not iteration.recorded(step.event):
+                return False
+            step.enqueue()
+            iteration.end(place)
+            self._begun.remove(stream)
+        except Cancelled:
+            raise
+        except BaseException as error:  # it belongs to the caller, who waits on another thread
+            iteration.fail(step.instruction, self._gpu, error)
+            raise Cancelled from error
+        return True
+
+    def _sleep(self, iteration: Iteration) -> None:
+        """Until a stream can go on.
+
+        Raises:
+            Cancelled: The iteration ended early.
+        """
+        waker = threading.Event()
+        for steps in self._steps.values():
+            if steps and steps[0].event is not None:
+                iteration.wake(steps[0].event, waker)
+        waker.wait()
+        if iteration.cancelled:
+            raise Cancelled
+
     def _settle(self, iteration: Iteration) -> None:
         """Waits, without blocking the device, until it has done everything; then memory may go."""
         try:
@@ -136,7 +214,7 @@ class CudaStreams:
             while any(self._pending.values()):
                 for name, pending in self._pending.items():
                     self._advance(iteration, name, pending)
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
         except Exception as error:
             # A kernel that failed is reported here, whichever it was.
             iteration.fail(f"gpu{self._gpu}", self._gpu, error)
@@ -178,17 +256,3 @@ class CudaStreams:
         event = self._driver.Event(enable_timing=True)
         event.record(self._streams[stream])
         return event
-
-
-@contextmanager
-def _instruction(iteration: Iteration, instruction: str, place: Place) -> Iterator[None]:
-    """Around an instruction: its failure ends the iteration under its name."""
-    try:
-        iteration.begin(place, instruction)
-        yield
-        iteration.end(place)
-    except Cancelled:
-        raise
-    except BaseException as error:  # it belongs to the caller, who waits on another thread
-        iteration.fail(instruction, place[0], error)
-        raise Cancelled from error

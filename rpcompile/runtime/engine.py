@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 import weakref
 from concurrent.futures import wait
@@ -13,11 +14,12 @@ import torch
 
 from rpcompile import buffers
 from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
-from rpcompile.ir import ActionId
+from rpcompile.ir import ActionId, Op, Stream
 from rpcompile.runtime import blame
 from rpcompile.runtime.compiled_stages import CompiledStages
 from rpcompile.runtime.cuda_streams import CudaStreams
 from rpcompile.runtime.host_slots import HostSlots
+from rpcompile.runtime.host_sums import HostSums
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
 from rpcompile.runtime.streams import CpuStreams, Failure, Iteration, Streams
 from rpcompile.runtime.watchdog import await_all
@@ -66,7 +68,8 @@ class Result:
 
     Attributes:
         outputs: Per microbatch, outputs by node name.
-        gradients: Parameter name -> gradient, summed over jobs in job order.
+        gradients: Parameter name -> gradient, summed over jobs in job order; where SUMs have done that, one
+            segment after another, a tied weight's segments are added after that.
         states: Buffer name -> its value after the forward.
     """
 
@@ -107,11 +110,12 @@ class Engine:
         self._runners = self._make_runners()
         self._slots: HostSlots
         self._workers: list[Worker] = []
+        self._hosts: list[HostSums] = []  # one, if the program has instructions for it
         self._make_workers()
         self.before_instruction: Callable[[str], None] | None = None
         self.record_times = False
         self.times: dict[str, tuple[float, float]] = {}
-        self.close = weakref.finalize(self, _close, self._workers)
+        self.close = weakref.finalize(self, _close, self._workers, self._hosts)
 
     def run(
         self,
@@ -148,15 +152,18 @@ class Engine:
         try:
             for worker in self._workers:
                 worker.start(iteration, microbatches)
+            for sums in self._hosts:
+                sums.start(iteration)
             self._await(iteration)
         except BaseException:
             iteration.cancel()
             self._come_to_rest(iteration)
             raise
-        for worker in self._workers:
+        for worker in (*self._workers, *self._hosts):
             worker.clear()
         self._rotate()
         if iteration.failure is not None:
+            host.clear()  # frames that the error's traceback keeps may keep the iteration
             if iteration.failure.instruction.startswith(_UPDATED):
                 raise iteration.failure.error
             raise self._error(iteration.failure) from iteration.failure.error
@@ -188,7 +195,7 @@ class Engine:
             future.add_done_callback(partial(over, segment))
 
     def _await(self, iteration: Iteration) -> None:
-        drains = [event for worker in self._workers for event in worker.drain()]
+        drains = [event for worker in (*self._workers, *self._hosts) for event in worker.drain()]
         await_all(drains, iteration, self._program.schedule, self._options.timeout_s, self._shift)
 
     def _come_to_rest(self, iteration: Iteration) -> None:
@@ -196,13 +203,12 @@ class Engine:
         try:
             self._await(iteration)
         except BaseException as error:
-            for worker in self._workers:
-                worker.close()
+            _close(self._workers, self._hosts)
             self._make_workers()
             if not isinstance(error, WorkerTimeout):
                 raise
         else:
-            for worker in self._workers:
+            for worker in (*self._workers, *self._hosts):
                 worker.clear()
 
     def _make_runners(self) -> dict[torch.device, list[StageRunner]]:
@@ -231,16 +237,26 @@ class Engine:
             Worker(index, self._program, self._runners[device], streams, self._slots, self._arenas)
             for index, (device, streams) in enumerate(zip(self._devices, self._make_streams(), strict=True))
         ]
+        graph, dtype = self._program.host, self._options.gradient_dtype
+        self._hosts[:] = (
+            [] if graph is None else [HostSums(graph, self._make_host_streams(), self._slots, dtype)]
+        )
 
     def _make_streams(self) -> list[Streams]:
-        workers = len(self._devices)
-        # Workers that each used every core would stand in one another's way. Said for one worker, too:
-        # oneDNN's kernels in a new thread would use every core whatever `torch.set_num_threads` was told.
-        threads = max(1, torch.get_num_threads() // workers)
         return [
-            CpuStreams(index, LANES, threads) if device.type == "cpu" else CudaStreams(index, device, LANES)
+            CpuStreams(index, LANES, self._operator_threads())
+            if device.type == "cpu"
+            else CudaStreams(index, device, LANES)
             for index, device in enumerate(self._devices)
         ]
+
+    def _make_host_streams(self) -> Streams:
+        return CpuStreams(0, (Stream.HOST,), None if self._options.cuda else self._operator_threads())
+
+    def _operator_threads(self) -> int:
+        # Workers that each used every core would stand in one another's way. Said for one worker, too:
+        # oneDNN's kernels in a new thread would use every core whatever `torch.set_num_threads` was told.
+        return max(1, torch.get_num_threads() // len(self._devices))
 
     def _staged(self, inputs: Tensors) -> Tensors:
         """A caller's tensors where a CUDA device can copy them from without making the host wait."""
@@ -249,6 +265,7 @@ class Engine:
         return {name: _pinned(tensor) for name, tensor in inputs.items()}
 
     def _result(self, host: dict[str, Any], microbatches: int) -> Result:
+        # What SUMs have left: one gradient a segment, in as many segments as share the parameter.
         gradients: Tensors = {}
         states: Tensors = {}
         dtype = self._options.gradient_dtype
@@ -271,6 +288,13 @@ class Engine:
         except Exception:
             traceback.clear_frames(error.__traceback__)
             return kind(f"{failure.instruction!r} failed on GPU {failure.gpu}: {reason}.{_advice(error)}")
+        after = "Weights, gradients and buffers are as they were before this call."
+        if action.op is Op.SUM and action.part is not None:
+            traceback.clear_frames(error.__traceback__)
+            return kind(
+                f"{failure.instruction} (sum of stage {action.stage}'s gradients) failed on the host in "
+                f"{self._chain.segments[action.part].name}: {reason}.{_advice_on_host(error)} {after}"
+            )
         graph = self._workers[failure.gpu].runners[action.stage].graph
         node = blame.failing_node(error, graph.graph_module)
         traceback.clear_frames(error.__traceback__)
@@ -280,8 +304,7 @@ class Engine:
         microbatch = "" if action.microbatch is None else f", microbatch {action.microbatch}"
         return kind(
             f"{failure.instruction} ({action.op.name.lower()} of stage {action.stage}{microbatch}) failed on "
-            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} Weights, gradients and buffers are as "
-            f"they were before this call."
+            f"GPU {failure.gpu} in {where}: {reason}.{_advice(error)} {after}"
         )
 
 
@@ -294,6 +317,14 @@ def _advice(error: BaseException) -> str:
             " This process cannot use its GPUs any more; call save_checkpoint, which needs none, and go on "
             "in a new one. With CUDA_LAUNCH_BLOCKING=1 the instruction that failed is named."
         )
+    return ""
+
+
+def _advice_on_host(error: BaseException) -> str:
+    """As `_advice`, for what the host does."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if full or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return " The host's memory is full: free some, or let no GPUs share a stage (effort=None)."
     return ""
 
 
@@ -312,6 +343,6 @@ def _readers(weights: Sequence[Sequence[str]]) -> dict[int, tuple[int, ...]]:
     return {segment: tuple(sorted({first[name] for name in names})) for segment, names in enumerate(weights)}
 
 
-def _close(workers: list[Worker]) -> None:
-    for worker in workers:
+def _close(workers: list[Worker], hosts: list[HostSums]) -> None:
+    for worker in (*workers, *hosts):
         worker.close()

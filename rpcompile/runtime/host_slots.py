@@ -73,16 +73,18 @@ class _Layout:
     nbytes: int
 
     @classmethod
-    def like(cls, tensors: Tensors) -> _Layout:
-        """Each tensor in the memory format that `clone` would give it."""
+    def like(cls, tensors: Tensors, dtype: torch.dtype | None = None) -> _Layout:
+        """Each tensor in the memory format that `clone` would give it, of `dtype` if one is given."""
         members: list[tuple[str, torch.Size, tuple[int, ...], torch.dtype, int, int]] = []
         offset = 0
         for name, tensor in tensors.items():
             stride = tensor.stride()
             if not tensor.is_contiguous():
                 stride = torch.empty_like(tensor, device="meta").stride()
-            members.append((name, tensor.shape, stride, tensor.dtype, offset, tensor.nbytes))
-            offset += aligned(tensor.nbytes)
+            made = dtype or tensor.dtype
+            nbytes = tensor.numel() * made.itemsize
+            members.append((name, tensor.shape, stride, made, offset, nbytes))
+            offset += aligned(nbytes)
         return cls(tuple(members), offset)
 
     def views(self, flat: torch.Tensor) -> Tensors:
@@ -118,7 +120,7 @@ class HostSlots:
                 self._counts[name.kind, name.segment] += 1
         self._slots: dict[str, torch.Tensor] = {}
         self._arenas: dict[tuple[str, int | None], torch.Tensor] = {}
-        self._gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._gradients: dict[tuple[str, torch.dtype | None], list[torch.Tensor]] = defaultdict(list)
         self._sizes: object = None
         self._lock = threading.Lock()
 
@@ -133,17 +135,19 @@ class HostSlots:
             self._arenas.clear()
             self._sizes = sizes
 
-    def empty_like(self, buffer: str, tensors: Tensors) -> Tensors:
-        """Host tensors for a buffer, to copy `tensors` into."""
+    def empty_like(self, buffer: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+        """Host tensors for a buffer, to copy `tensors` into; gradients of another dtype, if one is given."""
         kind = buffers.parse(buffer).kind
         if kind not in ("x", "kept", "dx", "gradients"):
             return {
                 name: torch.empty_like(tensor, device="cpu", pin_memory=self._pin)
                 for name, tensor in tensors.items()
             }
-        layout = _Layout.like(tensors)
+        layout = _Layout.like(tensors, dtype)
         with self._lock:
-            flat = self._unused(buffer, layout) if kind == "gradients" else self._slot(buffer, layout)
+            flat = (
+                self._unused((buffer, dtype), layout) if kind == "gradients" else self._slot(buffer, layout)
+            )
         return layout.views(flat)
 
     @property
@@ -169,7 +173,7 @@ class HostSlots:
             self._slots[buffer] = slot
         return slot
 
-    def _unused(self, buffer: str, layout: _Layout) -> torch.Tensor:
+    def _unused(self, buffer: tuple[str, torch.dtype | None], layout: _Layout) -> torch.Tensor:
         held = [flat for flat in self._gradients[buffer] if _references(flat) > 1]
         free = [flat for flat in self._gradients[buffer] if _references(flat) == 1]
         fitting = [flat for flat in free if flat.nbytes == layout.nbytes]

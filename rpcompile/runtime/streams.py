@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from rpcompile.runtime.stage_runner import Tensors
 
+POLL_S = 0.0002
+"""Seconds after which a device is asked again how far it is."""
 Place = tuple[int, str]
 """A GPU's index and the name of a stream."""
 
@@ -62,8 +64,8 @@ class Iteration:
         self.running: dict[Place, tuple[str, float]] = {}
         self.progress_s = time.perf_counter()
         self.times: dict[str, tuple[float, float]] | None = {} if record_times else None
-        self._events: dict[str, threading.Event] = {}
         self._recorded: dict[str, Any] = {}
+        self._wakers: dict[str, list[threading.Event]] = {}
         self._lock = threading.Lock()
 
     def begin(self, place: Place, instruction: str) -> None:
@@ -87,8 +89,11 @@ class Iteration:
 
     def record(self, event: str, mark: object = None) -> None:
         """Everything that waits for `event` may go on; each gets `mark`."""
-        self._recorded[event] = mark
-        self._event(event).set()
+        with self._lock:
+            self._recorded[event] = mark
+            wakers = self._wakers.pop(event, [])
+        for waker in wakers:
+            waker.set()
 
     def wait(self, event: str) -> Any:
         """Blocks the calling thread until `event` is recorded, and returns its mark.
@@ -96,10 +101,32 @@ class Iteration:
         Raises:
             Cancelled: The iteration ended early.
         """
-        self._event(event).wait()
+        waker = threading.Event()
+        self.wake(event, waker)
+        waker.wait()
         if self.cancelled:
             raise Cancelled
         return self._recorded[event]
+
+    def wait_until_over(self, event: str) -> None:
+        """As `wait`, and on until the device, if one has recorded the event, has come to it.
+
+        Raises:
+            Cancelled: The iteration ended early.
+        """
+        mark = self.wait(event)
+        while mark is not None and not mark.event.query():
+            if self.cancelled:
+                raise Cancelled
+            time.sleep(POLL_S)
+
+    def wake(self, event: str, waker: threading.Event) -> None:
+        """Sets `waker` as soon as `event` is recorded or the iteration has ended early."""
+        with self._lock:
+            if not self.cancelled and event not in self._recorded:
+                self._wakers.setdefault(event, []).append(waker)
+                return
+        waker.set()
 
     def recorded(self, event: str) -> bool:
         return event in self._recorded
@@ -115,16 +142,10 @@ class Iteration:
         """Streams skip the tasks they still have, and wait no longer."""
         with self._lock:
             self.cancelled = True
-            waited_for = list(self._events.values())
-        for event in waited_for:
-            event.set()
-
-    def _event(self, name: str) -> threading.Event:
-        with self._lock:
-            event = self._events.setdefault(name, threading.Event())
-            if self.cancelled:
-                event.set()
-            return event
+            wakers = [waker for found in self._wakers.values() for waker in found]
+            self._wakers.clear()
+        for waker in wakers:
+            waker.set()
 
 
 class Streams(Protocol):
@@ -197,7 +218,7 @@ class CpuStreams:
         self._threads[stream].put(iteration, instruction, task)
 
     def wait(self, iteration: Iteration, stream: str, event: str) -> None:
-        self._threads[stream].put(iteration, f"wait {event}", lambda: iteration.wait(event))
+        self._threads[stream].put(iteration, f"wait {event}", lambda: iteration.wait_until_over(event))
 
     def record(self, iteration: Iteration, stream: str, event: str) -> None:
         self._threads[stream].put(iteration, f"record {event}", lambda: iteration.record(event))

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import WorkerTimeout
+from rpcompile.ir import Stream
 
 if TYPE_CHECKING:
     import threading
@@ -54,12 +55,12 @@ def report(iteration: Iteration, schedule: Schedule, shift: int = 0) -> str:
     now = time.perf_counter()
 
     def place(action: Action) -> str:
-        return f"{action.id} (gpu{(action.gpu + shift) % schedule.gpus} {action.stream.value})"
+        return f"{action.id} ({_name((action.gpu + shift) % schedule.gpus, action.stream.value)})"
 
     busy: list[str] = []
     waiting: list[str] = []
     for (gpu, stream), (instruction, since) in sorted(iteration.running.copy().items()):
-        where, for_s = f"gpu{gpu} {stream}", f"for {now - since:.1f} s"
+        where, for_s = _name(gpu, stream), f"for {now - since:.1f} s"
         event = instruction.removeprefix("wait ")
         if event == instruction:
             busy.append(f"{where} has been running {instruction} {for_s}")
@@ -69,3 +70,7 @@ def report(iteration: Iteration, schedule: Schedule, shift: int = 0) -> str:
         else:
             waiting.append(f"{where} has been waiting {for_s} for {event}")
     return "; ".join([*busy, *waiting]) or "No stream is running anything"
+
+
+def _name(gpu: int, stream: str) -> str:
+    return "the host" if stream == Stream.HOST else f"gpu{gpu} {stream}"
