@@ -41,6 +41,7 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
     gradients, memory, hop = np.empty(size), np.empty(size), np.empty(size)
     handed, updated, lingering = np.empty(size), np.zeros(size), np.empty(size)
     ahead, saved_by, saved_hop = np.zeros(size), np.full(size, -1), np.zeros(size)
+    stored, kept = np.empty(size), np.zeros(size)
     n, maker = tables.segments, size
     for s in range(size):
         begin, end = cuts[s], cuts[s + 1]
@@ -56,8 +57,10 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
             while cuts[maker] >= lowest:
                 maker -= 1
             saved_by[s], saved_hop[s] = maker, tables.saved_s[lowest]
+            if 0 < lowest < cuts[maker + 1]:
+                kept[maker] += tables.handed_bytes[lowest]
         compute[s], loaded[s], weights[s], gradients[s], memory[s] = row[0], row[1], row[2], row[3], row[4]
-        lingering[s] = row[5]
+        lingering[s], stored[s] = row[5], row[6]
         hop[s], handed[s] = tables.hop_s[begin], tables.handed_bytes[begin]
         if begin < n:
             updated[s] = tables.updated_bytes[min(end, n)] - tables.updated_bytes[begin]
@@ -74,6 +77,8 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
         updated,
         memory,
         lingering,
+        stored + kept,
+        kept,
     )
 
 
@@ -84,12 +89,12 @@ def energy(
     most_bytes: float,
     state: State,
     order: np.ndarray,
-    starts: np.ndarray,
+    ends: np.ndarray,
 ) -> float:
     """Seconds, with penalties for what breaks a limit."""
     size = state.size[0]
     stages = stages_of(tables, size, state.cuts)
-    played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], starts[:size])
+    played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], ends[:size])
     over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / machine.limit_bytes.min()
     return (played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s) * (
         1.0 + _PENALTY * over
@@ -322,19 +327,19 @@ def anneal(
     """
     np.random.seed(seed)
     most, microbatches = best.gpu_of.shape
-    order, starts = np.empty((most, microbatches), np.int64), np.empty((most, microbatches))
+    order, ends = np.empty((most, microbatches), np.int64), np.empty((most, microbatches))
     gpus = machine.speed.size
-    least = energy(tables, machine, most_bytes, best, order, starts)
+    least = energy(tables, machine, most_bytes, best, order, ends)
     if begin == 0:
         _copy(best, now)
     walk = now
-    value = energy(tables, machine, most_bytes, now, order, starts)
+    value = energy(tables, machine, most_bytes, now, order, ends)
     for move in range(begin, end):
         _copy(now, then)
         dealing = now.wanted[0] > 0
         if not _move(tables, then, widest if dealing else gpus, dealing):
             continue
-        new = energy(tables, machine, most_bytes, then, order, starts)
+        new = energy(tables, machine, most_bytes, then, order, ends)
         heat = least * hot * (cold / hot) ** (move / moves)
         if new - value <= -heat * np.log(1.0 - np.random.random()):
             now, then = then, now

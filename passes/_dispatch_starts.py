@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 _BACKWARD_LENGTHS = (1, 2, 4)
-_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest
+_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest, and as many of one segment
 _JOB_WORK = 8  # of playing a job's uploads and downloads
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
@@ -60,6 +60,10 @@ class Problem:
         state.wanted[:size] = wanted
         return state
 
+    def fused_begin(self, cuts: Sequence[int]) -> int:
+        """The first segment of the fused stage."""
+        return max(cut for cut in cuts if cut < self.tables.segments)
+
     def energy(self, state: State) -> float:
         """What the search minimises; deals out the stages that are not yet."""
         shape = state.gpu_of.shape
@@ -80,11 +84,18 @@ def first_states(problem: Problem, partitions: Sequence[Partition], count: int) 
 
     Up to half of them are of the given partitions: these may be good only after a search has been at them.
     """
-    given = _best(problem, [_cuts_of(partition, problem.tables) for partition in partitions])
+    cuttings = [_cuts_of(partition, problem.tables) for partition in partitions]
+    first = problem.tables.first_fused
+    given = _best(problem, [cuts for cuts in cuttings if problem.fused_begin(cuts) >= first])
     given = given[: count // 2]
     known = {entry.cuts for entry in given}
     regular = [entry for entry in _best(problem, _regular(problem)) if entry.cuts not in known]
-    entries = [*given, *regular[: count - len(given)]]
+    # Half of the rest have fused stages of different lengths: few moves lead from one length to another.
+    places = count - len(given)
+    leaders = {problem.fused_begin(entry.cuts): entry for entry in reversed(regular)}
+    chosen = sorted(leaders.values(), key=lambda entry: entry.energy)[: places // 2]
+    chosen += [entry for entry in regular if all(entry is not other for other in chosen)]
+    entries = [*given, *chosen[:places]]
     return [entry.state for entry in sorted(entries, key=lambda entry: entry.energy)]
 
 
@@ -122,8 +133,12 @@ def _shapes(problem: Problem, cuttings: Iterable[list[int]]) -> Iterator[tuple[l
     tables, gpus = problem.tables, problem.widest
     for cuts in cuttings:
         fused = sum(cut < tables.segments for cut in cuts) - 1
+        compute_s = stages_of(tables, len(cuts) - 1, np.array(cuts)).compute_s
+        others_s = float(np.delete(compute_s, fused).max(initial=0.0))
+        # So many that the fused stage takes microbatches in, and hands them on, as fast as the others.
+        pace = round(float(compute_s[fused]) / others_s) if others_s else 1
         for middle, heads in product(
-            sorted({1, min(2, gpus), gpus}), sorted({min(count, gpus) for count in (1, 2, 4, gpus)})
+            sorted({1, min(2, gpus), gpus}), sorted({min(max(1, count), gpus) for count in (1, pace, gpus)})
         ):
             wanted = np.full(len(cuts) - 1, middle)
             wanted[fused] = max(middle, heads)
@@ -138,8 +153,10 @@ def _fused_begins(problem: Problem) -> list[int]:
     tables, limit = problem.tables, float(problem.machine.limit_bytes.max())
     n = tables.segments
     fitting = [begin for begin in range(tables.first_fused, n) if tables.fused[begin, 4] <= limit]
-    longest = min(fitting, default=n - 1)
-    return sorted({n - 1 - (n - 1 - longest) * part // _FUSED_LENGTHS for part in range(_FUSED_LENGTHS + 1)})
+    longest = n - 1 - min(fitting, default=n - 1)
+    parts = range(_FUSED_LENGTHS + 1)
+    more = {min(part, longest) for part in parts} | {longest * part // _FUSED_LENGTHS for part in parts}
+    return sorted(n - 1 - segments for segments in more)
 
 
 def _regular_cuts(tables: Tables, forward: int, backward: int, begin: int, first: int = 0) -> list[int]:

@@ -37,12 +37,14 @@ _WIDEST = 64  # GPUs
 _MOST_MICROBATCHES = 512
 _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
-_MOVES_A_PLACE = 2000  # moves of one run for each position on the line; more do not pay on short ones
-_KEPT = 8  # starts that are annealed
-_REFINED = 2  # how many of those are annealed again, and then once more GPU by GPU
-_AGAIN = 4  # how often each where there is nothing else to decide, on a ring
+_MOVES_A_PLACE = 20_000  # moves of one run for each position on the line; more do not pay on short ones
+_KEPT = 8  # starts that are annealed; on a ring, where many short walks do better, four times as many
+_REFINED = 3  # how many of those are annealed again, and then once more GPU by GPU
+_AGAIN = 4  # how often each of the best two on a ring, and four times as often; nothing else is to decide
 # Of each round of annealing: its share of the work, and the share of the time a move may cost (first, last).
-_ROUNDS = ((0.25, 3e-3, 3e-4), (0.4, 1e-3, 3e-5), (0.35, 1e-4, 1e-5))
+# A walk that is hotter at first ends better, if it has the time to cool down.
+_SHORT_ROUNDS = ((0.25, 3e-3, 3e-4), (0.4, 1e-3, 3e-5), (0.35, 1e-4, 1e-5))
+_ROUNDS = ((0.4, 2e-2, 1e-4), (0.4, 2e-3, 3e-5), (0.2, 1e-4, 1e-5))
 _RING_ROUNDS = ((0.5, 1e-3, 1e-4), (0.5, 1e-3, 3e-5))
 
 
@@ -51,7 +53,7 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        work: What may be played, in all, in units of one microbatch of one stage: about 10 ns each.
+        work: What may be played, in all, in units of one microbatch of one stage: about 5 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 
@@ -59,7 +61,7 @@ class Effort:
     limit_s: float
 
 
-EFFORTS = {"fast": Effort(1e8, 2.0), "normal": Effort(1.6e9, 20.0), "thorough": Effort(8e9, 90.0)}
+EFFORTS = {"fast": Effort(1e8, 2.0), "normal": Effort(3e9, 20.0), "thorough": Effort(1.5e10, 90.0)}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class SearchSchedule:
         problem, bound_s = self._problem(chain, limits)
         _compile(problem)
         searching = time.monotonic()
-        states = first_states(problem, self.partitions, _KEPT)
+        states = first_states(problem, self.partitions, self._more(problem, _KEPT))
         states, ended_by = self._improve(problem, bound_s, states, searching)
         return self._answer(chain, problem, states[0], bound_s, ended_by, began)
 
@@ -208,13 +210,12 @@ class SearchSchedule:
             down_bytes_per_s=max(hardware.d2h_bytes_per_s for hardware in every),
             latency_s=min(hardware.latency_s for hardware in every),
         )
-        bound_s = least_seconds(chain, tables, fastest, self.microbatches)
+        most = math.inf if self.max_traffic is None else self.max_traffic * self._unit_bytes(chain)
+        bound_s = least_seconds(chain, tables, fastest, self.microbatches, most)
         if bound_s <= 0:
             raise InvalidArgument("all times of the chain are 0; give what the segments take")
         # Twice the bound, for bandwidth is only scarce where the time is near it.
-        slice_s = 2 * bound_s * machine.iterations / SLICES
-        most = math.inf if self.max_traffic is None else self.max_traffic * self._unit_bytes(chain)
-        machine = machine._replace(slice_s=slice_s)
+        machine = machine._replace(slice_s=2 * bound_s * machine.iterations / SLICES)
         return Problem(tables, machine, self.microbatches, most, self.gpus if self.replicas else 1), bound_s
 
     def _unit_bytes(self, chain: SegmentChain) -> float:
@@ -228,12 +229,15 @@ class SearchSchedule:
         """Anneals all states as they are dealt out, then the best of them, at last GPU by GPU."""
         effort, ring = EFFORTS[self.effort], problem.machine.ring or problem.widest == 1
         limit_s = effort.limit_s if self.time_limit_s is None else self.time_limit_s
-        rounds = _RING_ROUNDS if ring else _ROUNDS
+        rounds = _RING_ROUNDS if ring else _SHORT_ROUNDS if self.effort == "fast" else _ROUNDS
         done, late = 0.0, False
         for number, (share, hot, cold) in enumerate(rounds):
             done += share
             if number and ring:
-                again = [State(*(array.copy() for array in state)) for state in states[:_REFINED] * _AGAIN]
+                again = [
+                    State(*(array.copy() for array in state))
+                    for state in states[:2] * self._more(problem, _AGAIN)
+                ]
                 states = [states[0], *again]
             elif number:
                 states = states[:_REFINED]
@@ -246,6 +250,11 @@ class SearchSchedule:
             states, ended = self._anneal(run, states)
             late = late or ended
         return states, "clock" if late else "moves"
+
+    def _more(self, problem: Problem, walks: int) -> int:
+        """How many walks to make where a short search makes so many."""
+        ring = problem.machine.ring or problem.widest == 1
+        return 4 * walks if ring and self.effort != "fast" else walks
 
     def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
         """All states annealed, the best first, and whether the clock ended it."""
@@ -268,12 +277,12 @@ class SearchSchedule:
     ) -> SearchedSchedule:
         size = int(state.size[0])
         cuts = state.cuts[: size + 1].tolist()
-        order, starts = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
+        order, ends = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
         stages = stages_of(problem.tables, size, state.cuts)
         machine, wanted = problem.machine, state.wanted[:size]
         if machine.iterations > 1:  # long enough for any pattern over several iterations to show
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
-        played = play(machine, stages, state.gpu_of[:size], wanted, order, starts)
+        played = play(machine, stages, state.gpu_of[:size], wanted, order, ends)
         if played.excess_bytes > 0:
             raise self._nothing_fits(chain, problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):

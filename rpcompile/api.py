@@ -77,6 +77,7 @@ def compile(
     effort: str | None = "fast",
     max_traffic: float | None = None,
     optimizer_ns: float | None = None,
+    fused_segments: int | None = None,
     solver_time_s: float = 3.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -144,6 +145,8 @@ def compile(
         optimizer_ns: Nanoseconds that `compiled.step` takes on the host for a trainable parameter, e.g. 0.15
             for AdamW where host memory moves 200 GB/s. The plan is then the fastest with the updates in its
             schedule, and predicts the time of whole steps. None: updates are no part of the plan.
+        fused_segments: Most segments of the fused stage, whose forward and backward run at once and which are
+            not computed twice. None: as many as pay.
         solver_time_s: Seconds the partition solver may take.
         seed: Seed of the partition solver.
         progress: Show a progress bar; default: if standard error is a terminal.
@@ -179,7 +182,8 @@ def compile(
     check_attention(attention)
     search = (solver_time_s, seed, effort, max_traffic)
     host_bytes = None if _is_on_meta(module) else installed_bytes()
-    options = PlanOptions(gpus, parts, mode, *search, hardware.links, attention, host_bytes)
+    means = (hardware.links, attention, host_bytes)
+    options = PlanOptions(gpus, parts, mode, *search, *means, fused_segments=fused_segments)
     given = _seconds_source(seconds)
     with progress_bar(progress) as bar:
         captured = capture_model(module, example, bar, compute_dtype)

@@ -13,7 +13,15 @@ from rpcompile.simulate_dispatch import stage_time
 if TYPE_CHECKING:
     from rpcompile.ir import SegmentChain
 
-FIELDS = ("compute_s", "load_bytes", "weight_bytes", "gradient_bytes", "memory_bytes", "lingering_bytes")
+FIELDS = (
+    "compute_s",
+    "load_bytes",
+    "weight_bytes",
+    "gradient_bytes",
+    "memory_bytes",
+    "lingering_bytes",
+    "store_bytes",
+)
 AHEAD = len(FIELDS)  # behind the fields of `StageCost`: seconds of a backward that need no gradient
 _ENTRIES = 20_000  # stages that are priced at most; on long chains, longer stages are not considered
 

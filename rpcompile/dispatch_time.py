@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
-SLICES = 4096  # intervals in which host bandwidth is kept account of
+SLICES = 1024  # intervals in which host bandwidth is kept account of
 _HANDED = 0.9  # a link is never so busy with activations that weights get less than the rest
 
 
@@ -73,8 +73,10 @@ class Stages(NamedTuple):
         weight_bytes: Uploaded by each job.
         gradient_bytes: Downloaded by each job.
         updated_bytes: Gradients of the segments that this stage is the first to need; 0 for B stages.
-        memory_bytes: All that one job of the stage can have on its GPU.
+        memory_bytes: All that one job of the stage can have on its GPU, but for `kept_bytes`.
         lingering_bytes: Not 0 if the stage changes buffers of the model, which only one job may do.
+        stored_bytes: All that is copied down.
+        kept_bytes: The part of it that a backward stage recomputes from and that lies inside this stage.
     """
 
     compute_s: np.ndarray
@@ -89,6 +91,8 @@ class Stages(NamedTuple):
     updated_bytes: np.ndarray
     memory_bytes: np.ndarray
     lingering_bytes: np.ndarray
+    stored_bytes: np.ndarray
+    kept_bytes: np.ndarray
 
 
 class Played(NamedTuple):
@@ -107,7 +111,7 @@ class Played(NamedTuple):
     excess_bytes: float
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _draw(left: np.ndarray, slice_s: float, start: float, nbytes: float, rate: float) -> float:
     """Moves bytes at no more than `rate` through what is left of the host's bandwidth; when it ends."""
     time = start
@@ -127,14 +131,14 @@ def _draw(left: np.ndarray, slice_s: float, start: float, nbytes: float, rate: f
     return time + nbytes / rate
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def play(
     machine: Machine,
     stages: Stages,
     gpu_of: np.ndarray,
     wanted: np.ndarray,
     order: np.ndarray,
-    starts: np.ndarray,
+    ends: np.ndarray,
 ) -> Played:
     """Plays a dispatch; where `wanted` is not 0, it deals that many jobs out first.
 
@@ -144,19 +148,23 @@ def play(
         gpu_of: (stages, microbatches) GPU of each; rewritten for stages that are dealt out.
         wanted: (stages,) number of GPUs to deal a stage out to, 0 to keep `gpu_of`.
         order: (stages, microbatches) filled with the microbatches in the order they arrive.
-        starts: (stages, microbatches) filled with the start of each, in the last iteration; a pause behind
-            the recompute is taken to lie before it.
+        ends: (stages, microbatches) filled with the end of each, in the last iteration.
     """
     count, microbatches = gpu_of.shape
+    sets = min(2, microbatches)  # microbatches whose copies a GPU holds at once
     gpus = machine.speed.size
     left = np.full(SLICES, machine.host_bytes_per_s * machine.slice_s)
     free, before, uploaded = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     sent, sent_before, busy = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
     lands, load = np.zeros(gpus), np.zeros(gpus)
-    memory, weights, gradients = np.zeros(gpus), np.zeros(gpus), np.zeros(gpus)
+    memory, gradients = np.zeros(gpus), np.zeros(gpus)  # of the job before
+    load_before, store_before = np.zeros(gpus), np.zeros(gpus)
     ready = np.zeros(microbatches)
     came = np.empty(microbatches, np.int64)
     line = np.arange(microbatches)
+    at = np.empty(microbatches, np.int64)  # the GPU of each in this stage
+    took = np.empty(gpus)  # seconds of a microbatch of this stage on each GPU
+    speed, limit, slice_s = machine.speed, machine.limit_bytes, machine.slice_s
     chosen = np.zeros(gpus, np.int64)
     jobs, here = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
     last_free = np.zeros(gpus)
@@ -176,11 +184,14 @@ def play(
         final_before = final
         for s in range(count):
             nbytes, compute, ahead = stages.weight_bytes[s], stages.compute_s[s], stages.ahead_s[s]
-            saved_by = stages.saved_by[s]
+            hop_s, handed, gradient = stages.hop_s[s], stages.handed_bytes[s], stages.gradient_bytes[s]
+            saved_by, saved_hop_s = stages.saved_by[s], stages.saved_hop_s[s]
+            for g in range(gpus):
+                took[g] = compute / speed[g]
             released = 0.0
             if waits:
                 work = stages.updated_bytes[s] * machine.update_s_per_byte * machine.host_bytes_per_s
-                updated = _draw(left, machine.slice_s, updated, work, machine.host_bytes_per_s)
+                updated = _draw(left, slice_s, updated, work, machine.host_bytes_per_s)
                 released = updated
             dealt = wanted[s] > 0 and iteration == 0
             width = min(wanted[s], gpus) if stages.lingering_bytes[s] == 0.0 else min(wanted[s], 1)
@@ -214,22 +225,25 @@ def play(
                         lands[g] = max(lands[g], free[g])
                 for i in range(microbatches):
                     m = line[i]
-                    best, ends = chosen[0], np.inf
+                    best, least = chosen[0], np.inf
                     for k in range(width):
                         g = chosen[k]
-                        end = lands[g] + compute / machine.speed[g]
+                        end = lands[g] + took[g]
                         if not chained:
-                            hop = 0.0 if came[m] == g or came[m] < 0 else stages.hop_s[s]
-                            since = ready[m] + hop - ahead / machine.speed[g]
-                            end = max(lands[g], since) + compute / machine.speed[g]
-                        if end < ends:
-                            best, ends = g, end
-                    lands[best] = ends
+                            hop = 0.0 if came[m] == g or came[m] < 0 else hop_s
+                            since = ready[m] + hop - ahead / speed[g]
+                            end = max(lands[g], since) + took[g]
+                        if end < least:
+                            best, least = g, end
+                    lands[best] = least
                     if chained:
-                        load[best] = ends
+                        load[best] = least
                     gpu_of[s, m] = best
             for m in range(microbatches):
-                g = (gpu_of[s, m] + shift) % gpus
+                g = gpu_of[s, m] + shift
+                if g >= gpus:
+                    g -= gpus
+                at[m] = g
                 jobs[g] += 1
                 if came[m] == g:
                     here[g] += 1
@@ -239,62 +253,62 @@ def play(
                     continue
                 parts += 1
                 dealt_jobs += 1 if iteration == 0 else 0
-                # Residency of the job before this one: it, these weights, the gradients before it.
-                own = stages.memory_bytes[s] + here[g] * stages.handed_bytes[s]
-                excess = max(excess, memory[g] + nbytes - machine.limit_bytes[g])
-                excess = max(excess, own + gradients[g] - machine.limit_bytes[g])
-                memory[g], gradients[g], weights[g] = own + gradients[g], stages.gradient_bytes[s], nbytes
+                # What `StageCosts.resident_bytes` has: of the job before with what comes for this one, and
+                # of this one with what the job before leaves behind.
+                loaded, stored = stages.loaded_bytes[s], stages.stored_bytes[s]
+                ahead_bytes = nbytes + max(0.0, loaded - (sets - 1) * load_before[g])
+                excess = max(excess, memory[g] + ahead_bytes - limit[g])
+                # What was made right here waits in place; the sets of copies are for the others.
+                copies = min(sets, jobs[g] - here[g]) - sets
+                own = stages.memory_bytes[s] + sets * stages.kept_bytes[s] + (here[g] + copies) * handed
+                own += gradients[g] + max(0.0, store_before[g] - (sets - 1) * stored)
+                excess = max(excess, own - limit[g])
+                memory[g], gradients[g], load_before[g], store_before[g] = own, gradient, loaded, stored
                 gate = free[g]
                 if nbytes > 0.0:
                     begin = max(max(uploaded[g], before[g]), released) + machine.latency_s
                     rate = machine.up_bytes_per_s * (1.0 - busy[g])
-                    uploaded[g] = _draw(left, machine.slice_s, begin, nbytes, rate)
+                    uploaded[g] = _draw(left, slice_s, begin, nbytes, rate)
                     gate = max(gate, uploaded[g])
                     upload_bytes += nbytes
-                if stages.gradient_bytes[s] > 0.0:
+                if gradient > 0.0:
                     gate = max(gate, sent_before[g])
                 before[g] = free[g]
                 free[g] = gate
             for i in range(microbatches):
                 m = line[i]
-                g = (gpu_of[s, m] + shift) % gpus
-                begin = free[g]
+                g = at[m]
+                start = free[g]
                 if saved_by >= 0:
-                    maker = (gpu_of[saved_by, m] + shift) % gpus
-                    made = starts[saved_by, m] + stages.compute_s[saved_by] / machine.speed[maker]
-                    begin = max(begin, made + stages.saved_hop_s[s])
-                hop = 0.0
+                    start = max(start, ends[saved_by, m] + saved_hop_s)
+                since = ready[m] - ahead / speed[g]
                 if came[m] != g and came[m] >= 0:
-                    hop = stages.hop_s[s]
-                    k = int(begin / machine.slice_s)
+                    since += hop_s
+                    k = int(start / slice_s)
                     if k < left.size:
-                        left[k] = max(0.0, left[k] - 2.0 * stages.handed_bytes[s])
-                start = max(begin, ready[m] + hop - ahead / machine.speed[g])
-                free[g] = start + compute / machine.speed[g]
-                ready[m] = free[g]
+                        left[k] = max(0.0, left[k] - 2.0 * handed)
+                end = max(start, since) + took[g]
+                free[g] = ready[m] = ends[s, m] = end
                 came[m] = g
                 order[s, i] = m
-                starts[s, m] = start
             for g in range(gpus):
                 if jobs[g] == 0:
                     continue
-                loaded = stages.loaded_bytes[s] - stages.handed_bytes[s] * here[g] / jobs[g]
-                spent = compute / machine.speed[g] * machine.up_bytes_per_s
+                loaded = stages.loaded_bytes[s] - handed * here[g] / jobs[g]
+                spent = took[g] * machine.up_bytes_per_s
                 busy[g] = min(_HANDED, loaded / spent) if spent > 0.0 else 0.0
-                if stages.gradient_bytes[s] > 0.0:
+                if gradient > 0.0:
                     begin = max(sent[g], free[g]) + machine.latency_s
                     sent_before[g] = sent[g]
-                    sent[g] = _draw(
-                        left, machine.slice_s, begin, stages.gradient_bytes[s], machine.down_bytes_per_s
-                    )
+                    sent[g] = _draw(left, slice_s, begin, gradient, machine.down_bytes_per_s)
                     seen += 1
                     # A pass over memory reads the sum and what has landed, and writes the sum; the norm
                     # of the whole is one more to read.
                     passes = 0.0 if seen == 1 else 1.0 if sent[g] <= arrived and seen > 2 else 3.0
                     passes += 1.0 if seen == parts > 1 and machine.update_s_per_byte > 0.0 else 0.0
-                    work = passes * stages.gradient_bytes[s]
+                    work = passes * gradient
                     arrived = max(arrived, sent[g])
-                    arrived = _draw(left, machine.slice_s, arrived, work, machine.host_bytes_per_s)
+                    arrived = _draw(left, slice_s, arrived, work, machine.host_bytes_per_s)
                 final = max(final, free[g])
             if parts > 1 and stages.lingering_bytes[s] > 0.0:
                 excess = max(excess, machine.limit_bytes.max())

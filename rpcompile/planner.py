@@ -355,7 +355,8 @@ def _with_attention(
 ) -> tuple[SegmentChain, Found, str]:
     """The chain with its attention outputs offloaded or not, its plan, and why."""
     # One plan of each is enough to compare; only the chain that is chosen is searched on.
-    quick = replace(options, effort=None, solver_time_s=min(QUICK_S, options.solver_time_s))
+    seconds = min(QUICK_S, options.solver_time_s)
+    quick = replace(options, effort=None, fused_segments=None, solver_time_s=seconds)
     means = Means(
         lambda trial: find_schedule(trial, quick, bar, capture),
         lambda trial, found, bound_s: on_its_stages(trial, found, quick, bound_s, capture),

@@ -34,8 +34,9 @@ EFFORTS = {"fast": 2.0, "normal": 20.0, "thorough": 90.0}
 """Names and seconds of wall time for all that `effort` asks for; the search's own `EFFORTS` counts moves."""
 MODES = ("sync", "async", "forward")
 _PROPOSING = 0.2  # share of that time in which CP-SAT proposes partitions
+_SEARCHED = 0.7  # share of that time after which the search is over: copies, events and the proof take theirs
 _LEAST_SEARCH = 0.2  # share of that time that a search has, however late it is
-_SHARE_STEP, _LEAST_SHARE = 0.05, 0.5  # of memory, where what was made does not fit after all
+_SHARE_STEP, _LEAST_SHARE = 0.005, 0.5  # of memory, where what was made does not fit after all; steps double
 _log = logging.getLogger("rpcompile")
 
 
@@ -67,6 +68,10 @@ class PlanOptions:
             are part of the schedule: each segment's behind the norm of all gradients, first layers first,
             and the next iteration's forward right behind them; plans are then for the shortest steady
             state of such iterations.
+        fused_segments: Most segments in the fused stage of a search, which are not computed twice; 1 for the
+            last one only, as published schedules have it. None for as many as pay.
+        time_limit_s: Wall time of all that `effort` asks for, instead of its own. Where a search is not ended
+            by it, the same seed gives the same plan.
     """
 
     gpus: int
@@ -80,6 +85,8 @@ class PlanOptions:
     attention: str = "auto"
     host_bytes: int | None = None
     update_s_per_byte: float = 0.0
+    fused_segments: int | None = None
+    time_limit_s: float | None = None
 
     @property
     def chained(self) -> bool:
@@ -209,6 +216,16 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         raise InvalidArgument(
             'mode="forward" has no gradients to update weights with; leave the optimizer out'
         )
+    if options.time_limit_s is not None and not options.time_limit_s >= 0:
+        raise InvalidArgument(f"time_limit_s={options.time_limit_s} must be at least 0")
+    if options.fused_segments is not None:
+        if options.fused_segments < 1:
+            raise InvalidArgument(f"fused_segments={options.fused_segments} must be at least 1: the loss is")
+        if options.effort is None:
+            raise InvalidArgument(
+                f"fused_segments={options.fused_segments} is for a search; set effort to "
+                f"{', '.join(map(repr, EFFORTS))}"
+            )
     if not any(segment.forward_s or segment.backward_s for segment in chain.segments):
         raise InvalidArgument(
             f"all times of the {len(chain.segments)} segments are 0; give what they take, or estimate it"
@@ -243,21 +260,40 @@ class _Finding:
     def searched(self) -> Found:
         """The best of a search, and of the proposed partitions round robin."""
         options, effort = self.options, self.options.effort or "fast"
-        ends = time.monotonic() + EFFORTS[effort]
+        limit_s = EFFORTS[effort] if options.time_limit_s is None else options.time_limit_s
+        ends, least_s = time.monotonic() + _SEARCHED * limit_s, _LEAST_SEARCH * limit_s
         self.announce(ProposePartitions.name)
         proposing = ProposePartitions(
             options.gpus, options.microbatches, _PROPOSING * EFFORTS[effort], options.seed
         )
         proposed = proposing.run(self.chain)
-        found = [self.fitting(lambda share: self._search(effort, share, proposed, ends))]
-        if proposed and options.mode == "sync" and options.max_traffic is None and not self.chain.kinds:
+        tried: list[Partition] = []
+
+        def search(share: float) -> _Made:
+            partitions = (*tried, *proposed)
+            made = self._search(effort, share, partitions, max(least_s, ends - time.monotonic()))
+            tried[:] = [made[0]]
+            return made
+
+        found = [self.fitting(search)]
+        if self._may_beat(proposed, found[0]):
             with suppress(PartitionError):
                 found.append(self._fit(*self._dispatched(proposed[0])))
         # The last first: if times are equal, sums are taken in the order of plain PyTorch.
         best = min(reversed(found), key=lambda item: item.iteration_s)
         # The search's bound is one for every schedule of the chain.
         bound_s = min(best.iteration_s, max(item.partition.bound_s for item in (best, found[0])))
-        return best._replace(partition=replace(best.partition, bound_s=bound_s))
+        partition = replace(best.partition, objective_s=best.iteration_s, bound_s=bound_s)
+        return best._replace(partition=partition)
+
+    def _may_beat(self, proposed: tuple[Partition, ...], found: Found) -> bool:
+        """Whether the best proposed partition may be as fast; its time leaves downloads out."""
+        options = self.options
+        limited = options.max_traffic is not None or options.fused_segments is not None or self.chain.kinds
+        if not proposed or options.mode != "sync" or limited:
+            return False
+        # Chained iterations hide some of a single one's ends.
+        return options.chained or proposed[0].objective_s <= found.iteration_s * (1 + 1e-9)
 
     def round_robin(self, share: float) -> _Made:
         """The solver's stages, one job each."""
@@ -317,7 +353,7 @@ class _Finding:
                 'effort="fast"'
             )
 
-    def _search(self, effort: str, share: float, proposed: tuple[Partition, ...], ends: float) -> _Made:
+    def _search(self, effort: str, share: float, partitions: tuple[Partition, ...], limit_s: float) -> _Made:
         # It compiles its inner loop; who does not search need not wait for that.
         from rpcompile.passes.search_schedule import SearchSchedule
 
@@ -331,14 +367,15 @@ class _Finding:
             # A second try, where the first did not fit after all, is a short one, and cools down sooner.
             effort=effort if share == 1.0 else "fast",
             seed=options.seed,
-            time_limit_s=max(_LEAST_SEARCH * EFFORTS[effort], ends - time.monotonic()),
+            time_limit_s=limit_s,
             memory_limit_bytes=tuple(
                 int(share * chain.hardware_of(gpu).usable_bytes) for gpu in range(options.gpus)
             ),
-            partitions=proposed,
+            partitions=partitions,
             replicas=options.effort is not None,
             host_bytes_per_s=host_rate(options.links),
             update_s_per_byte=options.update_s_per_byte,
+            fused_segments=options.fused_segments,
         ).run(chain)
         if found.unused_gpus:
             names = ", ".join(map(str, found.unused_gpus))
@@ -351,7 +388,7 @@ class _Finding:
         A partition is held to a bound on what its schedule takes, which the schedule's own can exceed.
         """
         problem: _DoesNotFit | None = None
-        share = 1.0
+        share, step = 1.0, _SHARE_STEP
         while share >= _LEAST_SHARE:
             try:
                 partition, dispatch = make(share)
@@ -363,7 +400,7 @@ class _Finding:
                 return self._fit(partition, dispatch)
             except _DoesNotFit as error:
                 problem = error
-                share = min(share - _SHARE_STEP, share * error.fits_share)
+                share, step = min(share - step, share * error.fits_share), 2 * step
         assert problem is not None
         raise problem
 

@@ -15,9 +15,10 @@ from rpcompile.dispatch_costs import price_stages
 from rpcompile.dispatch_time import SLICES, Machine, play
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
+from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.mixed_gpus import Box, with_speeds
 from rpcompile.passes._dispatch_moves import stages_of
-from rpcompile.passes._dispatch_starts import first_states
+from rpcompile.passes._dispatch_starts import _shapes, first_states
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
@@ -25,6 +26,7 @@ from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _
 from rpcompile.round_robin_time import stages_between
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import simulate_dispatch
+from rpcompile.variations import lay_out
 from rpcompile.verify import verify_schedule
 from tests.dispatch_oracle import least_makespan, play_by_definition
 from tests.partition_oracle import SLOW_LINK, make_chain, segment
@@ -123,9 +125,9 @@ def played_once(chain: SegmentChain, cuts: list[int], gpu_of: np.ndarray, speed:
     stages = stages_of(tables, size, np.array(cuts))
     # The definition has links without activations.
     stages = stages._replace(loaded_bytes=np.zeros(size), handed_bytes=np.zeros(size))
-    order, starts = np.empty_like(gpu_of), np.empty(gpu_of.shape)
+    order, ends = np.empty_like(gpu_of), np.empty(gpu_of.shape)
     wanted = np.zeros(size, np.int64)
-    played = play(machine(chain, speed), stages, gpu_of, wanted, order, starts)
+    played = play(machine(chain, speed), stages, gpu_of, wanted, order, ends)
     jobs, by_gpu = _dispatched(gpu_of, order, len(speed))
     dispatch = Dispatch("random", len(speed), gpu_of.shape[1], jobs, by_gpu)
     partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "random")
@@ -171,6 +173,38 @@ def test_replicas_are_added_up_and_share_the_host() -> None:
     assert two_jobs(chain, host_bytes_per_s=6.0) == pytest.approx(2 + 7 + 2 + 1)
     # With 1 byte a second in all, two uploads take 4 s and so do two downloads.
     assert two_jobs(chain, host_bytes_per_s=1.0) == pytest.approx(4 + 7 + 2 + 6, abs=2.1)
+
+
+def modelled_bytes(chain: SegmentChain, cuts: list[int], gpu_of: list[list[int]]) -> tuple[float, int]:
+    """Most memory of any GPU: by the fast model, and of the schedule with every copy."""
+    gpus, shape = max(map(max, gpu_of)) + 1, (len(gpu_of), len(gpu_of[0]))
+    tables = price_stages(chain, gpus, shape[1])
+    stages = stages_of(tables, shape[0], np.array(cuts))
+    order, nowhere = np.empty(shape, np.int64), np.zeros(shape[0], np.int64)
+    nothing = machine(chain, [1.0] * gpus, limit_bytes=np.zeros(gpus))
+    played = play(nothing, stages, np.array(gpu_of), nowhere, order, np.empty(shape))
+    jobs, by_gpu = _dispatched(np.array(gpu_of), order, gpus)
+    partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
+    schedule = lay_out(chain, partition, Dispatch("by hand", gpus, shape[1], jobs, by_gpu), "sync")
+    return played.excess_bytes, max(gpu_memory_bounds(schedule))
+
+
+def test_the_fast_model_has_the_copies_of_the_jobs_around() -> None:
+    """Two backward stages recompute from inside the first stage, which copies those inputs down as well.
+
+    It has 0.3 GB of weights, 1 GB to work in, and two microbatches' worth of three boundaries, while 0.1 GB
+    of weights and two boundaries come for the GPU's next job.
+    """
+    chain = decoder(3, boundary_bytes=10**9, boundary_gradient_bytes=10**9)
+    modelled, _ = modelled_bytes(chain, [0, 3, 5, 6, 7, 8], [[0] * 3, [1] * 3, [0] * 3, [1] * 3, [0] * 3])
+    assert modelled == 0.3e9 + 1e9 + 2 * 3e9 + 0.1e9 + 2e9
+
+
+def test_the_fast_model_keeps_in_place_what_was_made_there() -> None:
+    chain = decoder(3, boundary_bytes=10**9, boundary_gradient_bytes=10**9)
+    first, then = [0, 1, 0], [1, 0, 1]
+    modelled, exact = modelled_bytes(chain, [0, 2, 3, 5, 6, 8], [first, first, first, then, then])
+    assert exact <= modelled <= exact + 2 * 10**9
 
 
 def test_an_upload_waits_for_the_update_of_its_weights() -> None:
@@ -243,6 +277,77 @@ def test_without_replicas_every_stage_has_one_job(mode: str) -> None:
     for replicas in (False, True):
         found = search(decoder(8), 4, 8, mode=mode, replicas=replicas)
         assert (len(found.dispatch.jobs) > len(found.partition.stages)) == replicas
+
+
+@pytest.mark.parametrize("usable", [1.4, 2.0, 2.7])
+def test_what_is_searched_for_fits_as_it_is_laid_out(usable: float) -> None:
+    """But for one copy of a boundary, where jobs of few microbatches take turns on a GPU."""
+    limit, chain = int(usable * 1e9), decoder(8, boundary_bytes=10**8, boundary_gradient_bytes=10**8)
+    found = search(chain, 4, 8, memory_limit_bytes=limit)
+    assert max(gpu_memory_bounds(compiled(chain, found))) <= limit + 10**8
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_no_more_segments_are_fused_than_allowed_also_by_given_partitions(mode: str) -> None:
+    chain = decoder(6)
+    given = Partition(stages_between((0, 2, 12, 14), 7), 0, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
+    for most in (1, 2):
+        found = search(chain, 3, 6, mode=mode, fused_segments=most, partitions=(given,))
+        assert [len(stage.segments) for stage in found.partition.stages if stage.kind == "FB"] <= [most]
+
+
+def test_starts_have_fused_stages_of_several_lengths() -> None:
+    problem, _ = SearchSchedule(3, 6)._problem(decoder(12), [10**10] * 3)
+    states = first_states(problem, [], 8)
+    assert len({problem.fused_begin(state.cuts[: state.size[0] + 1].tolist()) for state in states}) >= 4
+
+
+def test_a_fused_stage_starts_with_as_many_jobs_as_keep_pace_with_the_others() -> None:
+    # Backward stages of one layer take 4 s a microbatch, the head alone takes 12.
+    problem, _ = SearchSchedule(8, 8, mode="async", max_traffic=0.7)._problem(decoder(12, 4.0), [10**10] * 8)
+    cuts = [0, 4, 8, 12, *range(14, 27)]
+    wanted = [int(shape[3]) for own, shape in _shapes(problem, [cuts]) if int(shape[0]) == 1]
+    assert 3 in wanted
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_the_bound_holds_whatever_the_traffic(data) -> None:
+    draw, part = data.draw, st.integers(1, 9)
+    layers, gpus, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    sizes = {"weight_bytes": 10**8 * draw(part), "gradient_bytes": 10**8 * draw(st.integers(0, 2))}
+    chain = decoder(layers, float(draw(part)), **sizes)
+    mode, most = draw(st.sampled_from(["sync", "async"])), draw(st.sampled_from([None, 0.6, 1.0, 2.0]))
+    searching = SearchSchedule(gpus, microbatches, mode, most, "fast", time_limit_s=0.1)
+    _, bound_s = searching._problem(chain, [10**10] * gpus)
+    try:
+        found = searching.run(chain)
+    except PartitionError:
+        return
+    assert bound_s <= found.partition.objective_s * (1 + 1e-9)
+    assert bound_s <= simulated_s(chain, found, mode) * (1 + 1e-9)
+
+
+def simulated_s(chain: SegmentChain, found: SearchedSchedule, mode: str) -> float:
+    """Seconds of an iteration with every copy."""
+    schedule = compiled(chain, found, mode=mode)
+    if mode == "sync":
+        return simulate(schedule).makespan_s
+    return simulate(schedule, iterations=24, mode="async", rotate=found.dispatch.rotate).period_s
+
+
+def test_a_limit_of_traffic_raises_the_bound() -> None:
+    """Four equal layers of 1 + 2 s, one upload of 0.1 s first, 4 microbatches on 4 GPUs; 7 uploads are 1.
+
+    Unlimited, all layers are fused on every GPU. With 14 uploads three are: 1 + 1 for the other and 4 x 3.
+    With 7, 3 + 3 for the others leave one job of the last: 3 s there, 4 x 3 s, 6 s back. With 6, 2 + 2 leave
+    one job of two: 2 s, 4 x 6 s, 4 s.
+    """
+    chain = decoder(3, 1.0, gradient_bytes=0)
+    limits = {None: 12.1, 2.0: 13.1, 1.0: 21.1, 6 / 7: 30.1}
+    for most, least_s in limits.items():
+        _, bound_s = SearchSchedule(4, 4, max_traffic=most)._problem(chain, [10**10] * 4)
+        assert bound_s == pytest.approx(least_s)
 
 
 def test_given_partitions_are_among_the_starts() -> None:

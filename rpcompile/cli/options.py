@@ -81,6 +81,15 @@ OptimizerNs = Annotated[
         "(AdamW: 0.15 where host memory moves 200 GB/s).",
     ),
 ]
+FusedSegments = Annotated[
+    int | None,
+    typer.Option(
+        "--fused-segments",
+        min=1,
+        help="Most segments that run forward and backward at once; 1 is the head only, as published "
+        "schedules have it (default: as many as pay).",
+    ),
+]
 Tiles = Annotated[
     str,
     typer.Option("--tiles", help="Chunks of tokens: auto, loss (the loss only), or a number; 1 for none."),

@@ -34,6 +34,7 @@ def plan(
     effort: options.Effort = "fast",
     max_traffic: options.MaxTraffic = None,
     optimizer_ns: options.OptimizerNs = None,
+    fused_segments: options.FusedSegments = None,
     tiles: options.Tiles = "auto",
     attention: options.Attention = "auto",
     head_groups: options.HeadGroups = "auto",
@@ -63,7 +64,8 @@ def plan(
     def asked(count: int, dtype: str) -> PlanOptions:
         search = (solver_time, seed, level, max_traffic)
         update_s = update_s_per_byte(optimizer_ns, dtype)
-        return PlanOptions(number, count, mode, *search, box.links, attention, host_bytes, update_s)
+        more = (box.links, attention, host_bytes, update_s, fused_segments)
+        return PlanOptions(number, count, mode, *search, *more)
 
     if profile is not None:
         given = {"tiles": tiles, "head_groups": head_groups}
