@@ -220,13 +220,17 @@ def measured(schedule: Schedule, times: Mapping[str, tuple[float, float]]) -> Ti
         times: Start and end of every action by id, in seconds of any clock.
 
     Returns:
-        The timeline from second 0. Its memory is that of the schedule's buffers, by their predicted sizes, at
-        the measured times; it has no critical path.
+        The timeline from second 0, without UPDATEs, which `step` does later. Its memory is that of the
+        schedule's buffers, by their predicted sizes, at the measured times; it has no critical path.
 
     Raises:
         ScheduleError: An action has no times.
     """
-    events = chain_events(schedule, 1, "sync", 0)
+    queues = (
+        replace(queue, actions=tuple(action for action in queue.actions if action.op is not Op.UPDATE))
+        for queue in schedule.queues
+    )
+    events = chain_events(replace(schedule, queues=tuple(queues)), 1, "sync", 0)
     missing = [action.id for action in events.actions if action.id not in times]
     if missing:
         raise ScheduleError(f"{missing[0]} has no measured times; record the run of this schedule")

@@ -110,6 +110,7 @@ class _Tracks:
             (action, action.id + (f"#{i}" if i else ""), self._track(action, i))
             for i in iterations
             for action in run.schedule.actions()
+            if action.id in run.timeline.start_s  # a measured iteration has no UPDATEs
         ]
 
     def _track(self, action: Action, iteration: int) -> dict[str, Any]:
