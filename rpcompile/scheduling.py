@@ -312,11 +312,11 @@ class _Finding:
         return self._dispatched(partition)
 
     def finest(self) -> Found | None:
-        """One segment a stage, which takes least memory; None if that does not fit, either."""
+        """One segment a stage, which takes least memory; None if that does not fit, either, or is not asked."""
         chain, options = self.chain, self.options
-        if options.mode == "forward":
-            return None
         segments = len(chain.segments)
+        if options.mode == "forward" or options.gpus > segments:
+            return None
         cuts = [*range(segments), *range(segments + 1, 2 * segments - chain.first_backward + 1)]
         stages, costs = stages_between(cuts, segments), StageCosts(chain, options.gpus, options.microbatches)
         partition = Partition(

@@ -70,14 +70,18 @@ class _Shared:
                 if not self.tasks:
                     return
                 _, _, task, future = heapq.heappop(self.tasks)
+            failure: BaseException | None = None
             try:
                 task()
             except BaseException as error:  # it belongs to whoever waits for the future
-                future.set_exception(error)
-            else:
+                failure = error
+            # Whoever waits may use memory again that the task held; nor does the next wait keep it alive.
+            del task
+            if failure is None:
                 future.set_result(None)
-            # Keep no tensor alive while waiting for the next task.
-            del task, future
+            else:
+                future.set_exception(failure)
+            del future, failure
 
     def close(self) -> None:
         """The thread ends after the tasks it has."""
