@@ -312,7 +312,7 @@ class _Finding:
         return self._dispatched(partition)
 
     def finest(self) -> Found | None:
-        """One segment a stage, which takes least memory; None if that does not fit, either, or is not asked."""
+        """One segment a stage, which takes least memory; None if that does not fit, or makes no stages."""
         chain, options = self.chain, self.options
         segments = len(chain.segments)
         if options.mode == "forward" or options.gpus > segments:
