@@ -23,7 +23,7 @@ def least_seconds(
     weights are somewhere, nor after the last backward, whose gradient must still leave. One
     microbatch goes forward and back through all segments one after the other, while other GPUs may
     recompute. Every segment's weights are uploaded at least once for each pass. Chained iterations hide
-    both ends, and nothing else; but an iteration waits for the updates of the one two before.
+    both ends, and nothing else; but an upload waits for its segment's gradients of the iteration two before.
 
     The longer the fused stage, the less is computed twice; but it must fit on some GPU, and of its r jobs
     one has M / r microbatches, which come one after the other, or r are too many for the traffic allowed.
@@ -81,10 +81,13 @@ def _busy_s(chain: SegmentChain, begin: int, machine: Machine, microbatches: int
     fused_s = sum(s.forward_s + s.backward_s for s in fused)
     again_s = sum(s.recompute_s + s.backward_s for s in behind)
     all_s = microbatches * (forward_s + fused_s + again_s) / float(machine.speed.sum())
-    line_s = math.ceil(microbatches / jobs) * fused_s + sum(s.backward_s for s in behind)
+    line_s = math.ceil(microbatches / jobs) * fused_s
     if machine.iterations > 1:
-        # From the upload of the job's weights to the iteration's end; two iterations overlap.
-        line_s = line_s / 2 if any(s.weight_bytes for s in fused) else 0.0
+        # From a segment's upload to its gradients, which the upload of the iteration two behind waits for.
+        updated = [i for i, s in enumerate(chain.segments) if s.weight_bytes and s.gradient_bytes]
+        first = min(updated, default=len(chain.segments))
+        line_s += sum(s.forward_s + s.backward_s for s in before[first:])
+        line_s = line_s / 2 if updated else 0.0
     else:
-        line_s += forward_s
+        line_s += forward_s + sum(s.backward_s for s in behind)
     return max(all_s, line_s / float(machine.speed.max()))
