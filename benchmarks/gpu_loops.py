@@ -398,8 +398,10 @@ def cap_memory(settings: Settings) -> None:
     ask = torch.cuda.mem_get_info
 
     def capped_info(device: Any = None) -> tuple[int, int]:
+        # What another loop's process has on a larger card is none of this one's.
         free, total = ask(device)
-        return max(0, free - max(0, total - settings.cap_bytes)), min(total, settings.cap_bytes)
+        mine = settings.cap_bytes - torch.cuda.memory_reserved(device)
+        return max(0, min(free, mine)), min(total, settings.cap_bytes)
 
     torch.cuda.mem_get_info = capped_info
 

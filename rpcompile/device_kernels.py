@@ -88,10 +88,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that torch's dispatcher picks on a GPU from Ampere on.
+    """The kernel that torch's dispatcher picks on a consumer GPU from Ampere on.
 
     Flash for 16-bit numbers without a mask and heads of up to 256, the values' as wide as the keys';
-    memory-efficient attention for others whose heads are not grouped; else the products written out.
+    memory-efficient attention for others whose heads are not grouped; else the products written out. Hopper,
+    and Blackwell in data centres, prefer cuDNN's, whose workspaces are its own affair.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """

@@ -161,7 +161,8 @@ def test_what_is_asked_of_cuda_exists_and_is_capped(monkeypatch: pytest.MonkeyPa
         "get_device_name": lambda device: "a GPU",
         "get_device_properties": lambda device: SimpleNamespace(total_memory=96 * gib),
         "set_per_process_memory_fraction": lambda fraction, device: fractions.append((fraction, device)),
-        "mem_get_info": lambda device=None: (90 * gib, 96 * gib),
+        "mem_get_info": lambda device=None: (60 * gib, 96 * gib),  # others have some
+        "memory_reserved": lambda device: 2 * gib,
         "max_memory_allocated": lambda device: 3,
         "max_memory_reserved": lambda device: 4,
         "memory_stats": lambda device: {"num_alloc_retries": 2},
@@ -171,7 +172,12 @@ def test_what_is_asked_of_cuda_exists_and_is_capped(monkeypatch: pytest.MonkeyPa
     asked = gpu_loops.Settings(**{**settings("resident"), "device": "cuda"})
     gpu_loops.cap_memory(asked)
     assert fractions == [(0.25, 0)]
-    assert torch.cuda.mem_get_info() == (18 * gib, 24 * gib)
+    assert torch.cuda.mem_get_info() == (22 * gib, 24 * gib)
+    answers["mem_get_info"] = lambda device=None: (5 * gib, 96 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", answers["mem_get_info"])
+    gpu_loops.cap_memory(asked)
+    assert torch.cuda.mem_get_info() == (5 * gib, 24 * gib)
+    fractions.clear()
     assert gpu_loops.machine(asked)["gpu"] == "a GPU"
     found = gpu_loops.turn(SimpleNamespace(run=lambda: 1.5), asked)
     assert found.pop("seconds") >= 0

@@ -72,6 +72,17 @@ def test_values_that_only_pass_by_a_forward_stage_take_no_memory_of_its_own() ->
     assert Workspaces(chain).of(stage) >= 0 == stage.workspace_bytes
 
 
+@pytest.mark.parametrize(("tiles", "groups"), [(1, 1), (4, 2)])
+def test_all_of_a_measurement_happens_on_its_device(tiles: int, groups: int) -> None:
+    """On tensors without data, which mix with those of the CPU no more than those of a GPU do."""
+    case = memory_cases.FAMILIES["Llama"]()
+    captured = staged.capture(case.model, case.batch, 1)
+    found = Measured(case, captured, "meta", tiles=tiles, head_groups=groups)
+    for stage in memory_cases.stages(found.chain):
+        assert found.predicted_bytes(stage) > 0
+        assert found.measured_bytes(stage) <= 64  # a number or two, which are the CPU's on a GPU, too
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["Llama", "LoRA on Qwen3"])
