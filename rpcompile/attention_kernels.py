@@ -249,5 +249,5 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
     ),
 }
-"""By kind of device, in the order in which scaled_dot_product_attention prefers them. Not among them is cuDNN's
-attention, which it prefers to both on Hopper and on Blackwell in data centres."""
+"""By kind of device, in the order in which scaled_dot_product_attention prefers them. Not among them is
+cuDNN's attention, which it prefers to both on Hopper and on Blackwell in data centres."""

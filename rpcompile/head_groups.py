@@ -5,8 +5,8 @@ q, k, v and both results together. A key's head and the query heads that read it
 of them can go one after another with such memory for one group only, and the same numbers come out. What a
 group's gradients take is there already: its own q, k and v, which nobody reads afterwards.
 
-The forward is torch's own, whatever kernel its dispatcher picks; but flash attention, where it can run, on
-cards for which torch prefers cuDNN's (Hopper, and Blackwell in data centres), whose backward is not known here.
+The forward is torch's own, whatever kernel its dispatcher picks; but flash attention, where it can run, also
+on cards on which torch prefers cuDNN's (Hopper, and Blackwell in data centres), which is not known here.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def _attention(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    device = query.device.type
-    if device != "cpu" and not torch.is_autocast_enabled("cuda"):
-        if find_kernel(device, Call(query, key, value, attn_mask, dropout_p, query.dtype)) is FLASH:
-            return FLASH.forward(query, key, value, attn_mask, is_causal, scale)[0]
+    call = Call(query, key, value, attn_mask, dropout_p, query.dtype)
+    if not torch.is_autocast_enabled("cuda") and find_kernel(query.device.type, call) is FLASH:
+        return FLASH.forward(query, key, value, attn_mask, is_causal, scale)[0]
     return _ATEN.scaled_dot_product_attention.default(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -177,6 +177,8 @@ class PeakMemory:
 
     def execute(self, node: Node, environment: Mapping[Node, Any]) -> Any:
         """Runs one node."""
+        if node.op == "get_attr":
+            return self.external(node)
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
         args, kwargs = _on_device((args, kwargs), self.kernels.device)
         if node.op == "call_module":

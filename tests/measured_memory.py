@@ -133,7 +133,9 @@ class Measured:
         return ExtractStages(self.captured, self.chain).run(_only(*stages))
 
     def _runner(self, graph: StageGraph) -> StageRunner:
-        return StageRunner(graph, self.captured.outputs[0], None if self.device.type == "cpu" else self.device)
+        return StageRunner(
+            graph, self.captured.outputs[0], None if self.device.type == "cpu" else self.device
+        )
 
     def _weights(self, graph: StageGraph) -> list[Tensors]:
         names = (*graph.parameters, *graph.buffers)
@@ -178,7 +180,7 @@ def no_collections() -> Iterator[None]:
 
 
 def cuda_peak(run: Callable[[], object]) -> int:
-    """The same for CUDA's caching allocator; without cuDNN's attention, which consumer cards do not prefer."""
+    """The same for CUDA's caching allocator; not with cuDNN's attention, which consumer cards do not run."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         run()
         gc.collect()

@@ -205,6 +205,15 @@ def test_region_without_autocast_stays_without_it() -> None:
     assert plain.fingerprint != captured.fingerprint
 
 
+def test_a_region_without_autocast_can_be_planned_and_run() -> None:
+    batch = {"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(0))}
+    model = Mixed()
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        expected = sum(model(part) for part in batch["x"].chunk(2)) / 2
+        with rpcompile.compile(model, 2, example_inputs=batch, microbatches=2, gpu="rtx4090") as compiled:
+            assert torch.equal(compiled.forward_backward(**batch), expected)
+
+
 def test_a_region_without_autocast_is_without_that_of_the_device_it_runs_on() -> None:
     """The model turned off autocast on the device of its inputs, which was the CPU when it was captured."""
     with families.family("bfloat16 autocast").context():
