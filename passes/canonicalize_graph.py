@@ -70,7 +70,8 @@ class CanonicalizeGraph:
         for node in list(graph.nodes):
             _drop_if_idle(graph, node, plain)
         for node in graph.nodes:
-            if node.op == "get_attr" and isinstance(region := getattr(module, node.target, None), GraphModule):
+            region = getattr(module, node.target, None) if node.op == "get_attr" else None
+            if isinstance(region, GraphModule):
                 setattr(module, node.target, _without_assertions(region))
         _name_sizes(graph, module.meta["symbols"])
         _remove_dead(graph)
