@@ -4,8 +4,9 @@ Two things make the memory of an operator depend on the device. Some composite o
 kernel, which keeps other tensors for the backward; data-free tensors get the slowest, so the device's is
 called by name. And kernels allocate workspaces inside themselves.
 
-Left out: cuBLAS's fixed workspaces (8 MiB, on Hopper 32, for each thread and stream), cuDNN's (chosen by its benchmark, up to the free
-memory it is given), cuDNN's reserve space of a batch norm, and split-K products' partial sums.
+Left out: cuBLAS's fixed workspaces (8 MiB, on Hopper 32, for each thread and stream), cuDNN's (chosen by its
+benchmark, up to the free memory it is given), cuDNN's reserve space of a batch norm, and split-K products'
+partial sums.
 """
 
 from __future__ import annotations

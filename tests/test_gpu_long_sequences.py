@@ -19,6 +19,7 @@ SMALL = replace(lookup("rtx4090"), usable_bytes=12_000_000)
 def test_where_the_longest_does_not_fit_shorter_ones_are_tried() -> None:
     rows: list[dict[str, Any]] = []
     found = script.few_layers(True, SMALL, 460, lambda part, row: rows.append(row))
+    assert found is not None
     assert found is rows[-1]
     assert [row["tokens"] for row in rows] == [int(share * 460) for share in script.SHORTER[: len(rows)]]
     assert len(rows) > 1
