@@ -24,6 +24,7 @@ from rpcompile.fit import naming_the_longest
 from rpcompile.host_memory import installed_bytes
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.mixed_gpus import Box, box_of
+from rpcompile.model_checks import check_gradients
 from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
 from rpcompile.passes.lower_to_program import LowerToProgram
@@ -176,6 +177,7 @@ def compile(
         runtime = replace(runtime, gradient_dtype=torch.float32)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
     module = model if loss_fn is None else ModelWithLoss(model, loss_fn)
+    check_gradients(module)
     if compute_dtype is not None:
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)

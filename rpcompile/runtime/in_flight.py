@@ -146,6 +146,8 @@ class InFlight:
         with unguarded():
             for name in self._names or ():
                 parameter = parameters[name]
+                if not parameter.requires_grad:
+                    continue  # it has been frozen
                 if parameter.grad is None:
                     shape = parameter.shape
                     empty = torch.empty_strided(shape, (0,) * len(shape), dtype=parameter.dtype)
@@ -156,8 +158,8 @@ class InFlight:
         return found
 
     def _fill(self, targets: Mapping[str, torch.Tensor], result: Result) -> None:
-        for name, gradient in result.gradients.items():
-            target = targets[name]
+        for name, target in targets.items():
+            gradient = result.gradients[name]
             if self._empty.pop(id(target), None) is None:
                 target.add_(gradient)
             else:
