@@ -17,6 +17,7 @@ from rpcompile.runtime import batches
 from rpcompile.runtime.engine import Engine
 from rpcompile.runtime.host_weights import HostWeights
 from rpcompile.runtime.in_flight import InFlight
+from rpcompile.runtime.interrupts import uninterrupted
 from rpcompile.runtime.read_guard import unguarded
 from rpcompile.runtime.stage_runner import Microbatch
 from rpcompile.runtime.updates import Updates
@@ -366,8 +367,8 @@ class Compiled:
         masters = self._tensors(self.program.capture)
         named = dict(self._module.named_parameters(remove_duplicate=False))
         owners = {id(named[name]): segment for name, segment in self._weights.owners().items()}
-        self._updates.step(optimizer, owners, lambda: self._weights.before_step(masters))
-        self._weights.after_step(masters)
+        before, after = self._weights.before_step, self._weights.after_step
+        self._updates.step(optimizer, owners, lambda: before(masters), lambda: after(masters))
 
     def _overlap(
         self,
@@ -386,16 +387,17 @@ class Compiled:
             changed = {name for names in self.program.states for name in names}
             changing = (s for s, names in enumerate(self.program.weights) if changed & set(names))
             pending = {**pending, **dict.fromkeys(changing, last)}
-        flight = self._training.engine.start(tensors, parts, microbatches, pending)
         stored = dict(self._module.named_buffers(remove_duplicate=False))
         read = [parameters[name] for name in parameters if tensors.get(name) is parameters[name]]
-        try:
-            return self._in_flight.add(flight, parameters, stored, read, loss_of)
-        except BaseException:
-            flight.cancel()
-            with suppress(ExecutionError):
-                flight.result()
-            raise
+        with uninterrupted():  # nobody would wait for an iteration that is started and not added
+            flight = self._training.engine.start(tensors, parts, microbatches, pending)
+            try:
+                return self._in_flight.add(flight, parameters, stored, read, loss_of)
+            except BaseException:
+                flight.cancel()
+                with suppress(ExecutionError):
+                    flight.result()
+                raise
 
     def _loss_scale(self) -> float:
         scaler = self._options.grad_scaler
@@ -422,9 +424,10 @@ class Compiled:
     def _commit(self, gradients: Tensors, states: Tensors) -> None:
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         stored = dict(self._module.named_buffers(remove_duplicate=False))
-        with torch.no_grad(), unguarded():
+        with unguarded():
             if any(self._updates.guard.is_held(parameters[name].grad) for name in gradients):
                 self._updates.wait()  # not zeroed since an update that is in flight, or clipped
+        with uninterrupted(), torch.no_grad(), unguarded():
             for name, gradient in gradients.items():
                 parameter = parameters[name]
                 if not parameter.requires_grad:

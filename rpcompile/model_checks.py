@@ -132,8 +132,8 @@ def warn_of_another_mode(model: nn.Module, captured: Mapping[str, bool]) -> None
         then, now = ("training", "eval") if captured[name] else ("eval", "training")
         whole = type(model).__name__
         warnings.warn(
-            f"{f'{name} of ' if name else ''}{whole} is in {now} mode, but trains as it was compiled, in {then} "
-            f"mode (dropout, batch norm); call .train() or .eval() before rpcompile.compile",
+            f"{f'{name} of ' if name else ''}{whole} is in {now} mode, but trains as it was compiled, in "
+            f"{then} mode (dropout, batch norm); call .train() or .eval() before rpcompile.compile",
             RuntimeWarning,
             stacklevel=4,  # the caller of forward_backward
         )

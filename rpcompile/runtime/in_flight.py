@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rpcompile.errors import ExecutionError
+from rpcompile.runtime.interrupts import uninterrupted
 from rpcompile.runtime.read_guard import unguarded
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class InFlight:
         self._weights.restart()
 
     def _take_back(self, found: Collection[int]) -> None:
-        with unguarded():
+        with uninterrupted(), unguarded():
             for number in found:
                 parameter, empty = self._empty.pop(number)
                 if parameter.grad is empty:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rpcompile.runtime.interrupts import uninterrupted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -56,14 +58,14 @@ class ReadGuard:
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Guards plain tensors and parameters, until each has been released as often."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             for tensor in tensors:
                 if id(tensor) in self._held or type(tensor) in _PLAIN:
                     self._switch(tensor)
 
     def hold_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Guards an optimizer's state; its parameter groups stay open to LR schedulers."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             if id(optimizer) not in self._held:
                 own = type(optimizer)
                 self._guards.setdefault(own, _optimizer_guard(own, self._wait))
@@ -76,7 +78,7 @@ class ReadGuard:
 
     def release(self, items: Iterable[object]) -> None:
         """Gives items their own class back, those that nobody else holds."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             for item in items:
                 found, own, count = self._held.pop(id(item), (None, object, 0))
                 if count > 1:
