@@ -78,11 +78,17 @@ def test_an_interrupt_anywhere_leaves_a_model_that_goes_on(mode: str) -> None:
 def test_an_interrupt_within_comes_at_the_end() -> None:
     before = signal.getsignal(signal.SIGINT)
     done: list[int] = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+
+    def work() -> None:
         with uninterrupted():
-            _thread.interrupt_main()
-            done.append(1)
-        done.append(2)
+            with uninterrupted():
+                _thread.interrupt_main()
+                done.append(1)
+            done.append(2)
+        done.append(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert done == [1, 2]
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(ValueError, match="of the block"), uninterrupted():

@@ -1,4 +1,4 @@
-"""What a program would pass over in silence is said or honoured: hooks, and what has changed since compile."""
+"""What a program would pass over in silence is said or honoured: hooks, and what changed since compile."""
 
 from __future__ import annotations
 
