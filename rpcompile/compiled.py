@@ -389,9 +389,10 @@ class Compiled:
             pending = {**pending, **dict.fromkeys(changing, last)}
         stored = dict(self._module.named_buffers(remove_duplicate=False))
         read = [parameters[name] for name in parameters if tensors.get(name) is parameters[name]]
-        with uninterrupted():  # nobody would wait for an iteration that is started and not added
+        with uninterrupted() as interrupt:  # nobody would wait for what is started and not added
             flight = self._training.engine.start(tensors, parts, microbatches, pending)
             try:
+                interrupt.raise_if_it_came()
                 return self._in_flight.add(flight, parameters, stored, read, loss_of)
             except BaseException:
                 flight.cancel()

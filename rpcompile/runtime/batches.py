@@ -181,7 +181,7 @@ def join_outputs(
         if not isinstance(node, torch.fx.Node) or node.name not in parts[0]:
             return None
         if node.name == capture.outputs[0]:
-            return loss
+            return loss.to(parts[0][node.name].dtype)
         tensors = [part[node.name] for part in parts]
         if len(tensors) == 1 or node not in batch.dependent:
             return tensors[0]
