@@ -111,7 +111,8 @@ def compile(
             forward and backward, with the weights after max(i - 1, 0) updates, while the next update is
             under way; the plan is the one whose iterations follow one another fastest. That is meant for
             fine-tuning, where weights change little in a step; it keeps a copy of the trainable weights on
-            the host. Default: as the plan says, else "sync".
+            the host. Weights that you load or change are used at once; not so changes through `.data`, of
+            which torch keeps no account. Default: as the plan says, else "sync".
         compute_dtype: torch.bfloat16 or torch.float16 to compute in it with float32 masters on the host.
             The model's own parameters become the masters: trainable ones are made float32, frozen ones
             `compute_dtype`, in place. Floating-point inputs are cast to it; buffers keep their dtype.

@@ -114,8 +114,9 @@ class Compiled:
         batch's token count, and the loss is their sum.
 
         In mode "async" it returns, from the second call on, when the iteration has been enqueued behind the
-        one before it; whoever reads the loss, or a gradient, waits for it. At most two are in flight. Read a
-        loss one call later, for nothing overlaps while you wait. With `return_outputs` it waits itself.
+        one before it; whoever reads the loss, or a gradient, waits for it (`loss.item()`: torch copies
+        `torch.tensor(loss)` without asking). At most two are in flight. Read a loss one call later, for
+        nothing overlaps while you wait. With `return_outputs` it waits itself.
 
         Args:
             *args, **kwargs: The tensors that the model was compiled for, for the whole batch, on the host.

@@ -4,7 +4,8 @@ While guarded, a tensor's class is a subclass whose `__torch_function__` waits, 
 subclass whose `state` waits. Afterwards every object has its own class back, so that nothing is
 slower, or of an unexpected type, while nothing is in flight.
 
-Not guarded are other tensors over the same memory that were made before (`parameter.data`, views).
+Not guarded are other tensors over the same memory that were made before (`parameter.data`, views), and what
+torch reads without asking the class: `torch.tensor(x)`, and x as a number, as in `torch.full((), x)`.
 """
 
 from __future__ import annotations
