@@ -95,6 +95,8 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
       builder refuses that while exporting for fear that the graph will be used for decoding. A
       mask that is an input of the graph is always kept.
     - No gradient checkpointing: stages recompute anyway.
+    - Models that have other code for export than for training (a loop instead of a triangular solve) are
+      told that they are not exported.
     - Masks of transformers' own functions are built by broadcasting indices, since `torch.vmap` cannot
       be exported.
     - Without `position_ids` the batch is not packed, so the builder need not look for packing.
@@ -107,6 +109,11 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
                 stack.enter_context(patch.object(config, "use_cache", False))
             if getattr(module, "gradient_checkpointing", None):
                 stack.enter_context(patch.object(module, "gradient_checkpointing", False))
+        for code in {sys.modules.get(type(module).__module__) for module in model.modules()}:
+            if hasattr(code, "is_torchdynamo_exporting"):
+                for name in ("is_torchdynamo_exporting", "is_torchdynamo_compiling"):
+                    if hasattr(code, name):
+                        stack.enter_context(patch.object(code, name, lambda: False))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None and any(base_model(module) is not None for module in model.modules()):
             stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
