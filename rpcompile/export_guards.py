@@ -77,14 +77,16 @@ def _refuse_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedModel(
-                f"{_module(model, path)} has a backward hook, which would not be called: stages run operators, "
-                f"not modules. Remove it (keep what register_full_backward_hook returns, and call its remove())"
+                f"{_module(model, path)} has a backward hook, which would not be called: stages run "
+                f"operators, not modules. Remove it: keep what register_full_backward_hook returns, and call its "
+                f"remove()"
             )
     for path, parameter in model.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModel(
-                f"parameter {path!r} of {type(model).__name__} has a gradient hook, which would not be called: "
-                f"stages compute with copies. Remove it, and change .grad between forward_backward and step"
+                f"parameter {path!r} of {type(model).__name__} has a gradient hook, which would not be "
+                f"called: stages compute with copies. Remove it, and change .grad between forward_backward and "
+                f"step"
             )
 
 
@@ -104,8 +106,8 @@ def no_host_random(model: nn.Module) -> Iterator[None]:
     for name, state in _host_random().items():
         if state != before[name]:
             raise UnsupportedModel(
-                f"{type(model).__name__} draws from {name} in its forward (a skipped layer, a random mask); the "
-                f"graph would repeat what was drawn while it was captured in every step. Draw with torch "
+                f"{type(model).__name__} draws from {name} in its forward (a skipped layer, a random mask); "
+                f"the graph would repeat what was drawn while it was captured in every step. Draw with torch "
                 f"operators (torch.rand), or switch it off: in transformers by layerdrop=0 and "
                 f"apply_spec_augment=False in the config"
             )

@@ -168,7 +168,9 @@ def test_autograd_function_is_refused_since_its_backward_would_be_lost() -> None
 def test_backward_hooks_of_modules_are_refused_since_they_would_not_be_called(register: str) -> None:
     model = Calls(lambda layer, x: layer(x))
     handle = getattr(model.b, register)(lambda module, *gradients: None)
-    with pytest.raises(UnsupportedModel, match=r"^module 'b' of Calls has a backward hook, which would not be"):
+    with pytest.raises(
+        UnsupportedModel, match=r"^module 'b' of Calls has a backward hook, which would not be"
+    ):
         staged.capture(model, {"x": torch.zeros(8, 4)})
     handle.remove()
     staged.capture(model, {"x": torch.zeros(8, 4)})
@@ -178,7 +180,9 @@ def test_backward_hooks_of_modules_are_refused_since_they_would_not_be_called(re
 def test_gradient_hooks_of_parameters_are_refused(register: str) -> None:
     model = Calls(lambda layer, x: layer(x))
     handle = getattr(model.b.weight, register)(lambda tensor: None)
-    with pytest.raises(UnsupportedModel, match=r"^parameter 'b.weight' of Calls has a gradient hook[\s\S]*\.grad"):
+    with pytest.raises(
+        UnsupportedModel, match=r"^parameter 'b.weight' of Calls has a gradient hook[\s\S]*\.grad"
+    ):
         staged.capture(model, {"x": torch.zeros(8, 4)})
     handle.remove()
     staged.capture(model, {"x": torch.zeros(8, 4)})
@@ -190,7 +194,9 @@ def test_gradient_hooks_in_the_forward_are_refused_where_they_are_registered() -
         hidden.register_hook(lambda gradient: gradient * 2)
         return hidden
 
-    with pytest.raises(UnsupportedModel, match=r"Calls calls Tensor.register_hook[\s\S]*hidden.register_hook\("):
+    with pytest.raises(
+        UnsupportedModel, match=r"Calls calls Tensor.register_hook[\s\S]*hidden.register_hook\("
+    ):
         staged.capture(Calls(doubled), {"x": torch.zeros(8, 4)})
     torch.ones(2, requires_grad=True).register_hook(lambda gradient: gradient)
 
@@ -200,13 +206,17 @@ def test_gradient_hooks_in_the_forward_are_refused_where_they_are_registered() -
 )
 def test_random_numbers_from_outside_torch_are_refused(draw: Callable[[], float], name: str) -> None:
     model = Calls(lambda layer, x: layer(x) if draw() < 0.5 else x)
-    with pytest.raises(UnsupportedModel, match=f"^Calls draws from {name} in its forward.*apply_spec_augment"):
+    with pytest.raises(
+        UnsupportedModel, match=f"^Calls draws from {name} in its forward.*apply_spec_augment"
+    ):
         staged.capture(model, {"x": torch.zeros(8, 4)})
 
 
 def test_sparse_gradients_are_refused() -> None:
     model = Calls(lambda layer, x: nn.functional.embedding(x.long()[:, 0], layer.weight, sparse=True))
-    with pytest.raises(UnsupportedModel, match=r"aten.embedding.default for a sparse gradient[\s\S]*sparse=False"):
+    with pytest.raises(
+        UnsupportedModel, match=r"aten.embedding.default for a sparse gradient[\s\S]*sparse=False"
+    ):
         staged.capture(model, {"x": torch.zeros(8, 4)})
 
 
