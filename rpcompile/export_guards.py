@@ -78,15 +78,13 @@ def _refuse_hooks(model: nn.Module) -> None:
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedModel(
                 f"{_module(model, path)} has a backward hook, which would not be called: stages run "
-                f"operators, not modules. Remove it: keep what register_full_backward_hook returns, and call its "
-                f"remove()"
+                f"operators, not modules. Remove it: call remove() of what register_full_backward_hook returned"
             )
     for path, parameter in model.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModel(
                 f"parameter {path!r} of {type(model).__name__} has a gradient hook, which would not be "
-                f"called: stages compute with copies. Remove it, and change .grad between forward_backward and "
-                f"step"
+                f"called: stages compute with copies. Remove it; .grad may be changed before the step"
             )
 
 
