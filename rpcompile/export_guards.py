@@ -78,7 +78,7 @@ def _refuse_hooks(model: nn.Module) -> None:
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedModel(
                 f"{_module(model, path)} has a backward hook, which would not be called: stages run "
-                f"operators, not modules. Remove it: call remove() of what register_full_backward_hook returned"
+                f"operators, not modules. Remove it by the remove() of what its registration returned"
             )
     for path, parameter in model.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
