@@ -159,6 +159,12 @@ def _operator(trace: TracebackType | None) -> str:
 
 
 def _remedy(text: str) -> str:
+    if "fake tensor in the exported program constant" in text:
+        return (
+            "The forward takes the .data of a tensor (weight.data.clamp_(), tensor.data = ...), which no "
+            "graph shows. Use the tensor itself, under torch.no_grad() or detached, or move that code out of "
+            "forward."
+        )
     if any(hint in text for hint in ("data-dependent", "DataDependent", "Unbacked", ".item()")):
         return (
             "The forward branches on tensor values. Make the branch independent of data (torch.where, "

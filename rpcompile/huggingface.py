@@ -177,6 +177,11 @@ def remedy_for(model: nn.Module, text: str) -> str | None:
             f"Its experts run by experts_implementation={implementation!r}, which loops over the experts "
             f"that were hit: load or configure the model with experts_implementation='grouped_mm'."
         )
+    if "layerdrop" in text:
+        return (
+            "Whole layers are skipped at random: set encoder_layerdrop and decoder_layerdrop (or layerdrop) "
+            "to 0.0 in the model's config before it is made."
+        )
     if "grid_thw" in text or "grid_h" in text:
         return (
             "Image sizes are read from the tensor image_grid_thw, and shapes depend on them. Run the vision "

@@ -212,6 +212,29 @@ def test_random_numbers_from_outside_torch_are_refused(draw: Callable[[], float]
         staged.capture(model, {"x": torch.zeros(8, 4)})
 
 
+def test_data_of_a_weight_is_refused_with_what_to_change() -> None:
+    model = Calls(lambda layer, x: (layer.weight.data.clamp_(-1, 1), layer(x))[1])
+    with pytest.raises(CaptureError, match=r"takes the .data of a tensor \(weight.data.clamp_\(\)"):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_a_weight_changed_in_place_has_its_own_name() -> None:
+    model = Calls(lambda layer, x: nn.functional.embedding(x.long()[:, 0], layer.weight, max_norm=1.0))
+    with pytest.raises(
+        UnsupportedModel, match=r"^Calls changes 'b.weight' in place \(aten.embedding_renorm_"
+    ):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_layers_skipped_at_random_name_the_line_and_the_setting() -> None:
+    case = family_tiny.bart()
+    case.model.model.decoder.layerdrop = 0.5  # type: ignore[union-attr]
+    with pytest.raises(CaptureError) as caught:
+        staged.capture(case.model.train(), case.batch)
+    assert "if dropout_probability < self.layerdrop:" in str(caught.value)
+    assert "set encoder_layerdrop and decoder_layerdrop (or layerdrop) to 0.0" in str(caught.value)
+
+
 def test_sparse_gradients_are_refused() -> None:
     model = Calls(lambda layer, x: nn.functional.embedding(x.long()[:, 0], layer.weight, sparse=True))
     with pytest.raises(
