@@ -57,7 +57,8 @@ class CanonicalizeGraph:
         """Returns a capture over a copy of the graph; `capture` is left as it is.
 
         Raises:
-            UnsupportedModel: A size depends on the values in a tensor, or the graph calls torch.vmap.
+            UnsupportedModel: A size depends on the values in a tensor, a gradient is sparse, or the graph
+                calls torch.vmap.
         """
         module = copy.copy(capture.graph_module)
         module = GraphModule(module, copy.deepcopy(capture.graph_module.graph))
@@ -253,6 +254,13 @@ def _check_operators(graph: Graph, model_name: str) -> None:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
+        schema = getattr(node.target, "_schema", None)
+        for index, parameter in enumerate(schema.arguments if schema else ()):
+            if parameter.name == "sparse" and argument(node, index, False):
+                raise UnsupportedModel(
+                    f"{model_name} asks {node.target} for a sparse gradient, which stages cannot send"
+                    f"{place_of(node)}\n  Make the embedding with sparse=False."
+                )
         if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
             raise UnsupportedModel(
                 f"{model_name} calls torch.vmap, which torch.export leaves in pieces that do not run alone"

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 
 from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
-from rpcompile.export_guards import capture_error, plain_autograd
+from rpcompile.export_guards import capture_error, no_host_random, plain_autograd
 from rpcompile.exporting import EXPORT_LOCK, deferred_code, renumber_nodes, share_sizes
 from rpcompile.huggingface import capture_context, idle_mask_notice
 from rpcompile.ir import Capture, InputSpec, TensorSpec
@@ -87,7 +87,8 @@ class CaptureGraph:
         Raises:
             CaptureError: torch.export cannot trace it; names operator and place.
             UnsupportedModel: The graph has no scalar loss first, changes an input, calls an
-                autograd.Function, or assigns a buffer of another shape.
+                autograd.Function, or assigns a buffer of another shape; there are hooks on gradients; the
+                forward draws random numbers outside of torch.
         """
         named = self.example.named()
         symbols = symbol_dims(named)
@@ -98,6 +99,7 @@ class CaptureGraph:
             EXPORT_LOCK,
             capture_context(model, frozenset(named)),
             plain_autograd(model),
+            no_host_random(model),
             _on_cpu(model, self.compute_dtype) as mode,
             torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
         ):

@@ -10,6 +10,7 @@ from rpcompile.graphs import is_random
 from rpcompile.ir import Capture, Partition, SegmentChain, Stage, StageGraph, StageKind
 from rpcompile.passes.group_heads import GroupHeads
 from rpcompile.passes.keep_attention import KeepAttention
+from rpcompile.passes.keep_kernels import KeepKernels
 from rpcompile.passes.tile_tokens import TileTokens
 from rpcompile.random_streams import seeded
 
@@ -36,8 +37,14 @@ class ExtractStages:
         keep = KeepAttention(self.chain)
         tile = TileTokens(self.chain, self.capture.graph_module.meta.get("symbols", {}))
         group = GroupHeads(self.chain, self.capture.requires_grad)
+        kernels = KeepKernels(self.capture.requires_grad)
+        trains = any(stage.kind is not StageKind.F for stage in partition.stages)
         graphs = (keep.run(self._extract(stage, saved)) for stage in partition.stages)
-        return tuple(group.run(tile.run(graph)) for graph in graphs)
+        divided = (group.run(tile.run(graph)) for graph in graphs)
+        # What is only evaluated wants no gradient in plain PyTorch either.
+        return tuple(
+            kernels.run(graph) if trains and graph.stage.kind is StageKind.F else graph for graph in divided
+        )
 
     def segment_tensors(self) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
         """Per segment: names of the parameters and buffers it reads, and of the buffers it changes."""

@@ -154,13 +154,12 @@ class _Liveness:
 
     def _check_mutations(self, mutations: list[tuple[Node, Node]]) -> dict[str, str]:
         buffers = {spec.placeholder: spec.name for spec in self._capture.buffers}
-        inputs = {spec.placeholder: spec.name for spec in self._capture.inputs}
+        inputs = {spec.placeholder: spec.name for spec in (*self._capture.inputs, *self._capture.parameters)}
         result: dict[str, str] = {}
         for node, root in mutations:
-            if root.name in self._parameters or root.name in inputs:
-                what = inputs.get(root.name, root.name)
+            if root.name in inputs:
                 raise UnsupportedModel(
-                    f"{self._capture.model_name} changes {what!r} in place "
+                    f"{self._capture.model_name} changes {inputs[root.name]!r} in place "
                     f"({node.target} in {module_path(node) or 'forward'}); assign a new tensor instead"
                 )
             if root.name in buffers:

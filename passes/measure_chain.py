@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import sympy
@@ -184,4 +185,6 @@ class _Bench:
 def _target(module: GraphModule, node: Node) -> str:
     """The operator, or the code of the graph that a higher-order operator calls."""
     inner = getattr(module, node.target, None) if isinstance(node.target, str) else None
+    if isinstance(node.target, FunctionType):
+        return node.target.__name__  # its text has an address
     return inner.code if isinstance(inner, GraphModule) else str(node.target)

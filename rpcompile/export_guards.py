@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 
@@ -28,9 +31,16 @@ def plain_autograd(model: nn.Module) -> Iterator[None]:
     """Keeps out what export would trace by its forward alone, dropping the backward it defines.
 
     Reentrant checkpoints become plain calls, since stages recompute anyway; any other
-    autograd.Function is refused. (Export sees through checkpoints that are not reentrant.)
+    autograd.Function is refused, and so are hooks on gradients. (Export sees through checkpoints
+    that are not reentrant.)
+
+    Raises:
+        UnsupportedModel: At once for hooks that the model has, and inside for what its forward does.
     """
+    _refuse_hooks(model)
     original = torch.autograd.Function.apply
+    register_hook = torch.Tensor.register_hook
+    tracer = threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or cls.__module__.startswith("torch."):
@@ -41,6 +51,15 @@ def plain_autograd(model: nn.Module) -> Iterator[None]:
             f"differentiable operators, or as a torch.library.custom_op with register_autograd."
         )
 
+    def register(tensor: torch.Tensor, hook: Any) -> Any:
+        if threading.get_ident() != tracer:  # stages that run meanwhile
+            return register_hook(tensor, hook)
+        raise UnsupportedModel(
+            f"{type(model).__name__} calls Tensor.register_hook in its forward; a graph has no hooks, so it "
+            f"would not be called{_place(traceback.extract_stack())}\n  Write what it does to the gradient "
+            f"as a torch.library.custom_op with register_autograd, or take it out."
+        )
+
     class Call:
         @staticmethod
         def apply(function: Any, preserve: bool, *args: Any) -> Any:
@@ -49,8 +68,52 @@ def plain_autograd(model: nn.Module) -> Iterator[None]:
     with (
         patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         patch.object(torch.utils.checkpoint, "CheckpointFunction", Call),
+        patch.object(torch.Tensor, "register_hook", register),
     ):
         yield
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedModel(
+                f"{_module(model, path)} has a backward hook, which would not be called: stages run "
+                f"operators, not modules. Remove it by the remove() of what its registration returned"
+            )
+    for path, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedModel(
+                f"parameter {path!r} of {type(model).__name__} has a gradient hook, which would not be "
+                f"called: stages compute with copies. Remove it; .grad may be changed before the step"
+            )
+
+
+def _module(model: nn.Module, path: str) -> str:
+    return f"module {path!r} of {type(model).__name__}" if path else type(model).__name__
+
+
+@contextmanager
+def no_host_random(model: nn.Module) -> Iterator[None]:
+    """Refuses a forward that draws numbers outside of torch: the graph would keep those of its capture.
+
+    Raises:
+        UnsupportedModel: At the end, if Python's or NumPy's generator was drawn from.
+    """
+    before = _host_random()
+    yield
+    for name, state in _host_random().items():
+        if state != before[name]:
+            raise UnsupportedModel(
+                f"{type(model).__name__} draws from {name} in its forward (a skipped layer, a random mask); "
+                f"the graph would repeat what was drawn while it was captured in every step. Draw with torch "
+                f"operators (torch.rand), or switch it off: in transformers by layerdrop=0 and "
+                f"apply_spec_augment=False in the config"
+            )
+
+
+def _host_random() -> dict[str, object]:
+    legacy = np.random.get_state()
+    return {"Python's random": random.getstate(), "numpy.random": (legacy[1].tobytes(), *legacy[2:])}  # type: ignore[index,union-attr]
 
 
 def capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -96,6 +159,12 @@ def _operator(trace: TracebackType | None) -> str:
 
 
 def _remedy(text: str) -> str:
+    if "fake tensor in the exported program constant" in text:
+        return (
+            "The forward takes the .data of a tensor (weight.data.clamp_(), tensor.data = ...), which no "
+            "graph shows. Use the tensor itself, under torch.no_grad() or detached, or move that code out of "
+            "forward."
+        )
     if any(hint in text for hint in ("data-dependent", "DataDependent", "Unbacked", ".item()")):
         return (
             "The forward branches on tensor values. Make the branch independent of data (torch.where, "

@@ -95,6 +95,8 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
       builder refuses that while exporting for fear that the graph will be used for decoding. A
       mask that is an input of the graph is always kept.
     - No gradient checkpointing: stages recompute anyway.
+    - Models that have other code for export than for training (a loop instead of a triangular solve) are
+      told that they are not exported.
     - Masks of transformers' own functions are built by broadcasting indices, since `torch.vmap` cannot
       be exported.
     - Without `position_ids` the batch is not packed, so the builder need not look for packing.
@@ -107,6 +109,11 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
                 stack.enter_context(patch.object(config, "use_cache", False))
             if getattr(module, "gradient_checkpointing", None):
                 stack.enter_context(patch.object(module, "gradient_checkpointing", False))
+        for code in {sys.modules.get(type(module).__module__) for module in model.modules()}:
+            if hasattr(code, "is_torchdynamo_exporting"):
+                for name in ("is_torchdynamo_exporting", "is_torchdynamo_compiling"):
+                    if hasattr(code, name):
+                        stack.enter_context(patch.object(code, name, lambda: False))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None and any(base_model(module) is not None for module in model.modules()):
             if hasattr(masking, "is_torchdynamo_exporting"):  # not yet in transformers 5.17
@@ -177,6 +184,11 @@ def remedy_for(model: nn.Module, text: str) -> str | None:
         return (
             f"Its experts run by experts_implementation={implementation!r}, which loops over the experts "
             f"that were hit: load or configure the model with experts_implementation='grouped_mm'."
+        )
+    if "layerdrop" in text:
+        return (
+            "Whole layers are skipped at random: set encoder_layerdrop and decoder_layerdrop (or layerdrop) "
+            "to 0.0 in the model's config before it is made."
         )
     if "grid_thw" in text or "grid_h" in text:
         return (

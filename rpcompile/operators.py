@@ -190,7 +190,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
         "floor_divide remainder __and__ __or__ __xor__ lift_fresh_copy one_hot "
         "arange zeros ones full empty linspace eye scalar_tensor rand randn randint randperm bernoulli "
         "zeros_like ones_like full_like empty_like rand_like randn_like "
-        "new_zeros new_ones new_full new_empty fill",
+        "new_zeros new_ones new_full new_empty fill detach",
     ),
     ("elementwise", "self", "silu gelu abs cos sin log log1p log2 leaky_relu hardtanh hardswish hardsigmoid"),
     (
@@ -199,6 +199,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
         "relu6 softplus mish clamp clamp_min clamp_max erf elu celu square glu log_sigmoid",
     ),
     ("elementwise", "self exponent", "pow"),
+    ("elementwise", "self weight", "prelu"),
     ("elementwise", "result", "exp exp2 expm1 tanh sigmoid sqrt rsqrt reciprocal relu"),
     ("elementwise", "self other", "maximum minimum"),
     ("elementwise", "condition", "where"),
@@ -212,6 +213,7 @@ _BY_BYTES: tuple[tuple[str, str, str], ...] = (
     ("reduction", "result", "softmax log_softmax _softmax _log_softmax topk sort"),
     ("reduction", "self result", "amax amin max min prod var std norm linalg_vector_norm logsumexp"),
     ("reduction", "self", "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"),
+    ("reduction", "v g", "_weight_norm"),
     ("reduction", "self target", "mse_loss l1_loss smooth_l1_loss huber_loss"),
     (
         "reduction",

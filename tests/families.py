@@ -102,6 +102,8 @@ FAMILIES: tuple[Family, ...] = (
         note="sliding window: as Mistral",
     ),
     Family("Phi-3", partial(tiny.causal, "Phi3", sliding_window=None), _text("Phi-3-medium-128k")),
+    Family("GLM-4", partial(tiny.causal, "Glm4")),
+    Family("GPT-NeoX", tiny.gpt_neox),
     Family("OLMo 2", partial(tiny.causal, "Olmo2")),
     Family("Falcon", tiny.falcon),
     Family("StableLM", partial(tiny.causal, "StableLm")),
@@ -109,7 +111,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("StarCoder 2", partial(tiny.causal, "Starcoder2", residual_dropout=0.1)),
     Family("OPT", partial(tiny.causal, "OPT", ffn_dim=48, word_embed_proj_dim=32)),
     Family("Qwen3-MoE", tiny.moe, _text("Qwen3-235B-A22B"), note=_MOE_NOTE),
+    Family("Qwen2-MoE", tiny.qwen2_moe, note=_MOE_NOTE),
     Family("DeepSeek-V2", tiny.deepseek, note=_MOE_NOTE),
+    Family("DeepSeek-V3", tiny.deepseek_v3, note=_MOE_NOTE),
     Family(
         "GPT-OSS",
         partial(tiny.causal, "GptOss", sliding_window=4, **_MIXTURE),
@@ -129,6 +133,18 @@ FAMILIES: tuple[Family, ...] = (
         _build("BERT-base", "BertForMaskedLM", transformers.BertConfig, real.text_batch(512)),
         parity=TIED,
     ),
+    Family("RoBERTa, padded, classifier", partial(tiny.encoder, "RobertaForSequenceClassification")),
+    Family(
+        "DeBERTa-v2, padded",
+        partial(tiny.encoder, "DebertaV2ForMaskedLM", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        parity=TIED,
+        note="its classifier is not captured: it branches on the labels; pass `loss_fn`",
+    ),
+    Family(
+        "ModernBERT, padded",
+        partial(tiny.encoder, "ModernBertForMaskedLM", local_attention=4, global_attn_every_n_layers=2),
+        parity=TIED,
+    ),
     Family(
         "T5",
         tiny.t5,
@@ -136,6 +152,7 @@ FAMILIES: tuple[Family, ...] = (
         parity=TIED,
         note="encoder output and position biases cross the decoder's cuts",
     ),
+    Family("BART", tiny.bart, parity=TIED, note="as T5"),
     Family("Whisper", tiny.whisper, parity=TIED, note="as T5"),
     Family(
         "ViT",
@@ -146,6 +163,29 @@ FAMILIES: tuple[Family, ...] = (
             partial(transformers.ViTConfig, num_labels=1000),
             real.image_batch(),
         ),
+    ),
+    Family("DINOv2", partial(tiny.image_classifier, "Dinov2", **tiny.PATCHES)),
+    Family(
+        "BEiT",
+        partial(tiny.image_classifier, "Beit", use_relative_position_bias=True, **tiny.PATCHES),
+        note="attention under a learned bias",
+    ),
+    Family("Swin", partial(tiny.image_classifier, "Swin", **tiny.WINDOWS)),
+    Family(
+        "ConvNeXt",
+        partial(
+            tiny.image_classifier, "ConvNext", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, patch_size=2
+        ),
+    ),
+    Family("SegFormer", tiny.segformer),
+    Family(
+        "HuBERT, classifier",
+        tiny.hubert,
+        note="needs `apply_spec_augment=False` and `layerdrop=0`: NumPy draws those masks",
+    ),
+    Family(
+        "Wav2Vec2 and HuBERT with CTC",
+        note="not captured: they branch on the labels, and the sizes inside of a CTC loss depend on values",
     ),
     Family(
         "Llava",

@@ -33,6 +33,22 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+PATCHES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+WINDOWS = {
+    "embed_dim": 8,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": 2,
+    "image_size": 16,
+    "patch_size": 2,
+}
 IMAGE = 5
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -103,6 +119,28 @@ def deepseek() -> Case:
     return causal("DeepseekV2", experts_implementation="grouped_mm", **options)
 
 
+def deepseek_v3() -> Case:
+    """Latent attention; experts are chosen in groups, by scores with a bias."""
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    sizes = {"num_key_value_heads": 4, "head_dim": 4, "v_head_dim": 8, "n_group": 2, "topk_group": 1}
+    options = {**latent, **experts, **sizes, **EXPERTS}
+    return causal("DeepseekV3", experts_implementation="grouped_mm", **options)
+
+
+def qwen2_moe() -> Case:
+    """Experts beside one that every token takes."""
+    options = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}
+    return causal("Qwen2Moe", experts_implementation="grouped_mm", **options)
+
+
+def gpt_neox() -> Case:
+    """Attention and MLP side by side."""
+    names = (name for name in DECODER if name not in ("num_key_value_heads", "head_dim"))
+    config = transformers.GPTNeoXConfig(**{name: DECODER[name] for name in names})
+    return Case(transformers.GPTNeoXForCausalLM(config), tokens())
+
+
 def whisper() -> Case:
     """40 frames of sound before text."""
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
@@ -152,6 +190,94 @@ def _images(size: int, labels: int) -> dict[str, torch.Tensor]:
     }
 
 
+_LAYERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def encoder(model: str, **options: Any) -> Case:
+    """An encoder of text, e.g. model="RobertaForSequenceClassification", padded, with three classes."""
+    names = (
+        *_LAYERS,
+        "vocab_size",
+        "max_position_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    kind = model.partition("For")[0]
+    sizes = {name: DECODER[name] for name in names}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=3, **options)
+    case = padded(Case(getattr(transformers, model)(config), tokens()), left=False)
+    if model.endswith("ForSequenceClassification"):
+        return Case(case.model, {**case.batch, "labels": case.batch["input_ids"][:, 0] % 3})
+    return case
+
+
+def bart() -> Case:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+        **layers,
+    )
+    batch = tokens()
+    labels = batch["labels"][:, 4:].contiguous()
+    return Case(transformers.BartForConditionalGeneration(config), {**batch, "labels": labels})
+
+
+def image_classifier(kind: str, **options: Any) -> Case:
+    """E.g. kind="Dinov2": a vision transformer on four by four patches, unless the options say otherwise."""
+    config = getattr(transformers, f"{kind}Config")(num_labels=5, **options)
+    return Case(getattr(transformers, f"{kind}ForImageClassification")(config), _images(16, 5))
+
+
+def segformer() -> Case:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+        num_labels=5,
+    )
+    images = _images(16, 5)["pixel_values"]
+    classes = torch.randint(0, 5, (BATCH, 16, 16), generator=torch.Generator().manual_seed(6))
+    model = transformers.SegformerForSemanticSegmentation(config)
+    return Case(model, {"pixel_values": images, "labels": classes})
+
+
+def hubert() -> Case:
+    """640 samples of sound before classes."""
+    config = transformers.HubertConfig(
+        **{name: DECODER[name] for name in _LAYERS},
+        conv_dim=(16, 16),
+        conv_kernel=(4, 4),
+        conv_stride=(4, 4),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        apply_spec_augment=False,
+        layerdrop=0.0,
+        num_labels=5,
+        classifier_proj_size=16,
+    )
+    generator = torch.Generator().manual_seed(5)
+    sound = {"input_values": torch.randn(BATCH, 640, generator=generator)}
+    labels = torch.randint(0, 5, (BATCH,), generator=generator)
+    return Case(transformers.HubertForSequenceClassification(config), {**sound, "labels": labels})
+
+
 def vit() -> Case:
     config = transformers.ViTConfig(
         hidden_size=32,
@@ -193,9 +319,6 @@ _TOWER = {
     "image_size": 8,
     "patch_size": 4,
 }
-
-
-_LAYERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def _with_images(model: Any, image_tokens: int, **extra: torch.Tensor) -> Case:

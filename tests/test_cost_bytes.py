@@ -94,6 +94,14 @@ def test_division_keeps_its_denominator():
     assert node_cost(lambda x, w: (x * w) / 2, torch.randn(4, 6), (6,))["div"].saved == ()
 
 
+def test_learned_slopes_and_normalised_weights_are_priced_by_what_they_move_and_keep():
+    cost = node_cost(lambda x, w: functional.prelu(x * 2, w), torch.randn(4, 6), (6,))["prelu"]
+    assert (cost.read_bytes, cost.write_bytes) == (4 * B * 6 + 4 * 6, 4 * B * 6)
+    assert cost.saved == ("mul",)
+    cost = node_cost(lambda x, w: x @ torch._weight_norm(w, w[:, :1], 0), torch.randn(4, 6), (6, 6))
+    assert (cost["_weight_norm"].op_class, cost["_weight_norm"].write_bytes) == ("reduction", 4 * 6 * 6)
+
+
 def test_cross_entropy_writes_keeps_and_reads_the_logarithms():
     x = torch.zeros(4, dtype=torch.long)
     cost = node_cost(lambda x, w: functional.cross_entropy(w, x), x, (4, 10), sizes={})["cross_entropy_loss"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +164,96 @@ def test_autograd_function_is_refused_since_its_backward_would_be_lost() -> None
     assert "Calls calls the autograd.Function WrongSquare" in message
     assert "test_families.py" in message
     assert "torch.library.custom_op with register_autograd" in message
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_modules_are_refused_since_they_would_not_be_called(register: str) -> None:
+    model = Calls(lambda layer, x: layer(x))
+    handle = getattr(model.b, register)(lambda module, *gradients: None)
+    with pytest.raises(
+        UnsupportedModel, match=r"^module 'b' of Calls has a backward hook, which would not be"
+    ):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+    handle.remove()
+    staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_of_parameters_are_refused(register: str) -> None:
+    model = Calls(lambda layer, x: layer(x))
+    handle = getattr(model.b.weight, register)(lambda tensor: None)
+    with pytest.raises(
+        UnsupportedModel, match=r"^parameter 'b.weight' of Calls has a gradient hook[\s\S]*\.grad"
+    ):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+    handle.remove()
+    staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_gradient_hooks_in_the_forward_are_refused_where_they_are_registered() -> None:
+    def doubled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        hidden = layer(x)
+        hidden.register_hook(lambda gradient: gradient * 2)
+        return hidden
+
+    with pytest.raises(
+        UnsupportedModel, match=r"Calls calls Tensor.register_hook[\s\S]*hidden.register_hook\("
+    ):
+        staged.capture(Calls(doubled), {"x": torch.zeros(8, 4)})
+    torch.ones(2, requires_grad=True).register_hook(lambda gradient: gradient)
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"), [(random.random, "Python's random"), (lambda: np.random.rand(), "numpy.random")]
+)
+def test_random_numbers_from_outside_torch_are_refused(draw: Callable[[], float], name: str) -> None:
+    model = Calls(lambda layer, x: layer(x) if draw() < 0.5 else x)
+    with pytest.raises(
+        UnsupportedModel, match=f"^Calls draws from {name} in its forward.*apply_spec_augment"
+    ):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_data_of_a_weight_is_refused_with_what_to_change() -> None:
+    model = Calls(lambda layer, x: (layer.weight.data.clamp_(-1, 1), layer(x))[1])
+    with pytest.raises(CaptureError, match=r"takes the .data of a tensor \(weight.data.clamp_\(\)"):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_a_weight_changed_in_place_has_its_own_name() -> None:
+    model = Calls(lambda layer, x: nn.functional.embedding(x.long()[:, 0], layer.weight, max_norm=1.0))
+    with pytest.raises(
+        UnsupportedModel, match=r"^Calls changes 'b.weight' in place \(aten.embedding_renorm_"
+    ):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_layers_skipped_at_random_name_the_line_and_the_setting() -> None:
+    case = family_tiny.bart()
+    case.model.model.decoder.layerdrop = 0.5  # type: ignore[union-attr]
+    with pytest.raises(CaptureError) as caught:
+        staged.capture(case.model.train(), case.batch)
+    assert "if dropout_probability < self.layerdrop:" in str(caught.value)
+    assert "set encoder_layerdrop and decoder_layerdrop (or layerdrop) to 0.0" in str(caught.value)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = Calls(lambda layer, x: nn.functional.embedding(x.long()[:, 0], layer.weight, sparse=True))
+    with pytest.raises(
+        UnsupportedModel, match=r"aten.embedding.default for a sparse gradient[\s\S]*sparse=False"
+    ):
+        staged.capture(model, {"x": torch.zeros(8, 4)})
+
+
+def test_code_that_asks_whether_it_is_exported_is_captured_as_it_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As transformers' gated delta rule asks, which solves a triangular system or else loops."""
+    mine = sys.modules[__name__]
+    monkeypatch.setattr(mine, "is_torchdynamo_exporting", torch.compiler.is_exporting, raising=False)
+    model = Calls(lambda layer, x: x.exp() if mine.is_torchdynamo_exporting() else layer(x))  # type: ignore[attr-defined]
+    nodes = staged.capture(model, {"x": torch.zeros(8, 4)}).graph_module.graph.nodes
+    assert torch.ops.aten.exp.default not in {node.target for node in nodes}
 
 
 # ------------------------------------------------------------------- checkpoints, autocast, sizes
