@@ -316,7 +316,12 @@ def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ..
         return tuple(torch.device("cuda", index) for index in range(gpus)) if 0 < gpus <= found else None
     if len(devices) != gpus:
         raise InvalidArgument(f"devices has {len(devices)} entries for {gpus} GPUs; give one a GPU")
-    named = [torch.device(device) for device in devices]
+    try:
+        named = [torch.device(device) for device in devices]
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"devices={list(devices)!r}: one of them is unknown; use 'cpu' or 'cuda:<number>'"
+        ) from error
     kinds = {device.type for device in named}
     if kinds == {"cpu"}:
         return None

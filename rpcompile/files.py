@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ def write_in_one_step(path: Path, content: bytes | str) -> None:
         OSError: It cannot be written; nothing is left behind.
     """
     data = content.encode() if isinstance(content, str) else content
+    if path.is_dir():  # one without a name, as `.`, has no draft beside it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -21,6 +24,8 @@ def write_in_one_step(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:  # which may name the draft, or no file at all
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
 

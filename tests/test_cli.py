@@ -62,6 +62,18 @@ def broken():
 
 def number():
     return 5
+
+
+def leaves():
+    raise SystemExit(7)
+
+
+def misfit():
+    return Net(), {"y": torch.zeros(2, 4)}
+
+
+def wrong_size():
+    return Net(), {"x": torch.zeros(2, 5)}
 """
 
 
@@ -310,6 +322,9 @@ BAD = [
     (["plan", "no_such_module:make"], "ModuleNotFoundError: No module named 'no_such_module'"),
     (["plan", "net.py:other"], "has no function 'other'"),
     (["plan", "net.py:broken"], "RuntimeError: no luck"),
+    (["plan", "net.py:leaves"], "net.py:leaves: SystemExit: 7"),
+    (["plan", "net.py:misfit"], "The example inputs are y, but forward takes (x): missing a required"),
+    (["plan", "net.py:wrong_size"], "If the module runs on these inputs"),
     (["plan", "net.py:number"], "returns a int; it must return an nn.Module"),
     (["plan", "net.py:without_inputs"], "the inputs of Net cannot be inferred"),
     (["plan", "broken.json"], "is no JSON"),
@@ -357,16 +372,26 @@ BAD = [
     (["simulate"], "give a PLAN or --profile FILE"),
     (["simulate", "plan.json", "--policy", "gpip"], "policy 'gpip' is unknown; did you mean gpipe?"),
     (["simulate", "plan.json", "--gpus", "3"], "need --policy or --profile"),
-    (["simulate", "--profile", "profile.json", "--partition", "1,x"], "'1,x' is no list of numbers"),
+    (["simulate", "--profile", "profile.json", "--partition", "1,x"], "'1,x' is no list of counts"),
     (
         ["simulate", "--profile", "profile.json", "--partition", "2,2|0,2"],
-        "together with the head they must be",
+        "have 4 segments; besides the last one, the chain has 5",
     ),
+    (["simulate", "plan.json", "--semantics", "strict"], "--semantics strict needs --policy"),
+    (
+        ["simulate", "plan.json", "--policy", "gpipe", "--semantics", "loose"],
+        "semantics is 'loose'; choose one of full, strict, published",
+    ),
+    (["simulate", "--profile", "profile.json", "--gpus", "65"], "less than or equal to 64"),
+    (["simulate", "--profile", "profile.json", "--microbatches", "4097"], "less than or equal to 4096"),
     (["compare", "missing.json"], "cannot read the plan"),
     (["compare"], "give a PLAN or --profile FILE"),
     (["probe", "--out", "here.txt"], "a hardware file ends in .json"),
     (["probe", "--like", "rtx409"], "did you mean rtx4090"),
     (["probe", "--seconds", "0"], "--seconds"),
+    (["profile", "net.py:make", "--measure", "--device", "gpu"], "device 'gpu' is unknown; use cpu or cuda:"),
+    (["profile", "net.py:make", "--measure", "--device", "cuda:99"], "device 'cuda:99' is not here"),
+    (["profile", "net.py:make", "--measure", "--device", "meta"], "device 'meta' cannot be measured"),
     (["profile", "missing"], "model 'missing' is no file"),
     (["profile", "config.json", "--out", "plan.json/p.json"], "cannot be written"),
     (["train"], "training needs 'model'"),
@@ -374,12 +399,15 @@ BAD = [
     (["train", "list.yaml"], "holds no `name: value` lines"),
     (["train", "unknown.yaml"], "training option 'step' is unknown; did you mean 'steps'?"),
     (["train", "--model", "qwen3-8b", "--text", "text.txt"], "its weights are not here"),
+    (["train", "--model", "smollm2-135m", "--text", "missing.txt"], "text missing.txt cannot be read"),
     (["train", "--model", "nowhere", "--text", "text.txt"], "there is no such folder"),
     (["train", "--model", ".", "--text", "text.txt"], "model . cannot be loaded"),
     (
         ["train", "--model", "x", "--text", "y", "--batch", "3", "--microbatches", "2"],
         "batch 3 is no multiple",
     ),
+    (["trace", "plan.json", "--out", "."], "rpcompile: .: Is a directory"),
+    (["trace", "plan.json", "--out", "/dev/null/x.json"], "/dev/null"),
     (["doctor", "--far"], "No such option"),
     (["plam"], "No such command 'plam'"),
 ]

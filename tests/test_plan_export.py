@@ -12,7 +12,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from rpcompile.errors import InvalidArgument
 from rpcompile.plan import Plan
 from rpcompile.plan_export import actions_csv, schedule_python
-from rpcompile.policies import default_partition, parse_partition, schedule_policy
+from rpcompile.policies import default_partition, schedule_policy
 from rpcompile.simulate import simulate
 from tests.chains import chain, partition
 from tests.test_plan import plan_of
@@ -105,12 +105,3 @@ def test_python_replays_every_instruction_wait_and_event() -> None:
         assert starts == sorted(starts)
         waits = [arguments[1] for name, arguments in recorder.calls if name == "wait"]
         assert sorted(waits) == sorted(event for action in own for event in action.waits)
-
-
-def test_partitions_by_hand() -> None:
-    def stages(text: str) -> list[tuple[str, int, int]]:
-        return [(s.kind.value, s.first, s.last) for s in parse_partition(text, chain(7)).stages]
-
-    assert stages("3,2|1,2,3") == [("F", 0, 2), ("F", 3, 4), ("FB", 5, 6), ("B", 3, 4), ("B", 0, 2)]
-    assert stages("3,3|0,4,2") == [("F", 0, 2), ("F", 3, 5), ("FB", 6, 6), ("B", 2, 5), ("B", 0, 1)]
-    assert stages("3,3") == stages("3,4") == [("F", 0, 2), ("FB", 3, 6), ("B", 0, 2)]
