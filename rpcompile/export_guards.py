@@ -136,5 +136,6 @@ def _remedy(text: str) -> str:
         )
     return (
         "If the module runs on these inputs, make that line traceable: no branches on tensor values, no "
-        "numpy or .item(), no Python side effects; torch.export.export(model, args, strict=False) alone shows the full report."
+        "numpy or .item(), no Python side effects; torch.export.export(model, args, strict=False) alone "
+        "shows the full report."
     )

@@ -189,7 +189,7 @@ def test_id_is_of_the_content_not_of_the_solver_s_time(plan: Plan) -> None:
     ("gpus", "text"), [({3}, "3"), ({0, 1}, "0-1"), ({0, 1, 2, 5, 7, 8}, "0-2,5,7-8"), (set(), "")]
 )
 def test_gpus_of_a_stage_are_printed_as_ranges(gpus: set[int], text: str) -> None:
-    assert rpcompile.plan._ranges(gpus) == text
+    assert rpcompile.plan.ranges(gpus) == text
 
 
 def test_printed_plan(plan: Plan) -> None:
