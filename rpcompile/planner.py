@@ -325,6 +325,8 @@ def plan_chain(
     excess = over(prediction.host_peak_bytes, options.host_bytes)
     if excess and any(segment.offloads for segment in chain.segments):
         raise PartitionError(f"with attention outputs offloaded the host {excess}; use attention='recompute'")
+    if excess:
+        _log.warning("the host %s", excess)
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,

@@ -209,7 +209,7 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan d22d88f6  Toy · float32 · 2 microbatches of the given size · sync
+Plan 1846fc3d  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  42.00 s/step · bubble 54.8 % · GPU peak 37 B · host peak 32 B
 Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from rpcompile.errors import InvalidArgument
+from rpcompile.files import write_in_one_step
 from rpcompile.plan import Plan
 from rpcompile.plan_export import actions_csv, schedule_python
 from rpcompile.policies import default_partition, schedule_policy
@@ -105,3 +108,14 @@ def test_python_replays_every_instruction_wait_and_event() -> None:
         assert starts == sorted(starts)
         waits = [arguments[1] for name, arguments in recorder.calls if name == "wait"]
         assert sorted(waits) == sorted(event for action in own for event in action.waits)
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_in_one_step(pipe, "text")
+    reader.join(10)
+    assert read == [b"text"]
+    assert pipe.is_fifo()
