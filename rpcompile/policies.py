@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument, RpcompileError
@@ -116,6 +116,30 @@ def schedule_policy(
         )
     dispatch = POLICIES[policy](gpus, microbatches).run(partition)
     return lay_out(chain, partition, dispatch, mode, update_s_per_byte, links)
+
+
+def under_policy(plan: Plan, policy: str) -> Plan:
+    """A plan's segments, GPUs and microbatches with a policy's usual stages and its schedule; to export.
+
+    The prediction stays the plan's own: `simulate_policy` makes the policy's.
+
+    Raises:
+        InvalidArgument: No such policy.
+        PartitionError: The chain does not divide so.
+    """
+    check_policy(policy)
+    stages = default_partition(plan.chain, policy, plan.gpus)
+    schedule = schedule_policy(
+        plan.chain,
+        stages,
+        policy,
+        plan.gpus,
+        plan.microbatches,
+        plan.mode,
+        plan.update_s_per_byte,
+        plan.links,
+    )
+    return replace(plan, partition=stages, schedule=schedule)
 
 
 def result_of(policy: str, chain: SegmentChain, timeline: Timeline, own: bool) -> PolicyResult:

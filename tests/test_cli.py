@@ -278,6 +278,8 @@ def test_trace_plot_and_export(run: Any, files: Path) -> None:
     for name, start in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml"), ("plan.pdf", b"%PDF")):
         assert run("plot", "plan.json", "--out", name)[0] == 0
         assert (files / name).read_bytes().startswith(start)
+    assert run("export", "plan.json", "--policy", "1f1b", "--out", "actions.csv")[0] == 0
+    assert (files / "actions.csv").read_text() == "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
     status, out, _ = run("export", "plan.json", "--out", "schedule.py", "--json")
     assert (status, json.loads(out)["bytes"]) == (0, (files / "schedule.py").stat().st_size)
 
@@ -408,6 +410,8 @@ BAD = [
     ),
     (["trace", "plan.json", "--out", "."], "rpcompile: .: Is a directory"),
     (["trace", "plan.json", "--out", "/dev/null/x.json"], "/dev/null"),
+    (["export", "plan.json", "--out", "x.csv", "--policy", "gpip"], "did you mean gpipe?"),
+    (["export", "apart.json", "--out", "x.csv"], "Use the plan under policy gpipe, 1f1b"),
     (["doctor", "--far"], "No such option"),
     (["plam"], "No such command 'plam'"),
 ]
@@ -457,6 +461,18 @@ def test_ctrl_c_ends_cleanly(files: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "Interrupted.\n")
+
+
+def test_terminals_without_unicode_get_question_marks(files: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rpcompile", "show", "plan.json"],
+        cwd=files,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " ? sync\n" in done.stdout
 
 
 def test_output_into_a_closed_pipe_is_no_error(files: Path) -> None:

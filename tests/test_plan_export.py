@@ -15,7 +15,7 @@ from rpcompile.errors import InvalidArgument
 from rpcompile.files import write_in_one_step
 from rpcompile.plan import Plan
 from rpcompile.plan_export import actions_csv, schedule_python
-from rpcompile.policies import default_partition, schedule_policy
+from rpcompile.policies import under_policy
 from rpcompile.simulate import simulate
 from tests.chains import chain, partition
 from tests.test_plan import plan_of
@@ -25,9 +25,7 @@ GPUS, MICROBATCHES = 2, 4
 
 def of_policy(policy: str) -> Plan:
     plan = plan_of((chain(8), partition("F0-6", "FB7-7", "B0-6"), GPUS, MICROBATCHES, "sync"))
-    stages = default_partition(plan.chain, policy, GPUS)
-    schedule = schedule_policy(plan.chain, stages, policy, GPUS, MICROBATCHES)
-    return Plan(**{**vars(plan), "partition": stages, "schedule": schedule})
+    return under_policy(plan, policy)
 
 
 class Stage(_PipelineStageBase):
