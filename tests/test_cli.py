@@ -393,7 +393,7 @@ BAD = [
     (["probe", "--seconds", "0"], "--seconds"),
     (["profile", "net.py:make", "--measure", "--device", "gpu"], "device 'gpu' is unknown; use cpu or cuda:"),
     (["profile", "net.py:make", "--measure", "--device", "cuda:99"], "device 'cuda:99' is not here"),
-    (["profile", "net.py:make", "--measure", "--device", "meta"], "device 'meta' cannot be measured"),
+    (["profile", "net.py:make", "--measure", "--device", "mps"], "device 'mps' cannot be measured"),
     (["profile", "missing"], "model 'missing' is no file"),
     (["profile", "config.json", "--out", "plan.json/p.json"], "cannot be written"),
     (["train"], "training needs 'model'"),
