@@ -36,7 +36,7 @@ def with_blocks() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that pages assume: plan.json of the tutorial, a measured profile, and those of a clone."""
+    """A folder with what pages assume: plan.json of the tutorial, a measured profile, and a clone's profiles."""
     import json
 
     folder = tmp_path_factory.mktemp("docs")
