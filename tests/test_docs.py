@@ -36,7 +36,7 @@ def with_blocks() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what pages assume: plan.json of the tutorial, a measured profile, and a clone's profiles."""
+    """What pages assume: plan.json of the tutorial, a measured profile, and the profiles of a clone."""
     import json
 
     folder = tmp_path_factory.mktemp("docs")
