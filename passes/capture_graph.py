@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 
 from rpcompile.errors import InvalidArgument, MissingExampleInputs, RpcompileError, UnsupportedModel
-from rpcompile.export_guards import capture_error, no_host_random, plain_autograd
+from rpcompile.export_guards import capture_error, no_host_random, no_tracebacks, plain_autograd
 from rpcompile.exporting import EXPORT_LOCK, deferred_code, renumber_nodes, share_sizes
 from rpcompile.huggingface import capture_context, idle_mask_notice
 from rpcompile.ir import Capture, InputSpec, TensorSpec
@@ -100,6 +100,7 @@ class CaptureGraph:
             capture_context(model, frozenset(named)),
             plain_autograd(model),
             no_host_random(model),
+            no_tracebacks(),
             _on_cpu(model, self.compute_dtype) as mode,
             torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False),
         ):
@@ -141,7 +142,7 @@ class CaptureGraph:
                 refined = _refine(error, ranges)
                 if refined == ranges:
                     if not interference.possible:
-                        raise capture_error(model, error) from error
+                        raise capture_error(model, error, self.example.args, self.example.kwargs) from error
                     repeat = False
                 ranges = refined
             else:

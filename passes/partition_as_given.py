@@ -20,17 +20,21 @@ _FORM = re.compile(r"\d+(,\d+)*(\|\d+(,\d+)*)?")
 class PartitionAsGiven:
     """SegmentChain -> Partition.
 
-    The chain's last segment (the head with its loss) is not counted: it belongs to the stage where
-    forward turns into backward. Before -> after, seven segments::
+    The chain's last segment (the head with its loss) belongs to the stage where forward turns into
+    backward; it may be left out of the counts, as published ones do. Before -> after, seven segments::
 
         3,3        ->  F0-2 F3-6 B3-6 B0-2          a pipeline's forward stages; backward mirrors them
+        3,3        ->  F0-2 FB3-6 B0-2              the same with `fused`
         4|2,2,2    ->  F0-3 FB4-6 B2-3 B0-1         forward stages | fused stage, then backward stages
 
     Attributes:
         counts: The text.
+        fused: Let a pipeline's last stage run forward and backward at once, as a schedule must have it
+            that is to run. Published pipelines do not.
     """
 
     counts: str
+    fused: bool = False
 
     name = "partition-as-given"
 
@@ -49,6 +53,8 @@ class PartitionAsGiven:
         up, *rest = ([int(count) for count in part.split(",")] for part in self.counts.split("|"))
         tail, *down = rest[0] if rest else [0]
         layers = len(chain.segments) - 1
+        if sum(up) + tail == layers + 1:  # counted with the head
+            up, tail = (up, tail - 1) if tail else ([*up[:-1], up[-1] - 1], tail)
         checks = [(sum(up) + tail, "forward and fused stages", layers)]
         if rest:
             checks.append((sum(down) + tail, "fused and backward stages", layers - chain.first_backward))
@@ -58,13 +64,13 @@ class PartitionAsGiven:
                     f"the {what} of {self.counts!r} have {found} segments; besides the last one, the chain "
                     f"has {wanted} for them"
                 )
-        stages = self._fused(up, tail, down, layers) if rest else self._mirrored(up)
+        stages = self._apart(up, tail, down, layers) if rest else self._mirrored(up)
         for stage in stages:
             if stage.last < stage.first:
                 raise PartitionError(f"stage {stage.index} ({stage.kind}) of {self.counts!r} has no segment")
         return Partition(stages, chain.hardware.usable_bytes, 0.0, 0.0, "FEASIBLE", 0.0, self.name)
 
-    def _fused(self, up: list[int], tail: int, down: list[int], layers: int) -> tuple[Stage, ...]:
+    def _apart(self, up: list[int], tail: int, down: list[int], layers: int) -> tuple[Stage, ...]:
         forward = [(StageKind.F, a, b - 1) for a, b in pairwise(accumulate(up, initial=0))]
         backward = [
             (StageKind.B, layers - tail - b, layers - tail - a - 1)
@@ -76,5 +82,7 @@ class PartitionAsGiven:
     def _mirrored(self, up: list[int]) -> tuple[Stage, ...]:
         spans = [(a, b - 1) for a, b in pairwise(accumulate([*up[:-1], up[-1] + 1], initial=0))]
         found = [(StageKind.F, *span) for span in spans]
+        if self.fused:
+            found[-1] = (StageKind.FB, *spans.pop())
         found += [(StageKind.B, *span) for span in reversed(spans)]
         return tuple(Stage(index, *stage) for index, stage in enumerate(found))

@@ -24,7 +24,6 @@ from rpcompile.fit import naming_the_longest
 from rpcompile.host_memory import installed_bytes
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.mixed_gpus import Box, box_of
-from rpcompile.model_checks import check_gradients
 from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
 from rpcompile.passes.lower_to_program import LowerToProgram
@@ -178,7 +177,6 @@ def compile(
         runtime = replace(runtime, gradient_dtype=torch.float32)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
     module = model if loss_fn is None else ModelWithLoss(model, loss_fn)
-    check_gradients(module)
     if compute_dtype is not None:
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)
@@ -319,7 +317,12 @@ def _devices(devices: Sequence[str] | None, gpus: int) -> tuple[torch.device, ..
         return tuple(torch.device("cuda", index) for index in range(gpus)) if 0 < gpus <= found else None
     if len(devices) != gpus:
         raise InvalidArgument(f"devices has {len(devices)} entries for {gpus} GPUs; give one a GPU")
-    named = [torch.device(device) for device in devices]
+    try:
+        named = [torch.device(device) for device in devices]
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"devices={list(devices)!r}: one of them is unknown; use 'cpu' or 'cuda:<number>'"
+        ) from error
     kinds = {device.type for device in named}
     if kinds == {"cpu"}:
         return None

@@ -11,6 +11,7 @@ import torch
 
 from rpcompile import checkpoint, model_checks
 from rpcompile.errors import ExecutionError, InvalidArgument
+from rpcompile.export_guards import refuse_hooks
 from rpcompile.model_loss import COUNT
 from rpcompile.random_streams import stream_seed
 from rpcompile.runtime import batches
@@ -350,7 +351,8 @@ class Compiled:
     def _check_training(self, capture: Capture) -> None:
         self._check_open()
         model_checks.check_autocast(capture)
-        model_checks.check_gradients(self._module)
+        with unguarded():
+            refuse_hooks(self._module)
         model_checks.check_trainable(self._module, capture)
         model_checks.warn_of_another_mode(self.model, self._modes)
 

@@ -100,6 +100,11 @@ class Explanation:
     variations: tuple[Variation, ...]
     advice: tuple[str, ...]
 
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """What was tried and is not advised, in sentences."""
+        return tuple(line for line in map(str, self.variations) if line not in self.advice)
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "source": "simulated"}
 
@@ -109,8 +114,8 @@ class Explanation:
             "Activations": self.activations,
             "Where the idle time goes (simulated)": self.idle,
             "Stage by stage": tuple(note.text for note in self.stages),
-            "What was tried (simulated)": tuple(map(str, self.variations)),
-            "What would help": self.advice,
+            "What would help (simulated)": self.advice,
+            "What else was tried (simulated)": self.tried,
         }
         return "\n".join(
             f"{title}\n" + "".join(f"  - {line}\n" for line in lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import random
 import threading
 import traceback
@@ -18,12 +20,12 @@ from rpcompile.errors import CaptureError, UnsupportedModel
 from rpcompile.huggingface import remedy_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from types import TracebackType
 
     from torch import nn
 
-_NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def plain_autograd(model: nn.Module) -> Iterator[None]:
     Raises:
         UnsupportedModel: At once for hooks that the model has, and inside for what its forward does.
     """
-    _refuse_hooks(model)
+    refuse_hooks(model)
     original = torch.autograd.Function.apply
     register_hook = torch.Tensor.register_hook
     tracer = threading.get_ident()
@@ -73,7 +75,12 @@ def plain_autograd(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _refuse_hooks(model: nn.Module) -> None:
+def refuse_hooks(model: nn.Module) -> None:
+    """Refuses hooks on gradients, which stages would not call.
+
+    Raises:
+        UnsupportedModel: A module or a parameter has one.
+    """
     for path, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedModel(
@@ -116,16 +123,47 @@ def _host_random() -> dict[str, object]:
     return {"Python's random": random.getstate(), "numpy.random": (legacy[1].tobytes(), *legacy[2:])}  # type: ignore[index,union-attr]
 
 
-def capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    """The error to raise for what torch.export raised: operator, place in the model's code, remedy."""
+@contextmanager
+def no_tracebacks() -> Iterator[None]:
+    """Keeps torch from writing the traceback of an operator that fails; it is in the error, too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with patch.object(logger, "disabled", True):
+        yield
+
+
+def capture_error(
+    model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> CaptureError:
+    """The error to raise for what torch.export raised: operator, place in the model's code, remedy.
+
+    Args:
+        model: What was to be captured.
+        error: What torch.export raised.
+        args: The example's positional inputs.
+        kwargs: Its inputs by keyword.
+    """
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     operator = _operator(error.__traceback__)
     at = f"\n  in operator {operator}" if operator else ""
     return CaptureError(
         f"{type(model).__name__} cannot be captured by torch.export: {type(error).__name__}: {first}{at}"
         f"{_place(traceback.extract_tb(error.__traceback__))}\n"
-        f"  {remedy_for(model, _code(error)) or _remedy(str(error))}"
+        f"  {_misfit(model, args, kwargs) or remedy_for(model, _code(error)) or _remedy(str(error))}"
     )
+
+
+def _misfit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What is wrong with the inputs' names or number; "" if nothing is."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join([*(f"input {index}" for index in range(len(args))), *kwargs])
+        return (
+            f"The example inputs are {names}, but forward takes {signature}: {error}. Give example inputs "
+            "as forward takes them."
+        )
+    return ""
 
 
 def _place(frames: Iterable[traceback.FrameSummary]) -> str:
@@ -171,6 +209,7 @@ def _remedy(text: str) -> str:
             "a flag on the module), or move that code out of forward."
         )
     return (
-        "Make that line traceable: no branches on tensor values, no numpy or .item(), no Python side "
-        "effects; torch.export.export(model, args, strict=False) alone shows the full report."
+        "If the module runs on these inputs, make that line traceable: no branches on tensor values, no "
+        "numpy or .item(), no Python side effects; torch.export.export(model, args, strict=False) alone "
+        "shows the full report."
     )

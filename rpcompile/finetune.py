@@ -153,8 +153,9 @@ def train(options: TrainOptions, progress: bool | None = None) -> TrainResult:
         CheckpointError: There is no checkpoint to resume from, it is of another run, or none can be written.
         RpcompileError: The model cannot be compiled.
     """
+    text = _text(options)
     model, tokenizer = _load(options)
-    rows = _rows(options, tokenizer)
+    rows = _rows(options, text, tokenizer)
     done = Progress(options, rows)
     example = {name: values[:1].expand(options.batch, -1) for name, values in rows.items()}
     losses: list[float] = []
@@ -226,12 +227,15 @@ def _load(options: TrainOptions) -> tuple[Any, PreTrainedTokenizerBase]:
     return (named_models.with_lora(model, options.lora) if options.lora else model), tokenizer
 
 
-def _rows(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """The text in rows of `seq` tokens; what does not fill the last row is left out."""
+def _text(options: TrainOptions) -> str:
     try:
-        text = options.text.read_text(encoding="utf-8")
+        return options.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"text {options.text} cannot be read: {error}") from error
+
+
+def _rows(options: TrainOptions, text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """The text in rows of `seq` tokens; what does not fill the last row is left out."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(tokens) // options.seq
     if count == 0:

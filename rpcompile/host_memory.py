@@ -19,7 +19,7 @@ class HostMemory:
     """Bytes on the host by what they are for.
 
     In mode "async" two iterations are in flight, and what each has for itself is there twice: gradients,
-    boundaries, attention outputs and inputs.
+    partial ones, boundaries, attention outputs and inputs.
 
     Attributes:
         weight_bytes: Parameters and buffers; a tied tensor once.
@@ -30,6 +30,8 @@ class HostMemory:
         input_bytes: The batch.
         copy_bytes: In mode "async", the trainable weights that either iteration computes with.
         attention_bytes: Attention outputs kept for the backward, all microbatches' at once.
+        partial_bytes: Gradients of further jobs of a stage, or uses of a tied tensor, before they are added
+            to those of the first.
     """
 
     weight_bytes: int
@@ -40,13 +42,14 @@ class HostMemory:
     input_bytes: int
     copy_bytes: int = 0
     attention_bytes: int = 0
+    partial_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it: the peak, at the optimizer's step."""
         parts = self.weight_bytes, self.gradient_bytes, self.master_bytes
         rest = self.optimizer_bytes, self.boundary_bytes, self.input_bytes, self.copy_bytes
-        return sum(parts) + sum(rest) + self.attention_bytes
+        return sum(parts) + sum(rest) + self.attention_bytes + self.partial_bytes
 
 
 def installed_bytes() -> int:
@@ -64,8 +67,7 @@ def host_memory(
 ) -> HostMemory:
     """Adds up what one model and one schedule take.
 
-    Left out: partial gradients of replicated stages before they are summed, pinned staging copies, and
-    whatever the program holds besides training.
+    Left out: pinned staging copies, sums in another dtype, and whatever the program holds besides training.
 
     Args:
         chain: The segments.
@@ -85,6 +87,7 @@ def host_memory(
     copies = gradients // itemsize * _FLOAT32 if masters and itemsize < _FLOAT32 else 0
     host = [(buffers.parse(name), size) for name, size in schedule.buffers.items()]
     host = [(name, size) for name, size in host if name.space == buffers.HOST]
+    landing = sum(size for name, size in host if name.kind == "gradients")
     return HostMemory(
         weight_bytes=sum(stage_bytes.weight_bytes(chain, every).values()),
         gradient_bytes=in_flight * gradients,
@@ -95,4 +98,6 @@ def host_memory(
         # As large as the gradients, for they are of the same tensors and dtype.
         copy_bytes=in_flight * gradients if schedule.mode == "async" else 0,
         attention_bytes=in_flight * sum(size for name, size in host if name.kind == "kept"),
+        # Each job's gradients have memory of their own, which stays from iteration to iteration.
+        partial_bytes=in_flight * max(0, landing - gradients),
     )

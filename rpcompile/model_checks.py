@@ -1,4 +1,4 @@
-"""What a compiled program would pass over in silence: changes of the model behind it, hooks, another mode."""
+"""What a compiled program would pass over in silence: changes of the model behind it, another mode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from rpcompile.errors import BatchError, InvalidArgument, PlanMismatch, UnsupportedModel
 from rpcompile.runtime.read_guard import unguarded
@@ -14,33 +13,9 @@ from rpcompile.runtime.read_guard import unguarded
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from torch import nn
+
     from rpcompile.ir import Capture
-
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
-def check_gradients(model: nn.Module) -> None:
-    """That gradients are what a program makes: dense, and seen by nobody on their way.
-
-    Raises:
-        UnsupportedModel: A module or parameter has a hook on its gradient, or a table has sparse ones.
-    """
-    for name, module in model.named_modules():
-        if any(getattr(module, hooks, None) for hooks in _BACKWARD_HOOKS):
-            raise UnsupportedModel(
-                f"{name or type(model).__name__} has a backward hook, which would not be called: stages have "
-                f"no modules; remove it"
-            )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise UnsupportedModel(f"{name} makes sparse gradients; create it with sparse=False")
-    with unguarded():
-        for name, parameter in model.named_parameters():
-            if any(getattr(parameter, hooks, None) for hooks in _GRADIENT_HOOKS):
-                raise UnsupportedModel(
-                    f"{name} has a hook on its gradient, which would not be called: gradients are summed "
-                    f"over microbatches on the GPUs; remove the hook and change .grad behind forward_backward"
-                )
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], capture: Capture, cast: bool) -> None:

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -152,7 +153,9 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     device = next(model.parameters()).device
     try:
-        with torch.device(device):
+        with torch.device(device), warnings.catch_warnings():
+            # peft asks transformers for a property under its old name.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except Exception as error:
         raise InvalidArgument(
@@ -181,7 +184,7 @@ def _from_factory(module: str, factory: str) -> NamedModel:
             made = function()
     except InvalidArgument:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise InvalidArgument(f"model {where}: {type(error).__name__}: {error}") from error
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

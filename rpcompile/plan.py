@@ -299,6 +299,7 @@ def _host(host: HostMemory) -> str:
     parts = {
         "weights": host.weight_bytes,
         "gradients": host.gradient_bytes,
+        "partial ones": host.partial_bytes,
         "masters": host.master_bytes,
         "optimizer": host.optimizer_bytes,
         "boundaries": host.boundary_bytes,
@@ -388,7 +389,7 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
     return (
         str(stage.index),
         stage.kind.value,
-        _ranges(set(gpus)),
+        ranges(set(gpus)),
         names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}",
         size(weights),
         size(_outgoing_bytes(plan.chain, stage)),
@@ -398,7 +399,7 @@ def _row(plan: Plan, stage: Stage, gpus: list[int]) -> tuple[str, ...]:
     )
 
 
-def _ranges(numbers: set[int]) -> str:
+def ranges(numbers: set[int]) -> str:
     """0,1,2,5 as 0-2,5."""
     runs: list[list[int]] = []
     for number in sorted(numbers):

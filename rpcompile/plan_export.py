@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from rpcompile.ir import Action
     from rpcompile.plan import Plan
 
+_REMEDY = (
+    "Use the plan under policy gpipe, 1f1b, interleaved_1f1b or looped_bfs (`export --policy`, "
+    "`rpcompile.policies.under_policy`)"
+)
+
 
 def schedule_python(plan: Plan) -> str:
     """The instructions of each GPU as a function of its worker, in the order they are predicted to start.
@@ -66,8 +71,7 @@ def actions_csv(plan: Plan) -> str:
         if len(found) > 1:
             raise InvalidArgument(
                 f"policy {plan.schedule.policy!r}: pipeline stage {number} is on GPUs {sorted(found)}; "
-                "torch.distributed.pipelining keeps a stage on one. Use a gpipe, 1f1b, interleaved_1f1b or "
-                "looped_bfs plan"
+                f"torch.distributed.pipelining keeps a stage on one. {_REMEDY}"
             )
     jobs, stages = plan.schedule.jobs, plan.partition.stages
     texts = {StageKind.F: ("F",), StageKind.B: ("B",), StageKind.FB: ("F", "B")}
@@ -100,6 +104,6 @@ def _pipeline_stages(plan: Plan) -> dict[int, int]:
 def _cut_apart(plan: Plan, stage: Stage) -> str:
     return (
         f"policy {plan.schedule.policy!r}: backward stage {stage.index} has segments {stage.first}.."
-        f"{stage.last} and no forward stage has the same; torch.distributed.pipelining cuts both alike. Use "
-        "a gpipe, 1f1b, interleaved_1f1b or looped_bfs plan"
+        f"{stage.last} and no forward stage has the same; torch.distributed.pipelining cuts both alike. "
+        f"{_REMEDY}"
     )

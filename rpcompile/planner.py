@@ -12,7 +12,6 @@ import logging
 import math
 import platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -326,6 +325,8 @@ def plan_chain(
     excess = over(prediction.host_peak_bytes, options.host_bytes)
     if excess and any(segment.offloads for segment in chain.segments):
         raise PartitionError(f"with attention outputs offloaded the host {excess}; use attention='recompute'")
+    if excess:
+        _log.warning("the host %s", excess)
     _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
     return Plan(
         model_name=model.name,
@@ -365,16 +366,42 @@ def _with_attention(
     asked = "recompute" if options.mode == "forward" else options.attention
     choice = choose_attention(chain, asked, means, offloading)
     found = choice.found
-    if found is None:
-        found = find_schedule(choice.chain, options, bar, capture)
-    elif options.effort is not None:
-        with suppress(PartitionError):  # that no search fits, where stages in turn do
-            searched = find_schedule(choice.chain, options, bar, capture)
-            found = min(searched, found, key=lambda item: item.iteration_s)
+    if options.effort is None:
+        found = found or find_schedule(choice.chain, options, bar, capture)
+    else:
+        found = _searched(choice.chain, found, means, options, bar, capture)
     if capture is not None:
         announce(bar, FindStageMemory.name)
         found = with_exact_memory(choice.chain, found, options, capture)
     return choice.chain, found, choice.why
+
+
+def _searched(
+    chain: SegmentChain,
+    plain: Found | None,
+    means: Means,
+    options: PlanOptions,
+    bar: tqdm[Any] | None,
+    capture: Capture | None,
+) -> Found:
+    """What the search finds; or one job a stage where that is as fast, or all that there is room for.
+
+    Raises:
+        PartitionError: Nothing fits.
+    """
+    try:
+        found = find_schedule(chain, options, bar, capture)
+    except PartitionError:  # no search fits, where stages in turn may
+        if plain is None:
+            raise
+        return plain
+    if means.problem(chain, found.schedule) is None:
+        return found if plain is None else min(found, plain, key=lambda item: item.iteration_s)
+    # Replicas' gradients are more than the host has room for.
+    try:
+        return plain or find_schedule(chain, replace(options, effort=None), bar, capture)
+    except PartitionError:
+        return found
 
 
 def laid_out_again(plan: Plan) -> Plan:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument, RpcompileError
-from rpcompile.ir import Partition, Stage, StageKind
 from rpcompile.passes.dispatch_1f1b import Dispatch1F1B
 from rpcompile.passes.dispatch_gpipe import DispatchGPipe
 from rpcompile.passes.dispatch_interleaved_1f1b import DispatchInterleaved1F1B
 from rpcompile.passes.dispatch_looped_bfs import DispatchLoopedBFS
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
+from rpcompile.passes.partition_as_given import PartitionAsGiven
 from rpcompile.passes.partition_by_rule import PartitionByRule
 from rpcompile.passes.partition_pipeline import PartitionPipeline
 from rpcompile.simulate import simulate, simulate_steady
+from rpcompile.simulate_dispatch import simulate_dispatch
 from rpcompile.variations import lay_out
 
 if TYPE_CHECKING:
-    from rpcompile.ir import Schedule, SegmentChain
+    from rpcompile.ir import Partition, Schedule, SegmentChain
     from rpcompile.plan import Plan
     from rpcompile.shared_links import SharedLinks
     from rpcompile.simulate import Timeline
+    from rpcompile.simulate_dispatch import DispatchTimeline
 
 POLICIES = {
     "round_robin": DispatchRoundRobin,
@@ -72,36 +75,21 @@ def check_policy(policy: str) -> None:
         raise InvalidArgument(f"policy {policy!r} is unknown; {hint}")
 
 
-def default_partition(chain: SegmentChain, policy: str, gpus: int) -> Partition:
+def default_partition(chain: SegmentChain, policy: str, gpus: int, fused: bool = True) -> Partition:
     """The stages that a policy is used with: RoundPipe's rule, or pipelines with mirrored stages.
+
+    Args:
+        chain: The segments.
+        policy: Name of the policy.
+        gpus: Number of GPUs.
+        fused: Whether a pipeline's last stage runs forward and backward at once.
 
     Raises:
         PartitionError: The chain does not divide so.
     """
     if policy == "round_robin":
         return PartitionByRule(gpus, balanced=True).run(chain)
-    return PartitionPipeline(gpus, 1 if policy in ("gpipe", "1f1b") else None, fused=True).run(chain)
-
-
-def parse_partition(text: str, chain: SegmentChain) -> Partition:
-    """Stages from their numbers of segments: forward ones, `|`, the fused tail and backward ones.
-
-    `7,7,7,7|0,3,3` has four forward stages, a fused stage with none of the segments that the forward
-    stages cover (0) and the rest of the chain, then backward stages from the end. Without `|`, the last
-    stage is fused and backward stages mirror the others, as pipelines need.
-
-    Raises:
-        InvalidArgument: The text has another form, or its numbers do not add up to the chain.
-    """
-    forward_text, _, backward_text = text.partition("|")
-    forward, backward = _counts(forward_text, text), _counts(backward_text, text) if backward_text else None
-    segments = len(chain.segments)
-    if backward is None:
-        stages = _mirrored(forward, segments, text)
-    else:
-        stages = _apart(forward, backward, chain, text)
-    found = tuple(Stage(index, kind, first, last) for index, (kind, first, last) in enumerate(stages))
-    return Partition(found, chain.hardware.usable_bytes, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
+    return PartitionPipeline(gpus, 1 if policy in ("gpipe", "1f1b") else None, fused).run(chain)
 
 
 def schedule_policy(
@@ -128,6 +116,30 @@ def schedule_policy(
         )
     dispatch = POLICIES[policy](gpus, microbatches).run(partition)
     return lay_out(chain, partition, dispatch, mode, update_s_per_byte, links)
+
+
+def under_policy(plan: Plan, policy: str) -> Plan:
+    """A plan's segments, GPUs and microbatches with a policy's usual stages and its schedule; to export.
+
+    The prediction stays the plan's own: `simulate_policy` makes the policy's.
+
+    Raises:
+        InvalidArgument: No such policy.
+        PartitionError: The chain does not divide so.
+    """
+    check_policy(policy)
+    stages = default_partition(plan.chain, policy, plan.gpus)
+    schedule = schedule_policy(
+        plan.chain,
+        stages,
+        policy,
+        plan.gpus,
+        plan.microbatches,
+        plan.mode,
+        plan.update_s_per_byte,
+        plan.links,
+    )
+    return replace(plan, partition=stages, schedule=schedule)
 
 
 def result_of(policy: str, chain: SegmentChain, timeline: Timeline, own: bool) -> PolicyResult:
@@ -169,78 +181,77 @@ def compare_chain(
     links: SharedLinks | None = None,
     update_s_per_byte: float = 0.0,
 ) -> tuple[PolicyResult, ...]:
-    """Every policy with its usual stages on one chain; in mode "async" or with updates the steady state."""
-    chained = mode == "async" or update_s_per_byte > 0
+    """Every policy with its usual stages on one chain; see `simulate_policy`."""
     found: list[PolicyResult] = []
     for policy in POLICIES:
         try:
-            partition = default_partition(chain, policy, gpus)
-            schedule = schedule_policy(
-                chain, partition, policy, gpus, microbatches, mode, update_s_per_byte, links
+            result = simulate_policy(
+                policy, chain, gpus, microbatches, mode, links, update_s_per_byte, own=False
             )
-            timeline = simulate_steady(schedule, links) if chained else simulate(schedule, links=links)
         except RpcompileError as error:
-            found.append(PolicyResult(policy, problem=str(error)))
-            continue
-        found.append(result_of(policy, chain, timeline, own=False))
+            result = PolicyResult(policy, problem=str(error))
+        found.append(result)
     return tuple(found)
 
 
-# ------------------------------------------------------------------- partitions by hand
+def simulate_policy(
+    policy: str,
+    chain: SegmentChain,
+    gpus: int,
+    microbatches: int,
+    mode: str = "sync",
+    links: SharedLinks | None = None,
+    update_s_per_byte: float = 0.0,
+    *,
+    partition: str | None = None,
+    own: bool = True,
+) -> PolicyResult:
+    """A policy with its usual or given stages; in mode "async" or with updates the steady state.
+
+    Raises:
+        InvalidArgument: No such policy, or the stages cannot be read.
+        PartitionError: The chain does not divide so, or the policy cannot run these stages.
+    """
+    check_policy(policy)
+    given = None if partition is None else PartitionAsGiven(partition, fused=True).run(chain)
+    stages = given or default_partition(chain, policy, gpus)
+    schedule = schedule_policy(chain, stages, policy, gpus, microbatches, mode, update_s_per_byte, links)
+    chained = mode == "async" or update_s_per_byte > 0
+    timeline = simulate_steady(schedule, links) if chained else simulate(schedule, links=links)
+    return result_of(policy, chain, timeline, own)
 
 
-def _counts(text: str, whole: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InvalidArgument(
-            f"partition {whole!r}: {text!r} is no list of numbers; write e.g. 7,7,7,7|0,3,3,3"
-        ) from error
+def simulate_compute(
+    chain: SegmentChain,
+    policy: str,
+    gpus: int,
+    microbatches: int,
+    hop_s: float | None,
+    semantics: str,
+    *,
+    partition: str | None = None,
+) -> DispatchTimeline:
+    """One synchronous iteration by compute and hops alone, as published bubbles are.
 
+    As published, pipelines have no fused stage, and round robin runs a round of microbatches for each
+    GPU one behind the other.
 
-def _mirrored(forward: list[int], segments: int, text: str) -> list[tuple[StageKind, int, int]]:
-    if sum(forward) == segments - 1:  # counted without the head, as published partitions are
-        forward = [*forward[:-1], forward[-1] + 1]
-    up = _runs(forward, segments, text)
-    return [
-        *((StageKind.F, *run) for run in up[:-1]),
-        (StageKind.FB, *up[-1]),
-        *((StageKind.B, *run) for run in reversed(up[:-1])),
-    ]
+    Args:
+        chain: The segments.
+        policy: Name of the policy.
+        gpus: Number of GPUs.
+        microbatches: Number of microbatches.
+        hop_s: Seconds from one GPU to the next; None: from the bytes.
+        semantics: "strict" or "published"; see `simulate_dispatch`.
+        partition: Stages other than the usual ones.
 
-
-def _apart(
-    forward: list[int], backward: list[int], chain: SegmentChain, text: str
-) -> list[tuple[StageKind, int, int]]:
-    segments, tail = len(chain.segments), sum(forward)
-    if tail + backward[0] not in (segments, segments - 1) or backward[0] < 0:
-        raise InvalidArgument(
-            f"partition {text!r}: the forward stages have {tail} segments and the fused one "
-            f"{backward[0]} more; together with the head they must be the chain's {segments}"
-        )
-    needed = tail - chain.first_backward
-    if sum(backward[1:]) != needed:
-        raise InvalidArgument(
-            f"partition {text!r}: the backward stages have {sum(backward[1:])} segments; "
-            f"{needed} need a backward"
-        )
-    down = _runs(backward[:0:-1], needed, text)
-    offset = chain.first_backward
-    return [
-        *((StageKind.F, *run) for run in _runs(forward, tail, text)),
-        (StageKind.FB, tail, segments - 1),
-        *((StageKind.B, first + offset, last + offset) for first, last in reversed(down)),
-    ]
-
-
-def _runs(counts: list[int], segments: int, text: str) -> list[tuple[int, int]]:
-    if any(count < 1 for count in counts) or sum(counts) != segments:
-        raise InvalidArgument(
-            f"partition {text!r}: {','.join(map(str, counts))} must be numbers from 1 that add up "
-            f"to {segments}"
-        )
-    runs: list[tuple[int, int]] = []
-    for count in counts:
-        first = runs[-1][1] + 1 if runs else 0
-        runs.append((first, first + count - 1))
-    return runs
+    Raises:
+        InvalidArgument: No such policy or semantics, or the stages cannot be read.
+        PartitionError: The chain does not divide so, or the policy cannot run these stages.
+    """
+    check_policy(policy)
+    given = None if partition is None else PartitionAsGiven(partition).run(chain)
+    stages = given or default_partition(chain, policy, gpus, fused=False)
+    rounds = {"rounds": math.ceil(microbatches / gpus)} if policy == "round_robin" else {}
+    dispatch = POLICIES[policy](gpus, microbatches, **rounds).run(stages)
+    return simulate_dispatch(chain, stages, dispatch, hop_s=hop_s, semantics=semantics)

@@ -63,7 +63,8 @@ class PlanOptions:
         attention: "auto": attention outputs are offloaded and loaded where a plan with that is simulated to
             be faster than one that recomputes them; "recompute": never; "offload": wherever it is possible;
             "as is": as the chain's segments say.
-        host_bytes: What the host has, for attention outputs to fit in; None if that is not known.
+        host_bytes: What the host has, for attention outputs and gradients of replicas to fit in; None if that
+            is not known.
         update_s_per_byte: What the optimizer takes on the host for each byte of gradient. Above 0, updates
             are part of the schedule: each segment's behind the norm of all gradients, first layers first,
             and the next iteration's forward right behind them; plans are then for the shortest steady

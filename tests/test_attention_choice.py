@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from rpcompile.errors import InvalidArgument, PartitionError
 from rpcompile.ir import AttentionOutputs, GpuKind, SegmentChain
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.plan import Plan
-from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
+from rpcompile.planner import ModelDescription, PlanOptions, plan_chain, plan_profile
+from rpcompile.profile import Profile
 from tests.chains import HARDWARE, chain
 
 MODEL = ModelDescription("Toy", "f" * 64, "float32")
@@ -170,6 +172,21 @@ def test_the_host_is_a_limit() -> None:
     assert re.search(r"offloaded the host needs 0\.0 GB of 0\.0 GB", plan.attention)
     with pytest.raises(PartitionError, match=r"the host needs .* use attention='recompute'"):
         planned(given, "offload", host_bytes=limit)
+
+
+def test_replicas_gradients_must_fit_on_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    profile = Profile.load(Path(__file__).parents[1] / "benchmarks" / "profiles" / "qwen3-1.7b.json")
+    shared = plan_profile(profile, PlanOptions(2, 4)).prediction.host
+    assert shared is not None
+    assert shared.partial_bytes > 0
+    limit = shared.total_bytes - 1
+    plain = plan_profile(profile, PlanOptions(2, 4, host_bytes=limit))
+    assert plain.prediction.host is not None
+    assert plain.prediction.host.partial_bytes == 0
+    assert plain.prediction.host_peak_bytes <= limit
+    assert not caplog.messages
+    plan_profile(profile, PlanOptions(2, 4, effort=None, host_bytes=10**9))
+    assert re.fullmatch(r"the host needs \d+\.\d GB of 1\.0 GB", caplog.messages[0])
 
 
 def test_so_is_the_gpu() -> None:

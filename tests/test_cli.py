@@ -62,6 +62,18 @@ def broken():
 
 def number():
     return 5
+
+
+def leaves():
+    raise SystemExit(7)
+
+
+def misfit():
+    return Net(), {"y": torch.zeros(2, 4)}
+
+
+def wrong_size():
+    return Net(), {"x": torch.zeros(2, 5)}
 """
 
 
@@ -266,6 +278,8 @@ def test_trace_plot_and_export(run: Any, files: Path) -> None:
     for name, start in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml"), ("plan.pdf", b"%PDF")):
         assert run("plot", "plan.json", "--out", name)[0] == 0
         assert (files / name).read_bytes().startswith(start)
+    assert run("export", "plan.json", "--policy", "1f1b", "--out", "actions.csv")[0] == 0
+    assert (files / "actions.csv").read_text() == "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
     status, out, _ = run("export", "plan.json", "--out", "schedule.py", "--json")
     assert (status, json.loads(out)["bytes"]) == (0, (files / "schedule.py").stat().st_size)
 
@@ -310,6 +324,9 @@ BAD = [
     (["plan", "no_such_module:make"], "ModuleNotFoundError: No module named 'no_such_module'"),
     (["plan", "net.py:other"], "has no function 'other'"),
     (["plan", "net.py:broken"], "RuntimeError: no luck"),
+    (["plan", "net.py:leaves"], "net.py:leaves: SystemExit: 7"),
+    (["plan", "net.py:misfit"], "The example inputs are y, but forward takes (x): missing a required"),
+    (["plan", "net.py:wrong_size"], "If the module runs on these inputs"),
     (["plan", "net.py:number"], "returns a int; it must return an nn.Module"),
     (["plan", "net.py:without_inputs"], "the inputs of Net cannot be inferred"),
     (["plan", "broken.json"], "is no JSON"),
@@ -357,16 +374,26 @@ BAD = [
     (["simulate"], "give a PLAN or --profile FILE"),
     (["simulate", "plan.json", "--policy", "gpip"], "policy 'gpip' is unknown; did you mean gpipe?"),
     (["simulate", "plan.json", "--gpus", "3"], "need --policy or --profile"),
-    (["simulate", "--profile", "profile.json", "--partition", "1,x"], "'1,x' is no list of numbers"),
+    (["simulate", "--profile", "profile.json", "--partition", "1,x"], "'1,x' is no list of counts"),
     (
         ["simulate", "--profile", "profile.json", "--partition", "2,2|0,2"],
-        "together with the head they must be",
+        "have 4 segments; besides the last one, the chain has 5",
     ),
+    (["simulate", "plan.json", "--semantics", "strict"], "--semantics strict needs --policy"),
+    (
+        ["simulate", "plan.json", "--policy", "gpipe", "--semantics", "loose"],
+        "semantics is 'loose'; choose one of full, strict, published",
+    ),
+    (["simulate", "--profile", "profile.json", "--gpus", "65"], "less than or equal to 64"),
+    (["simulate", "--profile", "profile.json", "--microbatches", "4097"], "less than or equal to 4096"),
     (["compare", "missing.json"], "cannot read the plan"),
     (["compare"], "give a PLAN or --profile FILE"),
     (["probe", "--out", "here.txt"], "a hardware file ends in .json"),
     (["probe", "--like", "rtx409"], "did you mean rtx4090"),
     (["probe", "--seconds", "0"], "--seconds"),
+    (["profile", "net.py:make", "--measure", "--device", "gpu"], "device 'gpu' is unknown; use cpu or cuda:"),
+    (["profile", "net.py:make", "--measure", "--device", "cuda:99"], "device 'cuda:99' is not here"),
+    (["profile", "net.py:make", "--measure", "--device", "mps"], "device 'mps' cannot be measured"),
     (["profile", "missing"], "model 'missing' is no file"),
     (["profile", "config.json", "--out", "plan.json/p.json"], "cannot be written"),
     (["train"], "training needs 'model'"),
@@ -374,12 +401,17 @@ BAD = [
     (["train", "list.yaml"], "holds no `name: value` lines"),
     (["train", "unknown.yaml"], "training option 'step' is unknown; did you mean 'steps'?"),
     (["train", "--model", "qwen3-8b", "--text", "text.txt"], "its weights are not here"),
+    (["train", "--model", "smollm2-135m", "--text", "missing.txt"], "text missing.txt cannot be read"),
     (["train", "--model", "nowhere", "--text", "text.txt"], "there is no such folder"),
     (["train", "--model", ".", "--text", "text.txt"], "model . cannot be loaded"),
     (
         ["train", "--model", "x", "--text", "y", "--batch", "3", "--microbatches", "2"],
         "batch 3 is no multiple",
     ),
+    (["trace", "plan.json", "--out", "."], "rpcompile: .: Is a directory"),
+    (["trace", "plan.json", "--out", "/dev/null/x.json"], "/dev/null"),
+    (["export", "plan.json", "--out", "x.csv", "--policy", "gpip"], "did you mean gpipe?"),
+    (["export", "apart.json", "--out", "x.csv"], "Use the plan under policy gpipe, 1f1b"),
     (["doctor", "--far"], "No such option"),
     (["plam"], "No such command 'plam'"),
 ]
@@ -429,6 +461,18 @@ def test_ctrl_c_ends_cleanly(files: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "Interrupted.\n")
+
+
+def test_terminals_without_unicode_get_question_marks(files: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rpcompile", "show", "plan.json"],
+        cwd=files,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " ? sync\n" in done.stdout
 
 
 def test_output_into_a_closed_pipe_is_no_error(files: Path) -> None:

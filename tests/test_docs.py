@@ -36,11 +36,12 @@ def with_blocks() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that pages assume: plan.json of the tutorial, and a measured profile."""
+    """What pages assume: plan.json of the tutorial, a measured profile, and the profiles of a clone."""
     import json
 
     folder = tmp_path_factory.mktemp("docs")
     (folder / "profile.json").write_text(json.dumps(profile()))
+    shutil.copytree(ROOT / "benchmarks" / "profiles", folder / "benchmarks" / "profiles")
     flags = ["--profile", str(folder / "profile.json"), "--gpus", "2", "--solver-time", "0.2"]
     assert main(["plan", *flags, "--out", str(folder / "plan.json")]) == 0
     return folder

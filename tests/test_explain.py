@@ -152,10 +152,11 @@ def test_explanation_prints_and_is_json() -> None:
         "Why these stages",
         "Where the idle time goes",
         "Stage by stage",
-        "What was tried",
         "What would help",
     ):
         assert title in text
+    lines = [line[4:] for line in text.splitlines() if line.startswith("  - ")]
+    assert {lines.count(str(variation)) for variation in found.variations} == {1}
     assert found.as_dict()["source"] == "simulated"
     assert len(found.as_dict()["stages"]) == 3
 

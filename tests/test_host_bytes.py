@@ -23,6 +23,15 @@ def test_every_part_by_hand() -> None:
     assert found.total_bytes == 60
 
 
+def test_gradients_of_further_jobs_are_partial() -> None:
+    """Segment 1 is trained by jobs 2 and 3, segment 0 by job 4; both iterations of mode async hold theirs."""
+    landing = {"host:gradients.j2.s1": 4, "host:gradients.j3.s1": 4, "host:gradients.j4.s0": 4}
+    more = replace(SCHEDULE, buffers={**BUFFERS, **landing, "host:gradients.j2.s2": 4})
+    found = host_memory(chain(3), more, "float32")
+    assert (found.gradient_bytes, found.partial_bytes, found.total_bytes) == (12, 4, 64)
+    assert host_memory(chain(3), replace(more, mode="async"), "float32").partial_bytes == 8
+
+
 def test_low_precision_with_masters() -> None:
     found = host_memory(chain(3), SCHEDULE, "bfloat16", masters=True, optimizer_states=1)
     assert (found.gradient_bytes, found.master_bytes, found.optimizer_bytes) == (12, 24, 24)

@@ -8,6 +8,7 @@ import gc
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -382,3 +383,24 @@ def test_neither_bytes_nor_objects_grow_from_step_to_step() -> None:
     assert len(set(found[1:])) == 1, found
     assert objects[-1] - objects[1] < 18, objects  # less than one a step
     compiled.close()
+
+
+def test_a_plan_with_replicas_says_what_its_downloads_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[HostSlots] = []
+
+    class Noted(HostSlots):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr("rpcompile.runtime.engine.HostSlots", Noted)
+    model = models.Mlp(*[256] * 7)
+    batch = {"x": torch.randn(64, 256), "y": torch.randint(256, (64,))}
+    with rpcompile.compile(model, gpus=4, microbatches=8, example_inputs=batch) as compiled:
+        host = compiled.plan.prediction.host
+        assert host is not None
+        for _ in range(2):
+            compiled.forward_backward(**batch)
+            model.zero_grad()
+    assert host.partial_bytes > 0, "no stage was replicated: the test needs another model"
+    assert made[0].nbytes == host.gradient_bytes + host.partial_bytes + host.boundary_bytes

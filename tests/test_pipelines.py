@@ -67,6 +67,11 @@ def test_partitions_as_given_by_hand():
     assert text(PartitionAsGiven("3,3").run(chain(7))) == "F0-2 F3-6 B3-6 B0-2"
     assert text(PartitionAsGiven("4|2,2,2").run(chain(7))) == "F0-3 FB4-6 B2-3 B0-1"
     assert text(PartitionAsGiven("3,3|0,2,4").run(chain(7))) == "F0-2 F3-5 FB6-6 B4-5 B0-3"
+    assert text(PartitionAsGiven("3,2|1,2,3").run(chain(7))) == "F0-2 F3-4 FB5-6 B3-4 B0-2"
+    # With the head counted, and as a schedule that is to run has it.
+    assert text(PartitionAsGiven("3,4").run(chain(7))) == "F0-2 F3-6 B3-6 B0-2"
+    assert text(PartitionAsGiven("3,3|1,2,4").run(chain(7))) == "F0-2 F3-5 FB6-6 B4-5 B0-3"
+    assert text(PartitionAsGiven("3,4", fused=True).run(chain(7))) == "F0-2 FB3-6 B0-2"
     assert text(PartitionAsGiven("3,0").run(chain(4))) == "F0-2 F3-3 B3-3 B0-2"
     frozen = chain(4, {0: {"needs_backward": False}})
     assert text(PartitionAsGiven("2|1,1").run(frozen)) == "F0-1 FB2-3 B1-1"
@@ -129,9 +134,9 @@ def test_the_rule_finds_the_least_cost_of_all_partitions(times, gpus, slack):
             "partition '3,x' is no list of counts; write e.g. 3,3,4,2 for a pipeline, or 7,7,7,7|0,3,3,3",
         ),
         (
-            lambda: PartitionAsGiven("1,2").run(chain(3)),
+            lambda: PartitionAsGiven("1,3").run(chain(3)),
             PartitionError,
-            "the forward and fused stages of '1,2' have 3 segments; besides the last one, the chain has 2",
+            "the forward and fused stages of '1,3' have 4 segments; besides the last one, the chain has 2",
         ),
         (
             lambda: PartitionAsGiven("1|1,2").run(chain(3)),

@@ -189,7 +189,7 @@ def test_id_is_of_the_content_not_of_the_solver_s_time(plan: Plan) -> None:
     ("gpus", "text"), [({3}, "3"), ({0, 1}, "0-1"), ({0, 1, 2, 5, 7, 8}, "0-2,5,7-8"), (set(), "")]
 )
 def test_gpus_of_a_stage_are_printed_as_ranges(gpus: set[int], text: str) -> None:
-    assert rpcompile.plan._ranges(gpus) == text
+    assert rpcompile.plan.ranges(gpus) == text
 
 
 def test_printed_plan(plan: Plan) -> None:
@@ -209,7 +209,7 @@ def test_seconds_have_units(value: float, text: str) -> None:
 
 
 PRINTED = """\
-Plan d22d88f6  Toy · float32 · 2 microbatches of the given size · sync
+Plan 1846fc3d  Toy · float32 · 2 microbatches of the given size · sync
 Hardware   2 x toy 1 GiB · h2d 0.0 GB/s (assumed)
 Simulated  42.00 s/step · bubble 54.8 % · GPU peak 37 B · host peak 32 B
 Host       weights 12 B · gradients 12 B · optimizer 24 B · boundaries 6 B

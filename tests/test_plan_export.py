@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from rpcompile.errors import InvalidArgument
+from rpcompile.files import write_in_one_step
 from rpcompile.plan import Plan
 from rpcompile.plan_export import actions_csv, schedule_python
-from rpcompile.policies import default_partition, parse_partition, schedule_policy
+from rpcompile.policies import under_policy
 from rpcompile.simulate import simulate
 from tests.chains import chain, partition
 from tests.test_plan import plan_of
@@ -22,9 +25,7 @@ GPUS, MICROBATCHES = 2, 4
 
 def of_policy(policy: str) -> Plan:
     plan = plan_of((chain(8), partition("F0-6", "FB7-7", "B0-6"), GPUS, MICROBATCHES, "sync"))
-    stages = default_partition(plan.chain, policy, GPUS)
-    schedule = schedule_policy(plan.chain, stages, policy, GPUS, MICROBATCHES)
-    return Plan(**{**vars(plan), "partition": stages, "schedule": schedule})
+    return under_policy(plan, policy)
 
 
 class Stage(_PipelineStageBase):
@@ -107,10 +108,12 @@ def test_python_replays_every_instruction_wait_and_event() -> None:
         assert sorted(waits) == sorted(event for action in own for event in action.waits)
 
 
-def test_partitions_by_hand() -> None:
-    def stages(text: str) -> list[tuple[str, int, int]]:
-        return [(s.kind.value, s.first, s.last) for s in parse_partition(text, chain(7)).stages]
-
-    assert stages("3,2|1,2,3") == [("F", 0, 2), ("F", 3, 4), ("FB", 5, 6), ("B", 3, 4), ("B", 0, 2)]
-    assert stages("3,3|0,4,2") == [("F", 0, 2), ("F", 3, 5), ("FB", 6, 6), ("B", 2, 5), ("B", 0, 1)]
-    assert stages("3,3") == stages("3,4") == [("F", 0, 2), ("FB", 3, 6), ("B", 0, 2)]
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_in_one_step(pipe, "text")
+    reader.join(10)
+    assert read == [b"text"]
+    assert pipe.is_fifo()

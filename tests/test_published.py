@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import bubbles, throughput
+from rpcompile.cli import main
 from rpcompile.ir import StageKind
 from rpcompile.passes.partition_as_given import PartitionAsGiven
 from rpcompile.simulate_dispatch import simulate_steady_state
@@ -29,6 +31,41 @@ def test_makespan_bubble_and_its_parts_are_the_published_ones(model: str, policy
         assert 1e3 * getattr(timeline.idle, f"{part}_s") == pytest.approx(published[f"{part}_ms"], abs=5e-3)
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_command_line_gives_the_published_figures(
+    model: str, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = DATA["models"][model]
+    profile = Path(bubbles.__file__).parent / "profiles" / f"{model.lower()}.json"
+    flags = ["--profile", str(profile), "--policy", policy, "--semantics", "published", "--json"]
+    published = given["published"][bubbles.PUBLISHED_NAMES[policy]]
+    for more in ([], ["--partition", _counts(given["partitions"][bubbles.PUBLISHED_NAMES[policy]])]):
+        assert main(["simulate", *flags, *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert 1e3 * found["iteration_s"] == pytest.approx(published["makespan_ms"], abs=1e-4)
+        assert 100 * found["bubble"] == pytest.approx(published["bubble_ratio_pct"], abs=1e-4)
+        for part in PARTS:
+            assert 1e3 * found["idle_s"][part] == pytest.approx(published[f"{part}_ms"], abs=5e-3)
+
+
+def _counts(partition: Any) -> str:
+    """A published partition as `--partition` takes it."""
+    parts = [partition["forward"], partition["backward"]] if isinstance(partition, dict) else [partition]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
+def test_policies_side_by_side_by_compute_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = Path(bubbles.__file__).parent / "profiles" / "qwen3-32b.json"
+    flags = ["compare", "--profile", str(profile), "--semantics"]
+    assert main([*flags, "strict", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["policy"] for row in found] == ["round_robin", *POLICIES[:4]]
+    assert 100 * found[0]["bubble"] == pytest.approx(6.9145, abs=1e-4)
+    assert main([*flags, "published"]) == 0
+    assert "round_robin        23978.83 ms   6.6661 %  1.5596 %" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("model", "bubble_pct"), [("Qwen3-1.7B", 19.0676), ("Llama3-8B", 14.2839), ("Qwen3-32B", 6.9145)]
 )
@@ -46,11 +83,7 @@ def test_published_partitions_follow_from_the_layer_times(model: str, policy: st
     def layers(*kinds: StageKind) -> list[int]:
         return [min(s.last, head - 1) - s.first + 1 for s in stages if s.kind in kinds]
 
-    if policy == "round_robin":
-        counts = "|".join(",".join(map(str, given[kind])) for kind in ("forward", "backward"))
-    else:
-        counts = ",".join(map(str, given))
-    assert PartitionAsGiven(counts).run(bubbles.chain(model)).stages == stages
+    assert PartitionAsGiven(_counts(given)).run(bubbles.chain(model)).stages == stages
     if policy == "round_robin":
         assert layers(StageKind.F) == given["forward"]
         assert layers(StageKind.FB, StageKind.B) == given["backward"]

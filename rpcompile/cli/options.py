@@ -21,7 +21,7 @@ ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="A profile file, in place of a model.", metavar="FILE")
 ]
 Gpus = Annotated[
-    int | None, typer.Option("--gpus", min=1, help="Number of GPUs (8, or as many as --gpu lists).")
+    int | None, typer.Option("--gpus", min=1, max=64, help="Number of GPUs (8, or as many as --gpu lists).")
 ]
 Gpu = Annotated[
     str | None,
@@ -42,6 +42,12 @@ Microbatches = Annotated[
     int | None,
     typer.Option(
         "--microbatches", min=1, help="Parts of a batch (default: most that divide it, up to 2 x GPUs)."
+    ),
+]
+SimulatedMicrobatches = Annotated[
+    int | None,
+    typer.Option(
+        "--microbatches", min=1, max=4096, help="Parts of a batch (default: the plan's, or 2 x GPUs)."
     ),
 ]
 Mode = Annotated[

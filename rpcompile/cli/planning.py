@@ -40,7 +40,12 @@ def plan(
     head_groups: options.HeadGroups = "auto",
     host_gb: Annotated[
         float | None,
-        typer.Option("--host-gb", min=0, help="Host memory in GB, for attention outputs (default: enough)."),
+        typer.Option(
+            "--host-gb",
+            min=0,
+            help="Host memory in GB that attention outputs and the gradients of replicas must fit in "
+            "(default: enough).",
+        ),
     ] = None,
     solver_time: options.SolverTime = 3.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the solver and the search.")] = 0,

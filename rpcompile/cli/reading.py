@@ -107,6 +107,14 @@ def plot(
 def export(
     plan: options.PlanFile,
     out: Annotated[Path, typer.Option("--out", help="File to write; .py or .csv.")],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            help="Another policy on the plan's segments; tables are of gpipe, 1f1b, interleaved_1f1b or "
+            "looped_bfs.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write the schedule as readable Python, or as the action table of torch.distributed.pipelining."""
@@ -116,7 +124,12 @@ def export(
     writers = {".py": schedule_python, ".csv": actions_csv}
     if out.suffix not in writers:
         raise InvalidArgument(f"--out {out}: end it in .py (readable Python) or .csv (torch's action table)")
-    write_in_one_step(out, writers[out.suffix](load(plan)))
+    found = load(plan)
+    if policy is not None:
+        from rpcompile.policies import under_policy
+
+        found = under_policy(found, policy)
+    write_in_one_step(out, writers[out.suffix](found))
     _written(out, "", as_json)
 
 

@@ -13,7 +13,7 @@ from rpcompile.errors import PlanFileError
 from rpcompile.explain import Explanation, explain
 from rpcompile.files import write_in_one_step
 from rpcompile.mixed_gpus import box_text
-from rpcompile.plan import seconds, size
+from rpcompile.plan import ranges, seconds, size
 from rpcompile.plan_summary import compute_s, upload_traffic
 from rpcompile.policies import compare_policies
 from rpcompile.report import charts, timeline
@@ -110,7 +110,11 @@ def _cards(plan: Plan) -> str:
     up, down = upload_traffic(plan)
     rate = "–" if predicted.tokens_per_s is None else f"{predicted.tokens_per_s:,.0f}"
     cards = (
-        ("iteration", seconds(predicted.iteration_s), "one optimizer step"),
+        (
+            "iteration",
+            seconds(predicted.iteration_s),
+            "with the optimizer" if plan.update_s_per_byte else "up to the gradients, without the optimizer",
+        ),
         ("tokens a second", rate, "all GPUs together"),
         ("bubble", f"{100 * predicted.bubble:.1f} %", "idle share of the GPUs"),
         ("GPU peak", size(peak), f"of {size(limit)} usable"),
@@ -128,8 +132,8 @@ def _words(explanation: Explanation) -> str:
         "Why these stages": explanation.cut,
         "Activations": explanation.activations,
         "Where the idle time goes": explanation.idle,
-        "What was tried": tuple(map(str, explanation.variations)),
         "What would help": explanation.advice,
+        "What else was tried": explanation.tried,
     }
     items = {
         title: "".join(f"<li>{html.escape(line)}</li>" for line in lines) for title, lines in parts.items()
@@ -148,7 +152,7 @@ def _stage_table(plan: Plan, explanation: Explanation) -> str:
         cells = (
             str(stage.index),
             stage.kind.value,
-            ", ".join(map(str, sorted(gpus.get(stage.index, ())))),
+            ranges(gpus.get(stage.index, set())),
             seconds(compute_s(plan, stage)),
             note.bound_by,
             note.text,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rpcompile.errors import InvalidArgument
 from rpcompile.ir import StageKind
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner, Tensors
 
@@ -27,11 +28,28 @@ class Stopwatch:
         device: Where to run, e.g. "cpu" or "cuda:0".
         repeats: Timed runs of each stage.
         warmup: Runs before those.
+
+    Raises:
+        InvalidArgument: The device is not here.
     """
 
     device: str = "cpu"
     repeats: int = 5
     warmup: int = 1
+
+    def __post_init__(self) -> None:
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise InvalidArgument(f"device {self.device!r} is unknown; use cpu or cuda:<number>") from error
+        found = torch.cuda.device_count()
+        if device.type not in ("cpu", "cuda", "meta"):  # meta computes nothing, which tests make use of
+            raise InvalidArgument(f"device {self.device!r} cannot be measured; use cpu or cuda:<number>")
+        if device.type == "cuda" and (device.index or 0) >= found:
+            raise InvalidArgument(
+                f"device {self.device!r} is not here: torch {torch.__version__} sees {found} CUDA devices; "
+                "use cpu"
+            )
 
     def machine(self) -> dict[str, str]:
         """What times depend on besides the stage."""
