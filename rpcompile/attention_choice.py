@@ -86,8 +86,8 @@ def choose_attention(
     if not every and asked == "offload":
         refused = dict.fromkeys(r for s in chain.segments if s.attention for r in s.attention.refused)
         why = "; ".join(refused) or (
-            "eager attention has none, and of a profile only what it says itself is known (`rpcompile profile` "
-            "writes it)"
+            "eager attention has none, and of a profile only what it says itself is known "
+            "(`rpcompile profile` writes it)"
         )
         raise InvalidArgument(
             f"attention='offload', but no segment has an attention output that can be kept: {why}; use "

@@ -156,7 +156,9 @@ def _forward(region: TiledRegion, inputs: Sequence[Any]) -> tuple[torch.Tensor, 
         found = region.run(region.part(inputs, low, high), high - low)
         if not outputs:
             outputs = [
-                torch.zeros_like(value, dtype=_sum_dtype(value)) if dim is None else _whole(value, dim, tokens)
+                torch.zeros_like(value, dtype=_sum_dtype(value))
+                if dim is None
+                else _whole(value, dim, tokens)
                 for value, dim in zip(found, region.output_dims, strict=True)
             ]
         for output, value, dim in zip(outputs, found, region.output_dims, strict=True):
