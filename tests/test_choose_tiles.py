@@ -199,11 +199,13 @@ def test_a_sequence_that_can_never_fit_names_what_it_takes_and_the_longest_that_
 
 
 def test_of_what_does_not_fit_that_is_named_which_takes_most(captured: CapturedModel) -> None:
-    """It is what decides on the longest sequence; layer 0's attention, which comes first, does not."""
+    """It is what decides on the longest sequence; an MLP, which comes before it, does not."""
     hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=4_000_000)
     chain = captured.bind(hardware, {"batch": 1, "sequence": 1 << 16}, tiles=1)
-    assert hardware.usable_bytes < needs(chain)[1] < needs(chain)[2]
-    with pytest.raises(StageTooLarge, match=r"^model\.layers\.\d\.mlp needs"):
+    heavy = replace(chain.segments[3], saved_bytes=1 << 30)
+    chain = replace(chain, segments=(*chain.segments[:3], heavy, *chain.segments[4:]))
+    assert hardware.usable_bytes < needs(chain)[2] < needs(chain)[3]
+    with pytest.raises(StageTooLarge, match=f"^{re.escape(heavy.name)} needs 1.2 GB"):
         captured.plan(chain, PlanOptions(2, 4), progress=False)
 
 
