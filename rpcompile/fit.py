@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.mixed_gpus import Box
 from rpcompile.plan import size as in_units
 from rpcompile.planner import PlanOptions
@@ -200,6 +200,7 @@ class _Search:
         self.bar: Any = tqdm(disable=True)
         self.plans: dict[int, Plan] = {}
         self._problems: dict[int, str | None] = {}
+        self._finest: dict[int, int] = {}
 
     @property
     def usable_bytes(self) -> int:
@@ -212,13 +213,17 @@ class _Search:
 
     def finest(self, size: int) -> int:
         """Bytes that the finest partition needs on a GPU."""
+        if size in self._finest:
+            return self._finest[size]
         chain = self.chain(size)
         segments = len(chain.segments)
         gpus = min(self.gpus, segments)
         costs = StageCosts(chain, gpus, self.microbatches)
         cuts = [*range(segments), *range(segments + 1, 2 * segments - chain.first_backward + 1)]
         stages = stages_between(cuts, segments)
-        return max(costs.resident_bytes(cuts, [costs.of(stage) for stage in stages]))
+        resident = costs.resident_bytes(cuts, [costs.of(stage) for stage in stages])
+        self._finest[size] = max(resident)
+        return self._finest[size]
 
     def problem(self, size: int) -> str | None:
         """Why no plan fits; None if one does, which `plans` then holds."""
@@ -230,9 +235,16 @@ class _Search:
         chain = self.chain(size)
         gpus = self.gpus if chain.kinds else min(self.gpus, len(chain.segments))
         # Offloaded attention outputs save time and take memory: what fits with them fits without.
-        options = PlanOptions(gpus, self.microbatches, solver_time_s=SOLVER_S, attention="recompute")
+        options = PlanOptions(
+            gpus, self.microbatches, solver_time_s=SOLVER_S, effort=None, attention="recompute"
+        )
         try:
-            plan = self.captured.plan(chain, options, progress=False)
+            try:
+                plan = self.captured.plan(chain, options, progress=False)
+            except StageTooLarge:
+                raise
+            except PartitionError:  # a search finds stages where the solver has not the time to
+                plan = self.captured.plan(chain, replace(options, effort="fast"), progress=False)
         except PartitionError as error:
             return f"at {self.asked} {size:,} the GPU: {error}"
         needed = plan.prediction.host_peak_bytes

@@ -179,7 +179,7 @@ def test_a_sequence_that_can_never_fit_names_what_it_takes_and_the_longest_that_
     captured: CapturedModel,
 ) -> None:
     hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=4_000_000)
-    sizes, options = {"batch": 1, "sequence": 1 << 16}, PlanOptions(2, 4)
+    sizes, options = {"batch": 1, "sequence": 1 << 13}, PlanOptions(2, 4)
     with (
         pytest.raises(StageTooLarge) as error,
         naming_the_longest(captured, hardware, sizes, gpus=2, microbatches=4),
@@ -205,7 +205,7 @@ def test_of_what_does_not_fit_that_is_named_which_takes_most(captured: CapturedM
     heavy = replace(chain.segments[3], saved_bytes=1 << 30)
     chain = replace(chain, segments=(*chain.segments[:3], heavy, *chain.segments[4:]))
     assert hardware.usable_bytes < needs(chain)[2] < needs(chain)[3]
-    with pytest.raises(StageTooLarge, match=f"^{re.escape(heavy.name)} needs 1.2 GB"):
+    with pytest.raises(StageTooLarge, match=rf"^{re.escape(heavy.name)} needs 1\.1 GB"):
         captured.plan(chain, PlanOptions(2, 4), progress=False)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
@@ -18,13 +19,11 @@ from rpcompile.tiling import TiledRegion
 from tests.small_captures import capture_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.fx import GraphModule
 
 H, EXPERTS = 8, 4
 SIZES = {0: "batch", 1: "sequence"}
-Body = Callable[..., torch.Tensor] if TYPE_CHECKING else Any
+Body = Callable[..., torch.Tensor]
 
 
 class Between(nn.Module):
