@@ -36,6 +36,7 @@ lint: $(STAMP) ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 gpu-bench: $(STAMP) ## measure on the CUDA devices here, in under 8 minutes (never run yet); ARGS are handed on
+	-$(BIN)/python -m pip install -c constraints.txt roundpipe==0.1.1
 	$(BIN)/python benchmarks/gpu_bench.py $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/

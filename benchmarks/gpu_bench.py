@@ -32,6 +32,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 SEQUENCE, CAP_BYTES = 2048, 24 * 2**30
 MODELS = ("Qwen3-1.7B", "Qwen3-8B")
+OFFLOADING = ("rpcompile", "roundpipe")
 ALONE = ("resident", "resident, recompute")
 
 
@@ -117,12 +119,12 @@ class Model:
 
     def measure(self, record: Any) -> None:
         """The loops that offload in turn, then the others one by one; `record` is called on the way."""
-        offloading = ("rpcompile", "roundpipe")
-        loops = {name: Loop(self._settings(name)) for name in offloading}
+        loops: dict[str, Loop] = {}
         try:
-            for name, loop in list(loops.items()):
+            for name in OFFLOADING:  # one by one: rpcompile's measures the device as it starts
+                loops[name] = Loop(self._settings(name))
                 with self._noted(name, loops):
-                    self.facts[name] = loop.answer(self.deadline)
+                    self.facts[name] = loops[name].answer(self.deadline)
             for number in range(self.options.runs + 1):
                 for name in list(loops):
                     self._turn(name, loops, record, counts=number > 0)
@@ -229,12 +231,14 @@ def save(path: Path, models: list[Model], options: argparse.Namespace) -> None:
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
             "memory_cap_bytes": CAP_BYTES,
             "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": platform.system(),
         },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "transformers": version("transformers"),
         },
         "options": {name: value for name, value in vars(options).items() if name != "output"},
         "results": [model.result() for model in models],
@@ -252,9 +256,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each loop")
     parser.add_argument("--effort", default="fast", help="how long rpcompile searches for its plan")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds for everything")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_bench.json"))
+    parser.add_argument("--output", type=Path, help="default: in benchmarks/results; dry run: in out")
     parser.add_argument("--dry-run", action="store_true", help="try the script out on the CPU")
     options = parser.parse_args(arguments)
+    folder = Path("out" if options.dry_run else "benchmarks/results")
+    options.output = options.output or folder / "gpu_bench.json"
     if options.dry_run:
         options.models, options.sequence, options.microbatches = ["tiny"], 16, 2
     return options

@@ -30,7 +30,7 @@ from rpcompile.simulate import Timeline, measured, simulate
 from rpcompile.trace import Run, write_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES = {
@@ -76,8 +76,11 @@ class Settings:
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-def qwen3(name: str) -> Any:
-    """The model in bfloat16. Weights repeat one block of random numbers, which takes seconds, not minutes."""
+def qwen3(name: str, layers: int | None = None) -> Any:
+    """The model in bfloat16, with all its layers or a few of them.
+
+    Weights repeat one block of random numbers, which takes seconds, not minutes.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -89,7 +92,7 @@ def qwen3(name: str) -> Any:
         tie_word_embeddings=name in TIED,
         use_cache=False,
         dtype=torch.bfloat16,
-        **SHAPES[name],
+        **SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers}),
     )
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
@@ -117,7 +120,8 @@ class RpcompileLoop:
         self._settings = settings
         self._model, self._batch = qwen3(settings.model), settings.batch()
         cuda = settings.device == "cuda"
-        devices = [f"cuda:{i % torch.cuda.device_count()}" if cuda else "cpu" for i in range(settings.gpus)]
+        count = torch.cuda.device_count() if cuda else 1
+        self._devices = [f"cuda:{i % count}" if cuda else "cpu" for i in range(settings.gpus)]
         self.hardware = capped(probe(seconds=0.3).hardware if cuda else lookup("rtx4090"), settings.cap_bytes)
         self._compiled = rpcompile.compile(
             self._model,
@@ -125,7 +129,7 @@ class RpcompileLoop:
             example_inputs=self._batch,
             microbatches=settings.microbatches,
             gpu=self.hardware,
-            devices=devices,
+            devices=self._devices,
             seconds="measured",
             effort=settings.effort,
             progress=False,
@@ -157,11 +161,19 @@ class RpcompileLoop:
         return {
             "predicted_s": plan.prediction.iteration_s,
             "recorded_s": recorded.makespan_s,
-            "predicted_peak_bytes": list(plan.prediction.gpu_peak_bytes),
+            "predicted_peak_bytes": self._by_device(plan.prediction.gpu_peak_bytes),
             "measured_peak_bytes": [peak - start for peak, start in zip(peaks, before, strict=True)],
             "hidden_transfer_share": hidden_share(self._compiled.plan, recorded),
             "trace": path.name,
         }
+
+    def _by_device(self, peaks: Sequence[int]) -> list[int]:
+        """The peaks of logical GPUs that share a device, added up: what it needs at most."""
+        devices = self._devices
+        return [
+            sum(peak for peak, device in zip(peaks, devices, strict=True) if device == one)
+            for one in dict.fromkeys(devices)
+        ]
 
     def waits(self) -> dict[str, Any]:
         """A run in which any wait of the host for the device is an error."""
@@ -398,8 +410,10 @@ def cap_memory(settings: Settings) -> None:
     ask = torch.cuda.mem_get_info
 
     def capped_info(device: Any = None) -> tuple[int, int]:
+        # What another loop's process has on a larger card is none of this one's.
         free, total = ask(device)
-        return max(0, free - max(0, total - settings.cap_bytes)), min(total, settings.cap_bytes)
+        mine = settings.cap_bytes - torch.cuda.memory_reserved(device)
+        return max(0, min(free, mine)), min(total, settings.cap_bytes)
 
     torch.cuda.mem_get_info = capped_info
 

@@ -69,6 +69,10 @@ class CanonicalizeGraph:
             pass
         for node in list(graph.nodes):
             _drop_if_idle(graph, node, plain)
+        for node in graph.nodes:
+            region = getattr(module, node.target, None) if node.op == "get_attr" else None
+            if isinstance(region, GraphModule):
+                setattr(module, node.target, _without_assertions(region))
         _name_sizes(graph, module.meta["symbols"])
         _remove_dead(graph)
         _check_operators(graph, capture.model_name)
@@ -87,6 +91,16 @@ def _drop_if_idle(graph: Graph, node: Node, plain: bool) -> None:
         assert isinstance(source, Node)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+
+
+def _without_assertions(region: GraphModule) -> GraphModule:
+    """A copy of a region that stays one; what it asserts holds only on the device it was captured on."""
+    copied = GraphModule(region, copy.deepcopy(region.graph))
+    for node in list(copied.graph.nodes):
+        if node.target in _NO_EFFECT:
+            copied.graph.erase_node(node)
+    copied.recompile()
+    return copied
 
 
 def _changes_nothing(node: Node, plain: bool) -> bool:

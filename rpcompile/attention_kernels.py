@@ -173,11 +173,11 @@ def _cuda_flash(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, sc
 
 
 def _cuda_flash_details(query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
-    # Sequences of one length need no table of where each begins; dropout's seed is not read without any.
-    table = query.new_empty(0, dtype=torch.int32)
-    seed = query.new_zeros(2, dtype=torch.int64)
+    # A table of where each sequence begins, even an empty one, would say that they are packed into one;
+    # dropout's seed is not read without any.
+    seed, offset = (query.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
     lengths = {"max_q": query.shape[2], "max_k": key.shape[2]}
-    return {"cum_seq_q": table, "cum_seq_k": table, **lengths, "rng_state": seed, "unused": seed[:0]}
+    return {"cum_seq_q": None, "cum_seq_k": None, **lengths, "rng_state": seed, "unused": offset}
 
 
 def _cuda_flash_backward(
@@ -210,6 +210,17 @@ def _cuda_efficient_backward(
     )[:3]
 
 
+FLASH = Kernel(
+    name="_scaled_dot_product_flash_attention",
+    node="ScaledDotProductFlashAttentionBackward0",
+    mask="",
+    log_sum_exp="logsumexp",
+    refuses=_cuda_flash_refuses,
+    forward=_cuda_flash,
+    details=_cuda_flash_details,
+    backward=_cuda_flash_backward,
+)
+"""CUDA's flash attention."""
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "cpu": (
         Kernel(
@@ -224,16 +235,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
     ),
     "cuda": (
-        Kernel(
-            name="_scaled_dot_product_flash_attention",
-            node="ScaledDotProductFlashAttentionBackward0",
-            mask="",
-            log_sum_exp="logsumexp",
-            refuses=_cuda_flash_refuses,
-            forward=_cuda_flash,
-            details=_cuda_flash_details,
-            backward=_cuda_flash_backward,
-        ),
+        FLASH,
         Kernel(
             name="_scaled_dot_product_efficient_attention",
             node="ScaledDotProductEfficientAttentionBackward0",
@@ -247,4 +249,5 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
     ),
 }
-"""By kind of device, in the order in which scaled_dot_product_attention prefers them."""
+"""By kind of device, in the order in which scaled_dot_product_attention prefers them. Not among them is
+cuDNN's attention, which it prefers to both on Hopper and on Blackwell in data centres."""

@@ -4,8 +4,9 @@ Two things make the memory of an operator depend on the device. Some composite o
 kernel, which keeps other tensors for the backward; data-free tensors get the slowest, so the device's is
 called by name. And kernels allocate workspaces inside themselves.
 
-Left out: cuBLAS's fixed workspace (a few MiB a process), cuDNN's (chosen by its benchmark, up to the free
-memory it is given), cuDNN's reserve space of a batch norm, and split-K products' partial sums.
+Left out: cuBLAS's fixed workspaces (8 MiB, on Hopper 32, for each thread and stream), cuDNN's (chosen by its
+benchmark, up to the free memory it is given), cuDNN's reserve space of a batch norm, and split-K products'
+partial sums.
 """
 
 from __future__ import annotations
@@ -88,13 +89,17 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that torch's dispatcher picks on a GPU from Ampere on.
+    """The kernel that torch's dispatcher picks on a consumer GPU from Ampere on.
 
     Flash for 16-bit numbers without a mask and heads of up to 256, the values' as wide as the keys';
-    memory-efficient attention for others whose heads are not grouped; else the products written out.
+    memory-efficient attention for others whose heads are not grouped; else the products written out. Hopper,
+    and Blackwell in data centres, prefer cuDNN's, whose workspaces are its own affair.
 
     Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     size = query.shape[-1]
     flash = query.dtype in _HALF and size == value.shape[-1] and size <= 256 and size % 8 == 0
     if attn_mask is None and flash:

@@ -5,7 +5,8 @@ q, k, v and both results together. A key's head and the query heads that read it
 of them can go one after another with such memory for one group only, and the same numbers come out. What a
 group's gradients take is there already: its own q, k and v, which nobody reads afterwards.
 
-The forward is torch's own, whatever kernel its dispatcher picks.
+The forward is torch's own, whatever kernel its dispatcher picks; but flash attention, where it can run, also
+on cards on which torch prefers cuDNN's (Hopper, and Blackwell in data centres), which is not known here.
 """
 
 from __future__ import annotations
@@ -15,12 +16,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from rpcompile.attention_kernels import Three, kernel_of
+from rpcompile.attention_kernels import FLASH, Call, Three, find_kernel, kernel_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _ATEN = torch.ops.aten
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    call = Call(query, key, value, attn_mask, dropout_p, query.dtype)
+    if not torch.is_autocast_enabled("cuda") and find_kernel(query.device.type, call) is FLASH:
+        return FLASH.forward(query, key, value, attn_mask, is_causal, scale)[0]
+    return _ATEN.scaled_dot_product_attention.default(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def attention_by_groups(
@@ -33,7 +53,7 @@ def attention_by_groups(
     enable_gqa: bool,
     groups: int,
     overwrite: bool,
-    attention: Callable[..., torch.Tensor] = _ATEN.scaled_dot_product_attention.default,
+    attention: Callable[..., torch.Tensor] = _attention,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` without dropout.
 

@@ -109,7 +109,10 @@ def capture_context(model: nn.Module, input_names: frozenset[str]) -> Iterator[N
                 stack.enter_context(patch.object(module, "gradient_checkpointing", False))
         masking = sys.modules.get("transformers.masking_utils")
         if masking is not None and any(base_model(module) is not None for module in model.modules()):
-            stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
+            if hasattr(masking, "is_torchdynamo_exporting"):  # not yet in transformers 5.17
+                stack.enter_context(patch.object(masking, "is_torchdynamo_exporting", lambda: False))
+            tracing = functools.partial(_is_tracing_a_mask, masking.is_tracing)
+            stack.enter_context(patch.object(masking, "is_tracing", tracing))
             expand = functools.partial(
                 _expand_mask, masking, masking._vmap_expansion_sdpa, masking.TransformGetItemToIndex
             )
@@ -131,6 +134,11 @@ def idle_mask_notice(model: nn.Module, named: Mapping[str, torch.Tensor]) -> Ite
             "attention_mask is all ones in the first microbatch. It stays in the graph, since a batch may be "
             "padded, and keeps attention from its faster causal kernels; leave it out if no batch is padded"
         )
+
+
+def _is_tracing_a_mask(is_tracing: Any, tensor: torch.Tensor | None = None) -> bool:
+    """Whether the values of a mask cannot be asked for; without one there is nothing to ask."""
+    return tensor is not None and is_tracing(tensor)
 
 
 def _expand_mask(masking: Any, by_vmap: Any, indexing: Any, mask_function: Any) -> Any:

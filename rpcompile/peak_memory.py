@@ -105,7 +105,9 @@ class PeakMemory:
         self.nodes: dict[str, Node] = {node.name: node for node in capture.graph_module.graph.nodes}
         self._trainable = {spec.placeholder for spec in capture.parameters if spec.trainable}
         _uses_of_own_gradient()  # finds it out here: not possible inside a backward
-        self._fake = FakeTensorMode() if kernels.device == "cpu" else None
+        # Autocast knows a device's tensors by their device, and none that is only said to be one.
+        self.device = kernels.device if capture.autocast is None else "cpu"
+        self._fake = FakeTensorMode() if self.device == "cpu" else None
 
     def of(self, piece: Piece) -> PieceMemory:
         """Runs the piece's forward, and its forward and backward."""
@@ -177,8 +179,10 @@ class PeakMemory:
 
     def execute(self, node: Node, environment: Mapping[Node, Any]) -> Any:
         """Runs one node."""
+        if node.op == "get_attr":
+            return self.external(node)
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
-        args, kwargs = _on_device((args, kwargs), self.kernels.device)
+        args, kwargs = _on_device((args, kwargs), self.device)
         if node.op == "call_module":
             return self.capture.graph_module.get_submodule(str(node.target))(*args, **kwargs)
         return self.kernels.call(node.target, args, kwargs)
@@ -190,7 +194,7 @@ class PeakMemory:
         value = self.nodes[name].meta["val"]
         if not isinstance(value, torch.Tensor):
             return self._number(self._sizes.size(value))
-        tensor = torch.empty(self.shape(value), dtype=value.dtype, device=self.kernels.device)
+        tensor = torch.empty(self.shape(value), dtype=value.dtype, device=self.device)
         if name in self._trainable:
             tensor.requires_grad_(True).grad = torch.empty_like(tensor)
         return tensor
@@ -199,7 +203,7 @@ class PeakMemory:
         """What a placeholder or an attribute of the graph stands for: a tensor, a size or a subgraph."""
         if node.op == "get_attr":
             found = functools.reduce(getattr, str(node.target).split("."), self.capture.graph_module)
-            return _graph_on_device(found, self.kernels.device) if isinstance(found, GraphModule) else found
+            return _graph_on_device(found, self.device) if isinstance(found, GraphModule) else found
         size = self.bindings.get(node.name.removeprefix("sym_"))
         return self.empty(node.name) if size is None or not node.name.startswith("sym_") else size
 

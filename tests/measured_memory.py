@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from rpcompile.ir import Hardware, Partition, Stage, StageKind
@@ -113,7 +114,7 @@ class Measured:
     def measured_bytes(self, stage: Stage) -> int:
         """The same as `predicted_bytes`, measured on a microbatch that is not the first."""
         (graph,) = self._extract(stage)
-        runner, weights = StageRunner(graph, self.captured.outputs[0]), self._weights(graph)
+        runner, weights = self._runner(graph), self._weights(graph)
         for name in graph.trainable:
             weights[0][name].requires_grad_(True).grad = torch.zeros_like(weights[0][name])
         values = {name: self._values[name].clone() for name in graph.values}
@@ -131,16 +132,22 @@ class Measured:
     def _extract(self, *stages: Stage) -> tuple[StageGraph, ...]:
         return ExtractStages(self.captured, self.chain).run(_only(*stages))
 
+    def _runner(self, graph: StageGraph) -> StageRunner:
+        return StageRunner(
+            graph, self.captured.outputs[0], None if self.device.type == "cpu" else self.device
+        )
+
     def _weights(self, graph: StageGraph) -> list[Tensors]:
-        return [{name: self._host[name].detach().clone() for name in (*graph.parameters, *graph.buffers)}]
+        names = (*graph.parameters, *graph.buffers)
+        return [{name: self._host[name].detach().to(self.device, copy=True) for name in names}]
 
     def _forward_values(self) -> Tensors:
         values: Tensors = {}
-        stages = [Stage(i, StageKind.F, i, i) for i in range(len(self.chain.segments))]
+        # Not of the last segment, whose results nobody reads.
+        stages = [Stage(i, StageKind.F, i, i) for i in range(len(self.chain.segments) - 1)]
         for graph in self._extract(*stages):
-            runner = StageRunner(graph, self.captured.outputs[0])
             given = {name: values[name] for name in graph.values}
-            values |= runner.forward(self._weights(graph), self._part, given, self._facts)
+            values |= self._runner(graph).forward(self._weights(graph), self._part, given, self._facts)
         return values
 
 
@@ -173,13 +180,14 @@ def no_collections() -> Iterator[None]:
 
 
 def cuda_peak(run: Callable[[], object]) -> int:
-    """The same for CUDA's caching allocator."""
-    run()
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    """The same for CUDA's caching allocator; not with cuDNN's attention, which consumer cards do not run."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        run()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class Reseed(TorchFunctionMode):
         elif func is torch.rand_like:
             random = True
         if random:
-            torch.default_generator.manual_seed(stream_seed(self._seed, self._number))
+            # The generator of every device, of which one draws.
+            torch.manual_seed(stream_seed(self._seed, self._number))
             self._number += 1
         return func(*args, **kwargs)
 
@@ -79,5 +80,5 @@ def forward_backward(
             with Reseed(stream_seed(seed, index)), context():
                 loss = loss_of(model(**part)) / microbatches
             loss.backward()
-            total += loss.detach()
+            total += loss.detach().cpu()
     return total

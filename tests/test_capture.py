@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import masking_utils
 
 from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
@@ -40,8 +41,18 @@ def test_position_limit_becomes_the_range_of_the_sequence() -> None:
     assert staged.capture(case.model, case.batch).symbols["sequence"] == (1, 64)
 
 
-def test_causal_attention_keeps_is_causal_without_padding_and_the_mask_with_it() -> None:
+@pytest.mark.parametrize("transformers", ["installed", "5.17"])
+def test_causal_attention_keeps_is_causal_without_padding_and_the_mask_with_it(
+    transformers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = models.make("qwen3-tied")
+    if transformers == "5.17":  # does not ask whether a model is exported, but whether anything is traced
+        monkeypatch.delattr(masking_utils, "is_torchdynamo_exporting")
+
+        def ignores(padding_mask: torch.Tensor | None, *_: object, **__: object) -> bool:
+            return not masking_utils.is_tracing(padding_mask)
+
+        monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", ignores)
 
     def attention(batch: dict[str, torch.Tensor]) -> list[tuple[bool, bool]]:
         nodes = staged.capture(case.model, batch).graph_module.graph.nodes

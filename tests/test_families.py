@@ -12,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import rpcompile
 from rpcompile.errors import CaptureError, InvalidArgument, MissingExampleInputs, UnsupportedModel
+from rpcompile.graphs import AUTOCAST
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.ir import StageKind
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs, symbol_dims
 from rpcompile.passes.extract_stages import ExtractStages
+from rpcompile.runtime.stage_runner import on_device
 from tests import families, family_real, family_tiny, models, reference, staged
 from tests.families import FAMILIES, Family
 
@@ -201,6 +203,26 @@ def test_region_without_autocast_stays_without_it() -> None:
     plain = staged.capture(case.model, case.batch)
     assert plain.autocast is None
     assert plain.fingerprint != captured.fingerprint
+
+
+def test_a_region_without_autocast_can_be_planned_and_run() -> None:
+    batch = {"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(0))}
+    model = Mixed()
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        expected = sum(model(part) for part in batch["x"].chunk(2)) / 2
+        with rpcompile.compile(model, 2, example_inputs=batch, microbatches=2, gpu="rtx4090") as compiled:
+            assert torch.equal(compiled.forward_backward(**batch), expected)
+
+
+def test_a_region_without_autocast_is_without_that_of_the_device_it_runs_on() -> None:
+    """The model turned off autocast on the device of its inputs, which was the CPU when it was captured."""
+    with families.family("bfloat16 autocast").context():
+        captured = staged.capture(Mixed(), {"x": torch.randn(8, 16)})
+    for device in ("cpu", "cuda"):
+        module = on_device(copy.deepcopy(captured.graph_module), torch.device(device))
+        (region,) = (node for node in module.graph.nodes if node.target is AUTOCAST)
+        assert region.args[0] == device
+        assert region.args[2] is False
 
 
 def test_stages_inherit_the_autocast() -> None:

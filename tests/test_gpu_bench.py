@@ -92,6 +92,32 @@ def test_every_loop_trains_the_same_model_and_everything_is_recorded(
 
 
 @pytest.mark.usefixtures("_stand_ins")
+def test_a_loop_starts_when_the_one_before_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rpcompile measures its device as it starts; another process would be in the way."""
+    order: list[tuple[str, str]] = []
+
+    class Noting(Here):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            order.append(("made", self._settings.loop))
+
+        def do(self, command: str, deadline: float) -> dict[str, Any]:
+            order.append((command, self._settings.loop))
+            raise gpu_bench.LoopFailed("enough")
+
+    monkeypatch.setattr(gpu_bench, "Loop", Noting)
+    bench(tmp_path)
+    loops = [*gpu_bench.OFFLOADING, *gpu_bench.ALONE]
+    assert order == [(what, loop) for loop in loops for what in ("made", "start")]
+
+
+def test_logical_gpus_that_share_a_device_share_its_peak() -> None:
+    loop = gpu_loops.RpcompileLoop.__new__(gpu_loops.RpcompileLoop)
+    loop._devices = ["cuda:0", "cuda:1", "cuda:0"]
+    assert loop._by_device([1, 10, 100]) == [101, 10]
+
+
+@pytest.mark.usefixtures("_stand_ins")
 @pytest.mark.parametrize("command", ["start", "turn"])
 @pytest.mark.parametrize("loop", gpu_loops.LOOPS)
 def test_a_loop_that_fails_is_noted_and_the_others_go_on(
@@ -161,7 +187,8 @@ def test_what_is_asked_of_cuda_exists_and_is_capped(monkeypatch: pytest.MonkeyPa
         "get_device_name": lambda device: "a GPU",
         "get_device_properties": lambda device: SimpleNamespace(total_memory=96 * gib),
         "set_per_process_memory_fraction": lambda fraction, device: fractions.append((fraction, device)),
-        "mem_get_info": lambda device=None: (90 * gib, 96 * gib),
+        "mem_get_info": lambda device=None: (60 * gib, 96 * gib),  # others have some
+        "memory_reserved": lambda device: 2 * gib,
         "max_memory_allocated": lambda device: 3,
         "max_memory_reserved": lambda device: 4,
         "memory_stats": lambda device: {"num_alloc_retries": 2},
@@ -171,7 +198,7 @@ def test_what_is_asked_of_cuda_exists_and_is_capped(monkeypatch: pytest.MonkeyPa
     asked = gpu_loops.Settings(**{**settings("resident"), "device": "cuda"})
     gpu_loops.cap_memory(asked)
     assert fractions == [(0.25, 0)]
-    assert torch.cuda.mem_get_info() == (18 * gib, 24 * gib)
+    assert torch.cuda.mem_get_info() == (22 * gib, 24 * gib)
     assert gpu_loops.machine(asked)["gpu"] == "a GPU"
     found = gpu_loops.turn(SimpleNamespace(run=lambda: 1.5), asked)
     assert found.pop("seconds") >= 0

@@ -76,6 +76,26 @@ def test_expanded_operands_are_not_written_over() -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(grads[1], grads[0], strict=True))
 
 
+def kernel_on_a_gpu(dtype: torch.dtype) -> str:
+    """Name of the backward of attention by groups, on tensors without data, which stand for a GPU's."""
+    shapes = (1, 4, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16)
+    three = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+    found = attention_by_groups(*three, None, True, None, True, 2, False)
+    assert found.grad_fn is not None
+    return found.grad_fn.edge.node.name()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_a_gpu_runs_flash_attention_where_it_can_whatever_torch_prefers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flash = "ScaledDotProductFlashAttentionBackward0"
+    assert kernel_on_a_gpu(torch.bfloat16) == flash
+    assert kernel_on_a_gpu(torch.float32) != flash
+    # A kernel that is called by name would not be given the dtype of autocast.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    assert kernel_on_a_gpu(torch.bfloat16) != flash
+
+
 def test_a_kernel_that_is_not_known_runs_as_in_torch() -> None:
     torch.manual_seed(0)
     mine, theirs = ([torch.randn(1, 2, 8, 4) for _ in range(3)] for _ in range(2))

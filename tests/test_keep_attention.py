@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rpcompile
 from rpcompile.attention import from_kept, with_log_sum_exp
-from rpcompile.attention_kernels import Call, Kernel, find_kernel, log_sum_exp_like
+from rpcompile.attention_kernels import KERNELS, Call, Kernel, find_kernel, log_sum_exp_like
 from rpcompile.ir import AttentionOutputs, SegmentChain, Stage, StageKind
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.choose_tiles import ChooseTiles
@@ -199,12 +200,30 @@ def test_kernels_of_cuda_take_their_operands(dtype: torch.dtype) -> None:
     assert [grad.shape for grad in found] == [tensor.shape for tensor in three]
 
 
+@pytest.mark.parametrize("kernel", KERNELS["cuda"], ids=lambda kernel: kernel.name)
+def test_a_backward_of_what_was_kept_is_told_what_autograd_would_tell_it(kernel: Kernel) -> None:
+    """Flash attention takes a table of sequences, however empty, for one of several in one."""
+    three = [heads(4, torch.bfloat16).detach().to("meta").requires_grad_() for _ in range(3)]
+    node = kernel.forward(*three, None, True, None)[0].grad_fn
+    assert node is not None
+    told = kernel.details(three[0], three[1])
+    assert {f"_saved_{name}" for name in told} < set(dir(node))
+    for name, mine in told.items():
+        theirs = getattr(node, f"_saved_{name}")
+        if isinstance(theirs, torch.Tensor):
+            assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
+        else:
+            assert mine == theirs, name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_kernels_of_cuda_equal_torch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     three = [heads(4, dtype).detach().to("cuda").requires_grad_() for _ in range(3)]
-    expected = functional.scaled_dot_product_attention(*three, is_causal=True)
+    # Without cuDNN's, which some cards prefer.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        expected = functional.scaled_dot_product_attention(*three, is_causal=True)
     with torch.no_grad():
         output, *kept = with_log_sum_exp(*three, None, True, None, dtype)
     assert torch.equal(output, expected)

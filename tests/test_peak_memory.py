@@ -12,10 +12,11 @@ from rpcompile.device_kernels import Kernels
 from rpcompile.ir import Partition, Stage, StageKind
 from rpcompile.passes._segment_memory import SegmentMemories
 from rpcompile.passes.bind_chain import BindChain
+from rpcompile.passes.choose_tiles import ChooseTiles
 from rpcompile.passes.estimate_costs import EstimateCosts
 from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.stage_bytes import Workspaces
-from tests import memory_cases, staged
+from tests import families, memory_cases, staged
 from tests.measured_memory import Measured, hardware, without_onednn
 from tests.small_captures import BATCH, Function, capture_of
 
@@ -72,6 +73,17 @@ def test_values_that_only_pass_by_a_forward_stage_take_no_memory_of_its_own() ->
     assert Workspaces(chain).of(stage) >= 0 == stage.workspace_bytes
 
 
+@pytest.mark.parametrize(("tiles", "groups"), [(1, 1), (4, 2)])
+def test_all_of_a_measurement_happens_on_its_device(tiles: int, groups: int) -> None:
+    """On tensors without data, which mix with those of the CPU no more than those of a GPU do."""
+    case = memory_cases.FAMILIES["Llama"]()
+    captured = staged.capture(case.model, case.batch, 1)
+    found = Measured(case, captured, "meta", tiles=tiles, head_groups=groups)
+    for stage in memory_cases.stages(found.chain):
+        assert found.predicted_bytes(stage) > 0
+        assert found.measured_bytes(stage) <= 64  # a number or two, which are the CPU's on a GPU, too
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["Llama", "LoRA on Qwen3"])
@@ -82,6 +94,23 @@ def test_against_the_allocator_of_a_gpu(name: str) -> None:
     last = len(found.chain.segments) - 1
     for stage in (Stage(0, F, 0, last - 1), Stage(0, B, 1, last - 1), Stage(0, FB, last, last)):
         assert abs(errors(found, stage)[0]) <= 0.05, stage
+
+
+@pytest.mark.parametrize(("tiles", "groups"), [(1, 1), (3, 2)])
+def test_a_gpu_is_under_autocast_too(tiles: int, groups: int) -> None:
+    """What autograd keeps is half as wide, and as much as on the CPU, but for what an allocator rounds up."""
+    item = families.family("bfloat16 autocast")
+    assert item.tiny is not None
+    case = item.tiny()
+    with item.context():
+        costed = EstimateCosts().run(staged.capture(case.model, case.batch, 1))
+    sizes = {"batch": 8, "sequence": 64}
+    on_cpu, on_gpu = (
+        ChooseTiles(costed, tiles, groups).run(BindChain(sizes, hardware(device)).run(costed))
+        for device in ("cpu", "cuda")
+    )
+    for mine, theirs in zip(on_gpu.segments, on_cpu.segments, strict=True):
+        assert mine.saved_bytes == pytest.approx(theirs.saved_bytes, rel=0.05, abs=4096)
 
 
 # ------------------------------------------------------------------------------ by hand

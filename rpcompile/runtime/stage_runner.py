@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
 from rpcompile.errors import NonFinite
+from rpcompile.graphs import AUTOCAST
 from rpcompile.random_streams import microbatch_seed
 from rpcompile.runtime import blame
 from rpcompile.tiling import expected_loss_gradient
@@ -251,6 +252,9 @@ def on_device(module: GraphModule, device: torch.device) -> GraphModule:
             for node in part.graph.nodes:
                 node.args = map_aggregate(node.args, moved)  # type: ignore[assignment]
                 node.kwargs = map_aggregate(node.kwargs, moved)  # type: ignore[assignment]
+                if node.target is AUTOCAST and node.args[0] == "cpu":
+                    # A model turns off autocast on the device of its inputs: where it was captured.
+                    node.update_arg(0, device.type)
             part.recompile()
     return module
 
