@@ -24,6 +24,7 @@ from rpcompile.fit import naming_the_longest
 from rpcompile.host_memory import installed_bytes
 from rpcompile.huggingface import infer_example_inputs
 from rpcompile.mixed_gpus import Box, box_of
+from rpcompile.model_checks import check_gradients
 from rpcompile.model_loss import ModelWithLoss
 from rpcompile.passes.capture_graph import ExampleInputs, symbol_dims
 from rpcompile.passes.lower_to_program import LowerToProgram
@@ -110,7 +111,8 @@ def compile(
             forward and backward, with the weights after max(i - 1, 0) updates, while the next update is
             under way; the plan is the one whose iterations follow one another fastest. That is meant for
             fine-tuning, where weights change little in a step; it keeps a copy of the trainable weights on
-            the host. Default: as the plan says, else "sync".
+            the host. Weights that you load or change are used at once; not so changes through `.data`, of
+            which torch keeps no account. Default: as the plan says, else "sync".
         compute_dtype: torch.bfloat16 or torch.float16 to compute in it with float32 masters on the host.
             The model's own parameters become the masters: trainable ones are made float32, frozen ones
             `compute_dtype`, in place. Floating-point inputs are cast to it; buffers keep their dtype.
@@ -176,6 +178,7 @@ def compile(
         runtime = replace(runtime, gradient_dtype=torch.float32)
     example, parts = _microbatch_example(model, example_inputs, gpus, microbatches, loaded)
     module = model if loss_fn is None else ModelWithLoss(model, loss_fn)
+    check_gradients(module)
     if compute_dtype is not None:
         set_dtypes(module, compute_dtype)
         example = _cast(example, compute_dtype)

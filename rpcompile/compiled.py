@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpcompile import checkpoint
-from rpcompile.errors import BatchError, ExecutionError, InvalidArgument, UnsupportedModel
+from rpcompile import checkpoint, model_checks
+from rpcompile.errors import ExecutionError, InvalidArgument
+from rpcompile.model_loss import COUNT
 from rpcompile.random_streams import stream_seed
 from rpcompile.runtime import batches
 from rpcompile.runtime.engine import Engine
 from rpcompile.runtime.host_weights import HostWeights
 from rpcompile.runtime.in_flight import InFlight
+from rpcompile.runtime.interrupts import uninterrupted
 from rpcompile.runtime.read_guard import unguarded
 from rpcompile.runtime.stage_runner import Microbatch
 from rpcompile.runtime.updates import Updates
@@ -90,6 +92,7 @@ class Compiled:
         self._training = training
         self._makers = makers
         self._options = options
+        self._modes = model_checks.modes(model)
         self._evaluations: dict[int, Executable] = {}
         self._updates = Updates([segment.name for segment in training.plan.chain.segments])
         trainable = frozenset(spec.name for spec in self.program.capture.parameters if spec.trainable)
@@ -111,8 +114,9 @@ class Compiled:
         batch's token count, and the loss is their sum.
 
         In mode "async" it returns, from the second call on, when the iteration has been enqueued behind the
-        one before it; whoever reads the loss, or a gradient, waits for it. At most two are in flight. Read a
-        loss one call later, for nothing overlaps while you wait. With `return_outputs` it waits itself.
+        one before it; whoever reads the loss, or a gradient, waits for it (`loss.item()`: torch copies
+        `torch.tensor(loss)` without asking). At most two are in flight. Read a loss one call later, for
+        nothing overlaps while you wait. With `return_outputs` it waits itself.
 
         Args:
             *args, **kwargs: The tensors that the model was compiled for, for the whole batch, on the host.
@@ -132,24 +136,20 @@ class Compiled:
         overlaps = self._options.mode == "async" and self._in_flight.ready and not return_outputs
         executable = self._with_outputs if return_outputs else self._training
         capture = executable.program.capture
-        _check_autocast(capture)
+        self._check_training(capture)
         self._updates.raise_failed()
         batch = batches.named_batch(capture, *self._cast(args, kwargs))
+        model_checks.check_inputs(batch)
         if overlaps:  # the caller may use its memory again
             batch = {name: value.clone() for name, value in batch.items()}
         parts = batches.split_batch(capture, batch, self.plan.microbatches)
-        summed = "num_items_in_batch" in batch
-        shares = None if summed else batches.row_weights(capture, parts)
-        scales = shares or [1.0 if summed else 1.0 / len(parts)] * len(parts)
+        summed, shares = COUNT in batch, batches.row_weights(capture, parts)
+        scales = [1.0] * len(parts) if summed else shares or [1.0 / len(parts)] * len(parts)
         grown = [scale * self._loss_scale() for scale in scales]
         microbatches = _microbatches(capture, parts, grown)
 
         def loss_of(result: Result) -> torch.Tensor:
-            losses = [outputs[capture.outputs[0]] for outputs in result.outputs]
-            total = torch.zeros((), dtype=torch.promote_types(losses[0].dtype, torch.float32))
-            for loss, scale in zip(losses, scales, strict=True):
-                total += loss * scale if summed or shares else loss / len(parts)
-            return total
+            return batches.total_loss(capture, result.outputs, shares, summed)
 
         self._in_flight.make_room(executable.engine.capacity if overlaps else 1)
         try:
@@ -164,7 +164,9 @@ class Compiled:
         self._commit(result.gradients, result.states)
         self._in_flight.note(result)
         total = loss_of(result)
-        return (total, batches.join_outputs(capture, result.outputs)) if return_outputs else total
+        if return_outputs:
+            return total, batches.join_outputs(capture, result.outputs, shares, total)
+        return total
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Applies `optimizer` to the gradients that `forward_backward` left, in the background.
@@ -181,6 +183,7 @@ class Compiled:
             InvalidArgument: The optimizer holds none of this model's parameters, or needs a closure.
             ExecutionError: An earlier update failed.
         """
+        self._check_open()
         mine = {id(parameter) for parameter in self.model.parameters()}
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not mine & held:
@@ -250,19 +253,15 @@ class Compiled:
 
         Returns:
             The model's output for the whole batch (with `loss_fn`: the loss and the output). The loss is
-            the mean over microbatches; outputs that the model makes before its last segment (hidden
-            states) are None.
+            as in `forward_backward`; outputs that the model makes before its last segment (hidden states)
+            are None.
         """
+        self._check_open()
         capture = self.program.capture
-        _check_autocast(capture)
+        model_checks.check_autocast(capture)
         batch = batches.named_batch(capture, *self._cast(args, kwargs))
-        sizes = [
-            batch[spec.name].shape[spec.batch_dim] for spec in capture.inputs if spec.batch_dim is not None
-        ]
-        if 0 in sizes:
-            raise BatchError("the batch is empty")
+        count = batches.evaluation_parts(capture, batch, self.plan.microbatches)
         self._updates.wait()
-        count = batches.largest_divisor(sizes[0], self.plan.microbatches) if sizes else 1
         if count not in self._evaluations:
             self._evaluations[count] = self._makers.evaluation(count)
         executable = self._evaluations[count]
@@ -270,7 +269,9 @@ class Compiled:
         parts = batches.split_batch(capture, batch, count)
         tensors = self._weights.for_evaluation(self._tensors(capture))
         result = executable.engine.run(tensors, parts, _microbatches(capture, parts, [1.0] * count))
-        return batches.join_outputs(capture, result.outputs)
+        shares = batches.row_weights(capture, parts)
+        loss = batches.total_loss(capture, result.outputs, shares, COUNT in batch)
+        return batches.join_outputs(capture, result.outputs, shares, loss)
 
     # ------------------------------------------------------------------- state
 
@@ -339,6 +340,20 @@ class Compiled:
 
     # ------------------------------------------------------------------- helpers
 
+    def _check_open(self) -> None:
+        if not self._updates.queue.close.alive:
+            raise ExecutionError(
+                f"this compiled {type(self.model).__name__} has been closed, by close() or at the end of its "
+                f"`with`; make another: rpcompile.compile(model, plan=compiled.plan)"
+            )
+
+    def _check_training(self, capture: Capture) -> None:
+        self._check_open()
+        model_checks.check_autocast(capture)
+        model_checks.check_gradients(self._module)
+        model_checks.check_trainable(self._module, capture)
+        model_checks.warn_of_another_mode(self.model, self._modes)
+
     @cached_property
     def _with_outputs(self) -> Executable:
         return self._makers.with_outputs()
@@ -353,8 +368,8 @@ class Compiled:
         masters = self._tensors(self.program.capture)
         named = dict(self._module.named_parameters(remove_duplicate=False))
         owners = {id(named[name]): segment for name, segment in self._weights.owners().items()}
-        self._updates.step(optimizer, owners, lambda: self._weights.before_step(masters))
-        self._weights.after_step(masters)
+        before, after = self._weights.before_step, self._weights.after_step
+        self._updates.step(optimizer, owners, lambda: before(masters), lambda: after(masters))
 
     def _overlap(
         self,
@@ -373,16 +388,18 @@ class Compiled:
             changed = {name for names in self.program.states for name in names}
             changing = (s for s, names in enumerate(self.program.weights) if changed & set(names))
             pending = {**pending, **dict.fromkeys(changing, last)}
-        flight = self._training.engine.start(tensors, parts, microbatches, pending)
         stored = dict(self._module.named_buffers(remove_duplicate=False))
         read = [parameters[name] for name in parameters if tensors.get(name) is parameters[name]]
-        try:
-            return self._in_flight.add(flight, parameters, stored, read, loss_of)
-        except BaseException:
-            flight.cancel()
-            with suppress(ExecutionError):
-                flight.result()
-            raise
+        with uninterrupted() as interrupt:  # nobody would wait for what is started and not added
+            flight = self._training.engine.start(tensors, parts, microbatches, pending)
+            try:
+                interrupt.raise_if_it_came()
+                return self._in_flight.add(flight, parameters, stored, read, loss_of)
+            except BaseException:
+                flight.cancel()
+                with suppress(ExecutionError):
+                    flight.result()
+                raise
 
     def _loss_scale(self) -> float:
         scaler = self._options.grad_scaler
@@ -403,22 +420,20 @@ class Compiled:
             **dict(self._module.named_buffers(remove_duplicate=False)),
             **capture.constants,
         }
-        absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
-        if absent:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} has no weights to run with ({absent[0]} is on the meta "
-                f"device); its plan can be inspected, or load weights first"
-            )
+        model_checks.check_tensors(tensors, capture, self._options.compute_dtype is not None)
         return tensors
 
     def _commit(self, gradients: Tensors, states: Tensors) -> None:
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         stored = dict(self._module.named_buffers(remove_duplicate=False))
-        with torch.no_grad(), unguarded():
+        with unguarded():
             if any(self._updates.guard.is_held(parameters[name].grad) for name in gradients):
                 self._updates.wait()  # not zeroed since an update that is in flight, or clipped
+        with uninterrupted(), torch.no_grad(), unguarded():
             for name, gradient in gradients.items():
                 parameter = parameters[name]
+                if not parameter.requires_grad:
+                    continue  # it has been frozen
                 if parameter.grad is None:
                     parameter.grad = gradient
                 else:
@@ -439,13 +454,3 @@ def _microbatches(capture: Capture, parts: list[Tensors], scales: list[float]) -
         Microbatch(stream_seed(seed, index), batches.microbatch_sizes(capture, part), scale)
         for index, (part, scale) in enumerate(zip(parts, scales, strict=True))
     ]
-
-
-def _check_autocast(capture: Capture) -> None:
-    """Stages run under the autocast that was on at compile time; another one now would be ignored."""
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != capture.autocast:
-            raise InvalidArgument(
-                f"called under autocast to {torch.get_autocast_dtype(device)}, but compiled under "
-                f"{capture.autocast or 'none'}; call rpcompile.compile under the autocast that you train with"
-            )

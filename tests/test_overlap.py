@@ -243,12 +243,14 @@ def test_gradients_that_are_kept_are_added_to_behind_their_update() -> None:
 def test_learning_rates_are_those_of_the_call_of_step() -> None:
     pair, optimizer, simulated = make_pair()
     schedulers = [optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (optimizer, simulated.optimizer)]
-    with pair.compiled as compiled:
+    go = threading.Event()
+    with pair.compiled as compiled, begun(lambda number, _: number < 4 or go.wait(20), compiled):
         for iteration in range(5):
             compiled_step(pair, optimizer, simulated, iteration)
             for scheduler in schedulers:
                 scheduler.step()
         assert compiled._training.engine._flights  # no scheduler waits
+        go.set()
         assert same_weights(pair.model, simulated.versions[-1])
 
 

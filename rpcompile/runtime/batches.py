@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,22 +123,117 @@ def largest_divisor(size: int, limit: int) -> int:
     return max((divisor for divisor in range(1, limit + 1) if size % divisor == 0), default=1)
 
 
-def join_outputs(capture: Capture, parts: Sequence[Tensors]) -> Any:
+def evaluation_parts(capture: Capture, batch: Tensors, most: int) -> int:
+    """How many microbatches a batch to be evaluated is split into, of any size that was captured.
+
+    Args:
+        batch: As `named_batch` returns it.
+        most: Largest number, where the microbatch's size is not fixed.
+
+    Raises:
+        BatchError: The batch is empty.
+    """
+    for spec in capture.inputs:
+        if spec.batch_dim is None:
+            continue
+        size, want = batch[spec.name].shape[spec.batch_dim], spec.shape[spec.batch_dim]
+        if not size:
+            raise BatchError("the batch is empty")
+        return size // want if isinstance(want, int) else max(1, min(most, size // capture.symbols[want][0]))
+    return 1
+
+
+def total_loss(
+    capture: Capture, outputs: Sequence[Tensors], shares: Sequence[float] | None, summed: bool
+) -> torch.Tensor:
+    """The whole batch's loss, a scalar of at least float32.
+
+    Args:
+        outputs: Of each microbatch, by node name.
+        shares: Each microbatch's share of the rows; None where all are equal.
+        summed: The losses are parts of a sum already, by `num_items_in_batch`.
+    """
+    losses = [made[capture.outputs[0]] for made in outputs]
+    total = torch.zeros((), dtype=torch.promote_types(losses[0].dtype, torch.float32))
+    for number, loss in enumerate(losses):
+        total += loss if summed else loss / len(losses) if shares is None else loss * shares[number]
+    return total
+
+
+def join_outputs(
+    capture: Capture, parts: Sequence[Tensors], shares: Sequence[float] | None, loss: torch.Tensor
+) -> Any:
     """The model's output for the whole batch, in the form the model returns it.
 
-    Scalars are averaged over microbatches, tensors with a batch dimension concatenated. Outputs
-    made before the last segment are None.
+    Tensors are concatenated along their batch dimension. Those without one that depend on the batch are
+    averaged over microbatches by rows, or added if they are not floating-point (counts). Where the batch is
+    fixed, the batch dimension is the first one of its size. Outputs made before the last segment are None.
+
+    Args:
+        parts: Outputs of each microbatch, by node name.
+        shares: As for `total_loss`.
+        loss: What the loss is for the whole batch.
     """
     output = next(node for node in capture.graph_module.graph.nodes if node.op == "output")
-    leaves = [_join(node, parts) for node in output.args[0]]
-    return pytree.tree_unflatten(leaves, capture.output_spec)  # type: ignore[arg-type]
+    batch = _Batch.of(capture)
+
+    def join(node: Any) -> torch.Tensor | None:
+        if not isinstance(node, torch.fx.Node) or node.name not in parts[0]:
+            return None
+        if node.name == capture.outputs[0]:
+            return loss.to(parts[0][node.name].dtype)
+        tensors = [part[node.name] for part in parts]
+        if len(tensors) == 1 or node not in batch.dependent:
+            return tensors[0]
+        dim = batch.dim(node)
+        if dim is not None:
+            return torch.cat(tensors, dim)
+        if not (tensors[0].is_floating_point() or tensors[0].is_complex()):
+            return torch.stack(tensors).sum(0).to(tensors[0].dtype)
+        if shares is None:
+            return torch.stack(tensors).mean(0)
+        return sum((tensor * share for tensor, share in zip(tensors, shares, strict=True)), tensors[0] * 0)
+
+    return pytree.tree_unflatten([join(node) for node in output.args[0]], capture.output_spec)  # type: ignore[arg-type]
 
 
-def _join(node: Any, parts: Sequence[Tensors]) -> torch.Tensor | None:
-    if not isinstance(node, torch.fx.Node) or node.name not in parts[0]:
-        return None
-    tensors = [part[node.name] for part in parts]
-    shape = node.meta["val"].shape
-    if not shape:
-        return torch.stack(tensors).mean()
-    return torch.cat(tensors) if isinstance(shape[0], torch.SymInt) else tensors[0]
+@dataclass(frozen=True)
+class _Batch:
+    """Where the batch is found in a captured graph.
+
+    Attributes:
+        size: A microbatch's rows: a symbol of the graph's sizes, or a number where they are fixed.
+        dependent: The nodes that come from inputs with a batch dimension.
+    """
+
+    size: int | str
+    dependent: frozenset[torch.fx.Node]
+
+    @classmethod
+    def of(cls, capture: Capture) -> _Batch:
+        dims = {spec.placeholder: spec.batch_dim for spec in capture.inputs if spec.batch_dim is not None}
+        size: int | str = ""
+        dependent: set[torch.fx.Node] = set()
+        for node in capture.graph_module.graph.nodes:
+            if node.name in dims:
+                rows = node.meta["val"].shape[dims[node.name]]
+                size = rows if isinstance(rows, int) else str(rows.node.expr)
+                dependent.add(node)
+            elif not dependent.isdisjoint(node.all_input_nodes):
+                dependent.add(node)
+        return cls(size, frozenset(dependent))
+
+    def dim(self, node: torch.fx.Node) -> int | None:
+        """The batch dimension of a node's value; None if it has none."""
+        shape = node.meta["val"].shape
+        if isinstance(self.size, str):
+            holds = [self.size in _symbols(length) for length in shape]
+        else:
+            holds = [length == self.size for length in shape]
+            if True not in holds and shape:  # rows and another dimension may be one: (B, S, V) as (B S, V)
+                holds = [isinstance(shape[0], int) and shape[0] % self.size == 0]
+        return holds.index(True) if True in holds else None
+
+
+def _symbols(size: int | torch.SymInt) -> set[str]:
+    return set() if isinstance(size, int) else {str(symbol) for symbol in size.node.expr.free_symbols}

@@ -29,6 +29,7 @@ from rpcompile.runtime.cuda_streams import CudaStreams
 from rpcompile.runtime.flight import Bay, Flight, Result
 from rpcompile.runtime.host_slots import HostSlots
 from rpcompile.runtime.host_sums import HostSums
+from rpcompile.runtime.interrupts import uninterrupted
 from rpcompile.runtime.stage_runner import Microbatch, StageRunner
 from rpcompile.runtime.streams import CpuStreams, Failure, Iteration, Streams
 from rpcompile.runtime.watchdog import await_all
@@ -156,10 +157,10 @@ class Engine:
         for index, microbatch in enumerate(inputs):
             host[buffers.inputs(buffers.HOST, index)] = self._staged(microbatch)
         iteration = Iteration(host, self.before_instruction, self.record_times)
-        with self._lock:
-            if len(self._flights) >= self.capacity:  # its caller was interrupted before it could wait
-                self._flights[-1].cancel()
-                self._come_to_rest(self._flights[-1])
+        if len(self._flights) >= self.capacity:  # its caller was interrupted before it could wait
+            self._flights[-1].cancel()
+            self._come_to_rest(self._flights[-1])
+        with uninterrupted(), self._lock:
             bay = self._bays[0]
             flight = Flight(bay, iteration, len(inputs), self._shift, self._finish, self._cancel_from)
             bay.slots.begin([tuple(microbatch.sizes.items()) for microbatch in microbatches])
@@ -220,11 +221,11 @@ class Engine:
 
     def _leave(self, flight: Flight) -> None:
         """It has come to rest: what it used is free for another one."""
-        flight.bay.clear()
-        # Futures that it waited for may know it for longer.
-        flight.iteration.before = None
-        flight.iteration.host = {}
-        with self._lock:
+        with uninterrupted(), self._lock:
+            flight.bay.clear()
+            # Futures that it waited for may know it for longer.
+            flight.iteration.before = None
+            flight.iteration.host = {}
             self._flights.remove(flight)
 
     def _await_host(self, pending: Mapping[int, Future[None]], iteration: Iteration) -> None:
@@ -251,7 +252,7 @@ class Engine:
         try:
             self._await(flight.bay.drain(), flight)
         except BaseException as error:
-            with self._lock:
+            with uninterrupted(), self._lock:
                 for one in self._flights:
                     one.lost = True
                 self._flights.remove(flight)

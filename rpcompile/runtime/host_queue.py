@@ -9,6 +9,7 @@ import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from rpcompile.runtime.process_end import end_with_process
 from rpcompile.runtime.read_guard import unguarded
 
 if TYPE_CHECKING:
@@ -24,10 +25,8 @@ class HostQueue:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
         self._numbers = itertools.count()
-        self._shared = _Shared()
-        self._thread: threading.Thread | None = None
+        self._shared = _Shared(name)
         self.close = weakref.finalize(self, self._shared.close)
 
     def put(self, priority: tuple[int, ...], task: Callable[[], None]) -> Future[None]:
@@ -40,25 +39,32 @@ class HostQueue:
         Returns:
             A future that is done when the task is over, with the exception it raised if it raised one.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._shared.serve, name=self._name, daemon=True)
-            self._thread.start()
         future: Future[None] = Future()
         with self._shared.changed:
             heapq.heappush(self._shared.tasks, (priority, next(self._numbers), task, future))
             self._shared.changed.notify()
+            self._shared.start()
         return future
 
 
 class _Shared:
     """What the thread sees: not the queue itself, which could otherwise never be collected."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.tasks: list[_Task] = []
         self.changed = threading.Condition()
         self._closed = False
+        self._name = name
+        self._thread: threading.Thread | None = None
 
-    def serve(self) -> None:
+    def start(self) -> None:
+        """Begins to serve; to be called with `changed` held."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+            end_with_process(self)
+
+    def _run(self) -> None:
         with unguarded():  # this thread makes what others wait for
             self._serve()
 
@@ -88,3 +94,10 @@ class _Shared:
         with self.changed:
             self._closed = True
             self.changed.notify()
+
+    stop = close
+
+    def join(self, timeout_s: float) -> None:
+        """Returns when the thread has ended, or after that long."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rpcompile.errors import ExecutionError
+from rpcompile.runtime.interrupts import uninterrupted
 from rpcompile.runtime.read_guard import unguarded
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class InFlight:
         self._weights.restart()
 
     def _take_back(self, found: Collection[int]) -> None:
-        with unguarded():
+        with uninterrupted(), unguarded():
             for number in found:
                 parameter, empty = self._empty.pop(number)
                 if parameter.grad is empty:
@@ -146,6 +147,8 @@ class InFlight:
         with unguarded():
             for name in self._names or ():
                 parameter = parameters[name]
+                if not parameter.requires_grad:
+                    continue  # it has been frozen
                 if parameter.grad is None:
                     shape = parameter.shape
                     empty = torch.empty_strided(shape, (0,) * len(shape), dtype=parameter.dtype)
@@ -156,8 +159,8 @@ class InFlight:
         return found
 
     def _fill(self, targets: Mapping[str, torch.Tensor], result: Result) -> None:
-        for name, gradient in result.gradients.items():
-            target = targets[name]
+        for name, target in targets.items():
+            gradient = result.gradients[name]
             if self._empty.pop(id(target), None) is None:
                 target.add_(gradient)
             else:

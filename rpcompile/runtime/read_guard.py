@@ -4,7 +4,8 @@ While guarded, a tensor's class is a subclass whose `__torch_function__` waits, 
 subclass whose `state` waits. Afterwards every object has its own class back, so that nothing is
 slower, or of an unexpected type, while nothing is in flight.
 
-Not guarded are other tensors over the same memory that were made before (`parameter.data`, views).
+Not guarded are other tensors over the same memory that were made before (`parameter.data`, views), and what
+torch reads without asking the class: `torch.tensor(x)`, and x as a number, as in `torch.full((), x)`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from rpcompile.runtime.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,14 +59,14 @@ class ReadGuard:
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Guards plain tensors and parameters, until each has been released as often."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             for tensor in tensors:
                 if id(tensor) in self._held or type(tensor) in _PLAIN:
                     self._switch(tensor)
 
     def hold_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Guards an optimizer's state; its parameter groups stay open to LR schedulers."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             if id(optimizer) not in self._held:
                 own = type(optimizer)
                 self._guards.setdefault(own, _optimizer_guard(own, self._wait))
@@ -76,7 +79,7 @@ class ReadGuard:
 
     def release(self, items: Iterable[object]) -> None:
         """Gives items their own class back, those that nobody else holds."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             for item in items:
                 found, own, count = self._held.pop(id(item), (None, object, 0))
                 if count > 1:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from rpcompile.runtime.process_end import end_with_process
 from rpcompile.runtime.read_guard import unguarded
 
 if TYPE_CHECKING:
@@ -249,8 +250,11 @@ class StreamThread:
         self._tasks: queue.SimpleQueue[tuple[Iteration, str, Callable[[], object]] | None] = (
             queue.SimpleQueue()
         )
+        self._iteration: Iteration | None = None  # of the task that runs
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, args=(operator_threads,), name=name, daemon=True)
         self._thread.start()
+        end_with_process(self)
 
     def put(self, iteration: Iteration, instruction: str, task: Callable[[], object]) -> None:
         """Queues a task; it is skipped if the iteration is cancelled before it begins."""
@@ -266,8 +270,16 @@ class StreamThread:
         """Ends the thread after the tasks it has."""
         self._tasks.put(None)
 
-    def join(self) -> None:
-        self._thread.join()
+    def stop(self) -> None:
+        """Ends the thread after the instruction that runs; iterations in flight are cancelled."""
+        self._stopping = True
+        if (iteration := self._iteration) is not None:
+            iteration.cancel()
+        self.close()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Returns when the thread has ended, or after that long."""
+        self._thread.join(timeout_s)
 
     def _run(self, operator_threads: int | None) -> None:
         with unguarded():  # what it reads has been waited for
@@ -278,6 +290,9 @@ class StreamThread:
             _set_operator_threads(operator_threads)
         while (entry := self._tasks.get()) is not None:
             iteration, instruction, task = entry
+            self._iteration = iteration
+            if self._stopping:
+                iteration.cancel()
             if isinstance(task, _Drained):
                 task()
             elif not iteration.cancelled:
@@ -288,6 +303,7 @@ class StreamThread:
                 except BaseException as error:  # it belongs to the caller, who waits on another thread
                     iteration.fail(instruction, self._place[0], error)
             # Keep no tensor alive while waiting for the next task.
+            self._iteration = None
             del entry, iteration, task
 
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from rpcompile.errors import ExecutionError
 from rpcompile.exporting import EXPORT_LOCK
 from rpcompile.runtime.host_queue import HostQueue
+from rpcompile.runtime.interrupts import uninterrupted
 from rpcompile.runtime.optimizer_subsets import Member, SubsetStepper, is_separable
 from rpcompile.runtime.read_guard import ReadGuard, unguarded
 
@@ -61,7 +62,11 @@ class Updates:
         """Segment -> its last update, which may be over."""
 
     def step(
-        self, optimizer: Optimizer, owners: Mapping[int, int], before: Callable[[], None] = lambda: None
+        self,
+        optimizer: Optimizer,
+        owners: Mapping[int, int],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:
         """Queues one step of `optimizer`, or takes it at once where it cannot be divided.
 
@@ -69,6 +74,8 @@ class Updates:
             optimizer: The user's.
             owners: id of a parameter -> the first segment that reads it.
             before: Called when the previous steps of these parameters are over and this one has not begun.
+            after: Called when this one has been queued or is over. Nothing interrupts a step from the one to
+                the other, but one that is taken at once.
 
         Raises:
             ExecutionError: An earlier update failed.
@@ -83,11 +90,14 @@ class Updates:
             before()
             self.wait()
             optimizer.step()
+            after()
             return
-        before()
         hooks = (_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
         _run_hooks(optimizer, chain.from_iterable(found.values() for found in hooks))
-        self._queue_step(optimizer, owners)
+        with uninterrupted():
+            before()
+            self._queue_step(optimizer, owners)
+            after()
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             optimizer._opt_called = True  # type: ignore[attr-defined]
         hooks = (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks)
@@ -106,11 +116,13 @@ class Updates:
         in_flight = any(map(self.guard.is_held, gradients))
         clipped = any(id(gradient) in self._clipped for gradient in gradients)
         if in_flight and self._epoch and not clipped and not error_if_nonfinite:
-            return self._clip_later(gradients, max_norm, norm_type)
+            with uninterrupted():
+                return self._clip_later(gradients, max_norm, norm_type)
         if in_flight:
             self.wait()
         norm = torch.nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
-        self._clip(gradients, _scale(norm, max_norm))
+        with uninterrupted():
+            self._clip(gradients, _scale(norm, max_norm))
         return norm
 
     def is_clipped(self, parameters: Iterable[nn.Parameter]) -> bool:
@@ -165,11 +177,11 @@ class Updates:
                 future.exception()
             if self.skipping:
                 self.raise_failed()
-            with torch.no_grad(), unguarded():
+            with uninterrupted(), torch.no_grad(), unguarded():
                 for gradient, scale in self._clipped.values():
                     gradient.mul_(scale)
-            self.guard.release([gradient for gradient, _ in self._clipped.values()])
-            self._clipped.clear()
+                self.guard.release([gradient for gradient, _ in self._clipped.values()])
+                self._clipped.clear()
             self.pending.clear()
             self.raise_failed()
 
@@ -179,15 +191,22 @@ class Updates:
         Raises:
             ExecutionError: Once for each step that failed.
         """
-        with self._lock:
-            over = [future for future in self._futures if future.done()]
-            self._futures = [future for future in self._futures if not future.done()]
-        errors = [error for future in over if (error := future.exception()) is not None]
-        if errors:
-            if self.skipping:
-                self._forget_all()
-            self.forget(errors[0])
-            raise errors[0]
+        if self.skipping:
+            for future in self._futures:
+                future.exception()  # what was queued behind the failure is passed over
+        with uninterrupted():
+            over: list[Future[None]] = []
+            going: list[Future[None]] = []
+            with self._lock:
+                for future in self._futures:
+                    (over if future.done() else going).append(future)
+                self._futures = going
+            errors = [error for future in over if (error := future.exception()) is not None]
+            if errors:
+                if self.skipping:
+                    self._forget_all()
+                self.forget(errors[0])
+                raise errors[0]
 
     def forget(self, error: BaseException) -> None:
         """A failure that the user has been told of; the next call works with the weights as they are."""
@@ -211,10 +230,8 @@ class Updates:
             self.raise_failed()
 
     def _forget_all(self) -> None:
-        """An iteration failed in flight: what was queued behind it is passed over, and then gone."""
+        """An iteration failed in flight, and what was queued behind it has been passed over."""
         with self._lock:
-            for future in self._futures:
-                future.exception()
             self._futures.clear()
             self.pending.clear()
             self.guard.release([gradient for gradient, _ in self._clipped.values()])
