@@ -70,10 +70,12 @@ def check_segments(
     chain = costs.chain
     if limit < 1:
         raise InvalidArgument(f"the memory limit of {limit} bytes must be at least 1; set memory_limit_bytes")
-    for index, segment in enumerate(chain.segments):
-        if _alone_bytes(costs, index, forward_only) <= limit:
-            continue
-        least = _least(costs, index, forward_only)
+    alone = [_alone_bytes(costs, index, forward_only) for index in range(len(chain.segments))]
+    # The one that is named is the one that takes most.
+    for index in sorted(range(len(alone)), key=alone.__getitem__, reverse=True):
+        if alone[index] <= limit:
+            return
+        segment, least = chain.segments[index], _least(costs, index, forward_only)
         if least.memory_bytes > limit:
             size = ", ".join(f"{symbol}={value}" for symbol, value in chain.bindings.items())
             weights = least.weight_bytes + least.gradient_bytes

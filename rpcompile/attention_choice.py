@@ -75,11 +75,24 @@ def choose_attention(
         divided: The chain with tokens and heads divided for segments that offload; None: as in `chain`.
         asked: "auto"; "recompute" for none; "offload" for all that can be; "as is".
         means: Is only used where there is something to compare.
+
+    Raises:
+        InvalidArgument: "offload" where nothing can be.
     """
     if asked == AS_IS:
         return AttentionChoice(chain, None, "")
     every = len(_candidates(chain))
     none = AttentionChoice(offload(chain, 0), None, "")
+    if not every and asked == "offload":
+        refused = dict.fromkeys(r for s in chain.segments if s.attention for r in s.attention.refused)
+        why = "; ".join(refused) or (
+            "eager attention has none, and of a profile only what it says itself is known "
+            "(`rpcompile profile` writes it)"
+        )
+        raise InvalidArgument(
+            f"attention='offload', but no segment has an attention output that can be kept: {why}; use "
+            "attention='auto'"
+        )
     if not every:
         return none
     if asked == "recompute":

@@ -1,7 +1,8 @@
 """The largest microbatch, or the longest sequence, whose plan fits a GPU and the host.
 
-The GPU's side is first bounded by the finest partition (one segment a stage), which takes no solver;
-the size that is left is then planned for good, and made smaller until a plan is found and the host has room.
+The GPU's side is first estimated by the finest partition (one segment a stage), which takes no solver;
+from there on sizes are planned for good, smaller ones until a plan is found and the host has room, or larger
+ones as long as one is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rpcompile.planner import CapturedModel
 
 SOLVER_S = 1.0
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,10 @@ def largest_that_fits(
     with tqdm(desc="fit", delay=2.0, leave=False, disable=None if progress is None else not progress) as bar:
         search.bar = bar
         low, high = ranges[asked]
-        upper = _reach(low, high, lambda size: search.finest_problem(size) is None)
+        upper = _reach(low, high, lambda size: search.finest(size) <= search.usable_bytes)
         found = _between(low, upper, lambda size: search.problem(size) is None)
-        found = found if found >= low else 0
-        binds = _why(search, found, upper, high)
+        found = _beyond(search, found, high) if found >= low else 0
+        binds = _why(search, found, high)
     plan = search.plans.get(found)
     return Fit(
         asked=asked,
@@ -136,7 +138,7 @@ def naming_the_longest(
     microbatches: int,
     **divided: Any,
 ) -> Iterator[None]:
-    """Around the planning of one size: if not even one segment fits, the error says which sequence would.
+    """Around the planning of one size: if that is too long to fit, the error says which sequence does.
 
     Args:
         captured: The model.
@@ -146,21 +148,27 @@ def naming_the_longest(
         divided: Options of `CapturedModel.bind`.
 
     Raises:
-        StageTooLarge: With the longest sequence, as far as the GPU's memory goes; exact up to 64 tokens and
-            to 1/64 of itself beyond.
+        PartitionError: With the longest sequence that was planned, as far as the GPU's memory goes; exact up
+            to 64 tokens and to 1/64 of itself beyond.
     """
     try:
         yield
-    except StageTooLarge as error:
+    except PartitionError as error:
         sizes = {**captured.capture.example_sizes, **sizes}
         if "sequence" not in sizes:
             raise
+        size, least = sizes["sequence"], captured.capture.symbols["sequence"][0]
         fixed = {name: size for name, size in sizes.items() if name != "sequence"}
-        search = _Search(captured, hardware, "sequence", fixed, gpus, microbatches, 0, divided)
+        search = _Search(captured, hardware, "sequence", fixed, gpus, microbatches, _NO_LIMIT, divided)
+        if search.finest(size) <= search.usable_bytes:
+            raise  # it is not for want of memory
         with tqdm(desc="longest sequence", delay=2.0, leave=False, disable=None) as search.bar:
-            longest = _longest(search, sizes["sequence"], captured.capture.symbols["sequence"][0])
+            longest = _longest(search, size, least)
+            while longest >= least and search.problem(longest) is not None:
+                longest -= max(1, longest // 64)
+            longest = _beyond(search, longest, size - 1) if longest >= least else 0
         found = f"The longest that fits is sequence={longest:,}" if longest else "No sequence fits"
-        raise StageTooLarge(f"{error} {found}, predicted for stages of one segment.") from None
+        raise type(error)(f"{error} {found}.") from None
 
 
 def _longest(search: _Search, size: int, least: int) -> int:
@@ -170,7 +178,7 @@ def _longest(search: _Search, size: int, least: int) -> int:
     size, and each step, by the ratio to the limit, lands a little above what fits.
     """
     while size >= least:
-        over = search.finest(size)[0] / search.usable_bytes
+        over = search.finest(size) / search.usable_bytes
         if over <= 1:
             return size
         size = min(int(size / over), size - max(1, size // 64))
@@ -192,6 +200,7 @@ class _Search:
         self.bar: Any = tqdm(disable=True)
         self.plans: dict[int, Plan] = {}
         self._problems: dict[int, str | None] = {}
+        self._finest: dict[int, int] = {}
 
     @property
     def usable_bytes(self) -> int:
@@ -202,8 +211,10 @@ class _Search:
         self.bar.update()
         return self.captured.bind(self.hardware, {**self.fixed, self.asked: size}, **self.divided)
 
-    def finest(self, size: int) -> tuple[int, str]:
-        """Bytes that the finest partition needs on a GPU, and which of its stages it is."""
+    def finest(self, size: int) -> int:
+        """Bytes that the finest partition needs on a GPU."""
+        if size in self._finest:
+            return self._finest[size]
         chain = self.chain(size)
         segments = len(chain.segments)
         gpus = min(self.gpus, segments)
@@ -211,18 +222,8 @@ class _Search:
         cuts = [*range(segments), *range(segments + 1, 2 * segments - chain.first_backward + 1)]
         stages = stages_between(cuts, segments)
         resident = costs.resident_bytes(cuts, [costs.of(stage) for stage in stages])
-        worst = max(range(len(stages)), key=resident.__getitem__)
-        return resident[worst], f"{chain.segments[stages[worst].first].name} ({stages[worst].kind.value})"
-
-    def finest_problem(self, size: int) -> str | None:
-        """Why the finest partition does not fit on a GPU; None if it does."""
-        needed, name = self.finest(size)
-        if needed <= self.usable_bytes:
-            return None
-        return (
-            f"at {self.asked} {size:,} a stage of {name} alone needs "
-            f"{in_units(needed)} of the GPU's {in_units(self.usable_bytes)}"
-        )
+        self._finest[size] = max(resident)
+        return self._finest[size]
 
     def problem(self, size: int) -> str | None:
         """Why no plan fits; None if one does, which `plans` then holds."""
@@ -238,7 +239,12 @@ class _Search:
             gpus, self.microbatches, solver_time_s=SOLVER_S, effort=None, attention="recompute"
         )
         try:
-            plan = self.captured.plan(chain, options, progress=False)
+            try:
+                plan = self.captured.plan(chain, options, progress=False)
+            except StageTooLarge:
+                raise
+            except PartitionError:  # a search finds stages where the solver has not the time to
+                plan = self.captured.plan(chain, replace(options, effort="fast"), progress=False)
         except PartitionError as error:
             return f"at {self.asked} {size:,} the GPU: {error}"
         needed = plan.prediction.host_peak_bytes
@@ -251,12 +257,18 @@ class _Search:
         return None
 
 
-def _why(search: _Search, found: int, upper: int, high: int) -> str:
+def _why(search: _Search, found: int, high: int) -> str:
     if found == high:
         return f"nothing: {high:,} is the largest {search.asked} that the model was captured for"
-    following = next_size(max(found, 0))
-    reason = search.finest_problem(following) if following > upper else search.problem(following)
-    return reason or search.problem(following) or "the solver's time"
+    return search.problem(min(high, next_size(found))) or "the solver's time"
+
+
+def _beyond(search: _Search, size: int, high: int) -> int:
+    """A size that was planned, or larger ones as long as a plan is found: the finest stages take more
+    memory than others where copies bind."""
+    while size < high and search.problem(larger := min(high, next_size(size))) is None:
+        size = larger
+    return size
 
 
 def next_size(size: int) -> int:

@@ -151,11 +151,14 @@ def _forward(region: TiledRegion, inputs: Sequence[Any]) -> tuple[torch.Tensor, 
     """All chunks, put together; losses are added up."""
     tokens = region.tokens(inputs)
     outputs: list[torch.Tensor] = []
+    found: tuple[torch.Tensor, ...] = ()
     for low, high in region.bounds(inputs):
         found = region.run(region.part(inputs, low, high), high - low)
         if not outputs:
             outputs = [
-                torch.zeros_like(value) if dim is None else _whole(value, dim, tokens)
+                torch.zeros_like(value, dtype=_sum_dtype(value))
+                if dim is None
+                else _whole(value, dim, tokens)
                 for value, dim in zip(found, region.output_dims, strict=True)
             ]
         for output, value, dim in zip(outputs, found, region.output_dims, strict=True):
@@ -163,7 +166,7 @@ def _forward(region: TiledRegion, inputs: Sequence[Any]) -> tuple[torch.Tensor, 
                 output += value
             else:
                 output.narrow(dim, low, high - low).copy_(value)
-    return tuple(outputs)
+    return tuple(output.to(value.dtype) for output, value in zip(outputs, found, strict=True))
 
 
 def _shapes_only(region: TiledRegion, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
@@ -205,15 +208,22 @@ def _losses_and_gradients(
 ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None]]:
     """The loss, and the gradients of the inputs if its own gradient is `expected`."""
     sums = _Sums(region, inputs, wanted)
-    total: torch.Tensor | None = None
+    total, dtype = None, torch.float32
     for low, high in region.bounds(inputs):
         part = sums.leaves(low, high)
         with torch.enable_grad():
             (loss,) = region.run(part, high - low)
-        total = loss.detach().clone() if total is None else total + loss.detach()
+        dtype = loss.dtype
+        given = loss.detach().to(_sum_dtype(loss))
+        total = given.clone() if total is None else total + given
         sums.add(part, [loss], [torch.full_like(loss, expected)], low, high)
     assert total is not None
-    return (total,), sums.results()
+    return (total.to(dtype),), sums.results()
+
+
+def _sum_dtype(value: torch.Tensor) -> torch.dtype:
+    """What is added up over chunks: a low precision would lose what is small beside the sum."""
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 class _Sums:

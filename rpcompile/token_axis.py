@@ -82,13 +82,23 @@ class Barrier(Exception):
     """The operator mixes tokens, or may for all that is known."""
 
 
+class _Arguments(dict[str, object]):
+    """By schema name. Overloads of an operator differ in what they have: a rule needs what it asks for."""
+
+    def __missing__(self, name: str) -> object:
+        raise Barrier
+
+
 class Call:
     """One operator's arguments by name, with what is known of them."""
 
     def __init__(self, node: Node, known: Mapping[Node, Axes], rules: TokenRules) -> None:
         self.node, self.sizes, self.sequence = node, rules.sizes, rules.sequence
-        self.bound = arguments(node)
+        self.bound = _Arguments(arguments(node))
         self._known, self._rules = known, rules
+
+    def is_known(self, node: Node) -> bool:
+        return node in self._known
 
     def what(self, node: Node) -> TokenAxis | Role | None:
         if node not in self._known or len(self._known[node]) != 1:

@@ -59,8 +59,10 @@ class TokenRules:
             rule = _pointwise
         if rule is None:
             raise Barrier
-        axes = rule(Call(node, known, self))
-        for axis, tensor in zip(axes, tensors(node), strict=True):
+        axes, found = rule(Call(node, known, self)), tensors(node)
+        if len(axes) != len(found):
+            raise Barrier
+        for axis, tensor in zip(axes, found, strict=True):
             if not isinstance(axis, Role):
                 self._check(axis, self.sizes.shape(tensor))
         return axes
@@ -183,6 +185,8 @@ def _product(left: str, right: str, *rest: str) -> Callable[[Call], Axes]:
 
 def _embedding(call: Call) -> Axes:
     call.without_tokens("weight")
+    if call.bound["scale_grad_by_freq"]:
+        raise Barrier  # gradients depend on how often a row is looked up in all tokens
     axis = call.tokens("indices")
     return (axis.at(axis.dim),)
 
@@ -205,6 +209,13 @@ def _view(call: Call) -> Axes:
             inner = _quotient(right, sympy.Mul(*out[dim + 1 :]))
             return (TokenAxis(dim, outer, inner),)
     raise Barrier
+
+
+def _squeeze(call: Call) -> Axes:
+    """A chunk of one token must not lose its dimension: which ones go has to be said."""
+    if call.tokens("self").dim in call.dims("dim", call.rank("self")):
+        raise Barrier
+    return _view(call)
 
 
 def _permute(call: Call) -> Axes:
@@ -272,10 +283,55 @@ def _concatenation(call: Call) -> Axes:
 
 
 def _gather(call: Call) -> Axes:
+    """gather, scatter: along another dimension, by an index (and of numbers) with the same tokens."""
     axis = call.tokens("self")
-    if call.tokens("index") != axis or call.dim("dim", call.rank("self")) == axis.dim:
+    call.numbers_only()
+    given = [call.bound["index"], call.bound.get("src")]
+    if any(isinstance(node, Node) and call.axis(node) != axis for node in given):
         raise Barrier
-    return (axis,)
+    if call.dim("dim", call.rank("self")) == axis.dim:
+        raise Barrier
+    return (axis.at(axis.dim),)
+
+
+def _filled(call: Call) -> Axes:
+    """zeros_like, full_like, ...: of `self` nothing but the shape matters."""
+    axis = call.tokens("self")
+    call.numbers_only()
+    return (axis.at(axis.dim),)
+
+
+def _repeat(call: Call) -> Axes:
+    """Dimensions are repeated as a whole."""
+    axis, repeats = call.tokens("self"), cast("list[object]", call.bound["repeats"])
+    call.numbers_only()
+    dim = axis.dim + len(repeats) - call.rank("self")
+    times = repeats[dim]
+    if not isinstance(times, int) or (times != 1 and axis.order is not None):
+        raise Barrier
+    return (replace(axis.at(dim), outer=times * axis.outer),)
+
+
+def _repeat_interleave(call: Call) -> Axes:
+    """Each entry of a dimension is repeated."""
+    axis, times = call.tokens("self"), call.number("repeats")
+    call.numbers_only()
+    if axis.dim != call.dim("dim", call.rank("self")):
+        return (axis.at(axis.dim),)
+    if axis.order is not None:
+        raise Barrier
+    return (replace(axis.at(axis.dim), inner=times * axis.inner),)
+
+
+def _complex(call: Call) -> Axes:
+    """view_as_complex, view_as_real: pairs of numbers in the last dimension."""
+    axis = call.tokens("self")
+    return (axis.at(axis.dim),)
+
+
+def _extreme(call: Call) -> Axes:
+    """max, min: of two tensors, or over dimensions."""
+    return _pointwise(call) if "other" in call.bound else _reduction(call)
 
 
 # ------------------------------------------------- rows sorted by a key, e.g. by expert
@@ -285,6 +341,8 @@ def _sort(call: Call) -> Axes:
     axis = call.tokens("self")
     if call.rank("self") > 1 or axis.order is not None:
         return _along_other_dims(call)
+    if call.bound["descending"]:
+        raise Barrier  # offsets are those of ascending keys
     return replace(axis, order=call.node, sorted_keys=True), Role("index", axis, call.node)
 
 
@@ -360,6 +418,8 @@ def _scatter_positions(call: Call) -> Axes:
         raise Barrier
     if not counts_up or call.shape(values) != call.shape(call.only_index()) or call.bound["accumulate"]:
         raise Barrier
+    if call.is_known(values):
+        raise Barrier  # one number a token: they come in sliced, and a chunk's would not begin with 0
     return (replace(index, kind="inverse"),)
 
 
@@ -437,11 +497,11 @@ _RULES: dict[str, Callable[[Call], Axes]] = {
             "aten._unsafe_view",
             "aten.flatten",
             "aten.unflatten",
-            "aten.squeeze",
             "aten.unsqueeze",
         ),
         _view,
     ),
+    "aten.squeeze": _squeeze,
     "aten.permute": _permute,
     "aten.transpose": _transpose,
     "aten.t": _transpose,
@@ -454,7 +514,12 @@ _RULES: dict[str, Callable[[Call], Axes]] = {
     "aten.unbind": _select,
     "aten.cat": _concatenation,
     "aten.stack": _concatenation,
-    "aten.gather": _gather,
+    **dict.fromkeys(("aten.gather", "aten.scatter", "aten.scatter_"), _gather),
+    **dict.fromkeys(("aten.zeros_like", "aten.ones_like", "aten.full_like"), _filled),
+    "aten.repeat": _repeat,
+    "aten.repeat_interleave": _repeat_interleave,
+    **dict.fromkeys(("aten.view_as_complex", "aten.view_as_real"), _complex),
+    **dict.fromkeys(("aten.max", "aten.min"), _extreme),
     "aten.to": _to,
     "aten._to_copy": _to,
     "aten.sort": _sort,

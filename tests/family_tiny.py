@@ -55,7 +55,7 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 def causal(kind: str, **options: Any) -> Case:
     """A decoder of transformers, e.g. kind="Qwen3"."""
-    text = "Text" if kind == "Gemma3" else ""
+    text = "Text" if kind in ("Gemma3", "Llama4") else ""
     config = getattr(transformers, f"{kind}{text}Config")(**{**DECODER, **options})
     return Case(getattr(transformers, f"{kind}ForCausalLM")(config), tokens())
 

@@ -28,10 +28,16 @@ def capture_of(
     cuts: Iterable[str] = (),
     rematerialised: Iterable[str] = (),
     mutations: Mapping[str, str] | None = None,
+    lowest: int | None = None,
 ) -> Capture:
-    """`sizes` names the dynamic dimensions of inputs; `cuts` names the nodes that end segments."""
+    """`sizes` names the dynamic dimensions of inputs, `lowest` is their least size; `cuts` names the nodes
+    that end segments."""
     sizes = sizes or {}
-    dims = {name: torch.export.Dim(name, max=HIGHEST) for dims in sizes.values() for name in dims.values()}
+    dims = {
+        name: torch.export.Dim(name, min=lowest, max=HIGHEST)
+        for dims in sizes.values()
+        for name in dims.values()
+    }
     shapes = {key: {d: dims[name] for d, name in sizes.get(key, {}).items()} for key in inputs}
     exported = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
     module = exported.graph_module

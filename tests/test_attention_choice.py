@@ -205,6 +205,20 @@ def test_a_search_goes_on_from_what_was_chosen() -> None:
     assert "simulated at" in plan.attention
 
 
+def test_refuses_to_offload_where_nothing_can_be() -> None:
+    silent = replace(toy(4), segments=tuple(replace(s, attention=None) for s in toy(4).segments))
+    with pytest.raises(
+        InvalidArgument,
+        match=r"attention='offload', but no segment has an attention output that can be kept: eager "
+        r"attention has none, and of a profile only what it says itself is known .*; use attention='auto'$",
+    ):
+        planned(silent, "offload")
+    masked = toy(0, attention=AttentionOutputs((), 0, 0.0, 5, 7, 7, refused=("it has a mask",)))
+    with pytest.raises(InvalidArgument, match="can be kept: it has a mask; use attention='auto'"):
+        planned(masked, "offload")
+    assert planned(silent).attention == ""
+
+
 def test_evaluation_offloads_nothing() -> None:
     plan = planned(toy(1), "offload", mode="forward")
     assert offloaded(plan) == []

@@ -13,15 +13,14 @@ import torch
 import rpcompile
 from rpcompile.attention_choice import offload
 from rpcompile.device_kernels import Kernels
-from rpcompile.errors import InvalidArgument, StageTooLarge
-from rpcompile.fit import naming_the_longest
+from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
+from rpcompile.fit import naming_the_longest, next_size
 from rpcompile.ir import SegmentChain, Stage, StageKind
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.capture_graph import ExampleInputs
 from rpcompile.passes.choose_tiles import ChooseTiles, _Chooser
 from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.planner import CapturedModel, PlanOptions, capture_model
-from rpcompile.round_robin_time import StageCosts, stages_between
 from tests import memory_cases, models, reference, staged
 from tests.measured_memory import Measured
 
@@ -180,7 +179,7 @@ def test_a_sequence_that_can_never_fit_names_what_it_takes_and_the_longest_that_
     captured: CapturedModel,
 ) -> None:
     hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=4_000_000)
-    sizes, options = {"batch": 1, "sequence": 1 << 16}, PlanOptions(2, 4)
+    sizes, options = {"batch": 1, "sequence": 1 << 13}, PlanOptions(2, 4)
     with (
         pytest.raises(StageTooLarge) as error,
         naming_the_longest(captured, hardware, sizes, gpus=2, microbatches=4),
@@ -189,21 +188,34 @@ def test_a_sequence_that_can_never_fit_names_what_it_takes_and_the_longest_that_
     text = str(error.value)
     assert "for weights and gradients," in text
     assert "for activations and" in text
-    match = re.search(
-        r"The longest that fits is sequence=([\d,]+), predicted for stages of one segment\.$", text
-    )
+    match = re.search(r"The longest that fits is sequence=([\d,]+)\.$", text)
     assert match
     longest = int(match[1].replace(",", ""))
 
-    def excess(sequence: int) -> int:
-        chain = captured.bind(hardware, {"batch": 1, "sequence": sequence})
-        count = len(chain.segments)
-        costs = StageCosts(chain, 2, 4)
-        cuts = [*range(count), *range(count + 1, 2 * count + 1)]
-        stages = [costs.of(stage) for stage in stages_between(cuts, count)]
-        return max(costs.resident_bytes(cuts, stages)) - hardware.usable_bytes
+    captured.plan(captured.bind(hardware, {**sizes, "sequence": longest}), options, progress=False)
+    longer = captured.bind(hardware, {**sizes, "sequence": next_size(longest)})
+    with pytest.raises(PartitionError):
+        captured.plan(longer, options, progress=False)
 
-    assert excess(longest) <= 0 < excess(int(1.06 * longest))
+
+def test_of_what_does_not_fit_that_is_named_which_takes_most(captured: CapturedModel) -> None:
+    """It is what decides on the longest sequence; an MLP, which comes before it, does not."""
+    hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=4_000_000)
+    chain = captured.bind(hardware, {"batch": 1, "sequence": 1 << 16}, tiles=1)
+    heavy = replace(chain.segments[3], saved_bytes=1 << 30)
+    chain = replace(chain, segments=(*chain.segments[:3], heavy, *chain.segments[4:]))
+    assert hardware.usable_bytes < needs(chain)[2] < needs(chain)[3]
+    with pytest.raises(StageTooLarge, match=rf"^{re.escape(heavy.name)} needs 1\.1 GB"):
+        captured.plan(chain, PlanOptions(2, 4), progress=False)
+
+
+def test_what_fails_for_another_reason_names_no_sequence(captured: CapturedModel) -> None:
+    hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=1 << 40)
+    with (
+        pytest.raises(PartitionError, match=r"^something else$"),
+        naming_the_longest(captured, hardware, SIZES, gpus=2, microbatches=4),
+    ):
+        raise PartitionError("something else")
 
 
 def test_training_with_tiles_equals_plain_pytorch_but_for_rounding() -> None:

@@ -227,8 +227,8 @@ def test_fit_is_bound_by_the_smallest(captured: CapturedModel) -> None:
     own.bar = mixed.bar = tqdm(disable=True)
     assert mixed.usable_bytes == 2**20
     for size in (1, 10_000):
-        assert own.finest_problem(size) == mixed.finest_problem(size)
-    assert mixed.finest_problem(10_000) is not None
+        assert own.finest(size) == mixed.finest(size)
+    assert mixed.finest(10_000) > mixed.usable_bytes
     assert mixed.problem(1) is None
     assert mixed.plans[1].chain.kind_of == (0, 1)
 

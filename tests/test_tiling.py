@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rpcompile.passes._token_regions import find_regions
 from rpcompile.passes.extract_stages import ExtractStages
 from rpcompile.runtime.compiled_stages import structure
 from rpcompile.tiling import TiledRegion
-from tests import families, models, reference, staged
+from tests import families, family_tiny, models, reference, staged
 from tests.families import Family
 
 # Gradients of float32 are sums over tokens, taken in another order.
@@ -40,6 +41,15 @@ TILED = [
         "Packed batch",
     )
 ]
+_MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
+ROUTERS = [
+    Family(
+        "GLM-4.5",
+        partial(family_tiny.causal, "Glm4Moe", n_routed_experts=4, first_k_dense_replace=1, **_MIXTURE),
+    ),
+    Family("Llama 4", partial(family_tiny.causal, "Llama4", num_local_experts=4, intermediate_size_mlp=48)),
+]
+"""Mixtures whose routers scatter: by groups of experts, and with every expert for each token."""
 
 
 def with_tiles(chain: SegmentChain, tiles: int, loss_tiles: int) -> SegmentChain:
@@ -94,7 +104,7 @@ def run_tiled(item: Family, tiles: int, loss_tiles: int) -> tuple[list[TiledRegi
     return regions, max(errors)
 
 
-@pytest.mark.parametrize("item", TILED, ids=lambda item: item.name)
+@pytest.mark.parametrize("item", [*TILED, *ROUTERS], ids=lambda item: item.name)
 def test_chunks_change_nothing_but_rounding(item: Family) -> None:
     regions, error = run_tiled(item, 3, 5)
     assert error < (0.02 if item.name == "bfloat16 autocast" else TOLERANCE), error
@@ -102,10 +112,12 @@ def test_chunks_change_nothing_but_rounding(item: Family) -> None:
     assert any(region.is_loss for region in regions)
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3", "Qwen3-MoE", "GPT-OSS", "Packed batch"])
-def test_products_and_norms_of_a_layer_are_token_wise(name: str) -> None:
+WHOLE_LAYERS = [families.family(n) for n in ("Qwen3", "Gemma 3", "Qwen3-MoE", "GPT-OSS", "Packed batch")]
+
+
+@pytest.mark.parametrize("item", [*WHOLE_LAYERS, *ROUTERS], ids=lambda item: item.name)
+def test_products_and_norms_of_a_layer_are_token_wise(item: Family) -> None:
     """Everything with a weight is inside of a region; attention alone is not."""
-    item = families.family(name)
     assert item.tiny is not None
     case = models.build(item.tiny)
     captured = staged.capture(case.model, case.batch)
@@ -128,8 +140,18 @@ def test_products_and_norms_of_a_layer_are_token_wise(name: str) -> None:
 
 WITH_WEIGHTS = {
     f"aten.{name}"
-    for name in ("linear.default", "rsqrt.default", "silu.default", "cross_entropy_loss.default")
-} | {"transformers.grouped_mm_fallback.default", "aten.sort.default"}
+    for name in (
+        "linear.default",
+        "bmm.default",
+        "rsqrt.default",
+        "silu.default",
+        "cross_entropy_loss.default",
+    )
+} | {
+    "aten.cross_entropy_loss.default",
+    "transformers.grouped_mm_fallback.default",
+    "aten.sort.default",
+}
 
 
 # --------------------------------------------------------------------- soundness
@@ -302,3 +324,23 @@ def test_low_precision_weight_gradients_are_summed_in_float32() -> None:
     for low, high in region.bounds([x]):
         drifting += gradient[:, low:high].flatten(0, 1).T @ x.detach()[:, low:high].flatten(0, 1)
     assert (drifting.double() - exact).abs().max() / exact.abs().max() > 2**-8
+
+
+def test_a_low_precision_loss_is_summed_in_float32() -> None:
+    """In bfloat16 a sum of 512 chunks stops growing long before its end."""
+    torch.manual_seed(0)
+    graph = torch.fx.Graph()
+    logits, target = graph.placeholder("logits"), graph.placeholder("target")
+    loss = graph.call_function(torch.ops.aten.cross_entropy_loss.default, (logits, target, None, 2))
+    graph.output((loss,))
+    region = TiledRegion(
+        torch.fx.GraphModule({}, graph), (0, 0), (None,), 512, takes_sequence=False, needs_output=True
+    )
+    logits, target = torch.randn(2048, 16, dtype=torch.bfloat16), torch.randint(16, (2048,))
+    exact = functional.cross_entropy(logits.double(), target, reduction="sum")
+    with torch.no_grad():
+        (evaluated,) = region(logits, target)
+    (trained,) = region(logits.requires_grad_(), target)
+    for found in (evaluated, trained):
+        assert found.dtype == torch.bfloat16
+        assert abs(found.double() / exact - 1) < 0.02
