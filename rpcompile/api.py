@@ -33,14 +33,13 @@ from rpcompile.planner import (
     SOURCES,
     CapturedModel,
     PlanOptions,
-    announce,
     capture_model,
     find_gpu,
     plan_chain,
-    progress_bar,
     update_s_per_byte,
 )
 from rpcompile.profile import Profile
+from rpcompile.progress import announce, progress_bar
 from rpcompile.runtime.batches import largest_divisor
 from rpcompile.runtime.engine import Engine, RuntimeOptions
 from rpcompile.runtime.host_weights import set_dtypes

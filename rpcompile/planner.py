@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from rpcompile import hardware as catalogue
 from rpcompile.attention_choice import (
@@ -41,6 +40,7 @@ from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.price_attention import PriceAttention
 from rpcompile.plan import Plan, Prediction
+from rpcompile.progress import announce, progress_bar
 from rpcompile.runtime.stopwatch import Stopwatch
 from rpcompile.scheduling import (
     Found,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from torch import nn
+    from tqdm import tqdm
 
     from rpcompile.ir import Capture, CostedGraph, Hardware, Segment, SegmentChain
     from rpcompile.profile import Profile, ProfileSegment
@@ -449,19 +450,6 @@ def update_s_per_byte(optimizer_ns: float | None, dtype: str) -> float:
         raise InvalidArgument(f"optimizer_ns={optimizer_ns}; it must be finite and above 0, or None")
     kind = getattr(torch, dtype, None)
     return optimizer_ns * 1e-9 / (kind.itemsize if isinstance(kind, torch.dtype) else 2)
-
-
-def progress_bar(progress: bool | None) -> tqdm[Any]:
-    """A bar over the passes; None: after two seconds, if standard error is a terminal."""
-    disable, delay = (None, 2.0) if progress is None else (not progress, 0.0)
-    return tqdm(total=12, desc="capture", leave=False, disable=disable, delay=delay)
-
-
-def announce(bar: tqdm[Any] | None, step: str) -> None:
-    """Shows that a step begins."""
-    if bar is not None:
-        bar.update()
-        bar.set_description(step)
 
 
 def find_gpu(gpu: str | Hardware | None) -> str | Hardware:

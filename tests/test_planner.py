@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +204,17 @@ def test_where_nothing_is_found_that_fits_stages_of_one_segment_are_tried(
     ):
         with pytest.raises(PartitionError, match="no luck"):
             find_schedule(given, replace(options, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fused_segments": 0}, "fused_segments=0 must be at least 1: the loss is"),
+        ({"fused_segments": 1, "effort": None}, "fused_segments=1 is for a search; set effort to 'fast', "),
+        ({"time_limit_s": -1.0}, "time_limit_s=-1.0 must be at least 0"),
+        ({"time_limit_s": float("nan")}, "time_limit_s=nan must be at least 0"),
+    ],
+)
+def test_limits_of_a_search_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        find_schedule(chains.chain(3), replace(OPTIONS, **changes))

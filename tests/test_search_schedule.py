@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ BOUNDLESS = 1e18
 
 def decoder(layers: int, head: float = 3.0, **changes: object) -> SegmentChain:
     """Layers of 1 s forward and 2 s backward with 0.1 GB, and a head of `head` times that."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "weight_bytes": 100_000_000,
         "gradient_bytes": 100_000_000,
         "saved_bytes": 300_000_000,
@@ -50,7 +51,7 @@ def decoder(layers: int, head: float = 3.0, **changes: object) -> SegmentChain:
         memory_bytes=10_000_000_000,
         usable_bytes=10_000_000_000,
     )
-    last = sizes | {"boundary_bytes": 0, "boundary_gradient_bytes": 0}
+    last: dict[str, Any] = sizes | {"boundary_bytes": 0, "boundary_gradient_bytes": 0}
     body = [segment(f"layer{index}", 1.0, 2.0, **sizes) for index in range(layers)]
     return make_chain(*body, segment("head", head, 2 * head, **last), hardware=hardware)
 
@@ -450,6 +451,7 @@ def test_faster_gpus_compute_faster_in_the_schedule() -> None:
             {"memory_limit_bytes": (1, 2, 3)},
             "memory_limit_bytes=(1, 2, 3) must be at least 1, once",
         ),
+        ({"time_limit_s": -1.0}, "time_limit_s=-1.0 must be at least 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:
@@ -470,7 +472,7 @@ def test_no_times_at_all() -> None:
 
 
 def test_a_segment_that_does_not_fit() -> None:
-    with pytest.raises(StageTooLarge, match=r"layer0 needs .* has 300.0 MB usable. Use more microbatches"):
+    with pytest.raises(StageTooLarge, match=r"layer1 needs .* has 300.0 MB usable. Use more microbatches"):
         search(decoder(2), 2, 2, memory_limit_bytes=300_000_000)
 
 

@@ -174,7 +174,8 @@ def capture(name: str, dtype: str | None = None, lora: int | None = None) -> Cap
 
     named_models.check(name)
     from rpcompile.huggingface import infer_example_inputs
-    from rpcompile.planner import ExampleInputs, capture_model, progress_bar
+    from rpcompile.planner import ExampleInputs, capture_model
+    from rpcompile.progress import progress_bar
 
     found = named_models.build(name, dtype, lora)
     example = found.example_inputs
