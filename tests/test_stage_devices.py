@@ -6,6 +6,7 @@ Tensors without data stand for a GPU's: operators refuse to mix them with the CP
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,13 +86,15 @@ def test_a_backward_reads_nothing_that_its_caller_s_thread_has(
             2,
             example_inputs=case.batch,
             microbatches=2,
-            gpu=models.SLOW_GPU,
+            gpu=replace(models.SLOW_GPU, name="cpu"),  # whose attention kernels run here
             solver_time_s=0.5,
             effort=None,
             tiles=3,
             head_groups=2,
             attention=attention,
         ) as compiled:
+            kept = [name for name in compiled.plan.schedule.buffers if name.startswith("host:kept.")]
+            assert bool(kept) == (attention == "offload")
             torch.manual_seed(3)
             loss = compiled.forward_backward(**case.batch)
         found.append([loss, *(p.grad for p in case.model.parameters() if p.grad is not None)])
