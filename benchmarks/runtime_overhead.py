@@ -154,6 +154,7 @@ def flat_memory(options: argparse.Namespace) -> dict[str, object]:
         compiled.step(optimizer)
         optimizer.zero_grad()
         if step % max(1, options.steps // 10) == 0:
+            compiled.wait()  # what an update still holds is not counted
             samples.append(
                 {"step": step, "resident_bytes": _resident_bytes(), "tensor_bytes": _tensor_bytes()}
             )
