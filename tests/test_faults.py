@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +19,9 @@ import rpcompile
 from rpcompile.errors import ExecutionError, NonFinite, WorkerTimeout
 from rpcompile.ir import Op
 from tests import models
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 OPTIONS = {"gpus": 2, "microbatches": 4, "solver_time_s": 0.5, "gpu": models.SLOW_GPU, "effort": None}
 
@@ -267,6 +270,21 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+def one_fault_and_delays(choices: random.Random, instructions: int) -> Callable[[str], None]:
+    """A hook that raises before one of the next `instructions`, and delays one in fifty by up to 1 ms."""
+    left = choices.randrange(instructions)
+
+    def hook(_: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise choices.choice([MemoryError, torch.OutOfMemoryError, ValueError])("injected")
+        if choices.random() < 0.02:
+            time.sleep(choices.random() * 1e-3)
+
+    return hook
+
+
 def test_200_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_leave_nothing() -> None:
     compiled, case = compile_mlp()
     expected = reference(compiled, case)
@@ -274,17 +292,7 @@ def test_200_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_le
     threads, memory, outcomes = workers(), None, {True: 0, False: 0}
     count = sum(1 for _ in compiled.plan.schedule.actions())
     for seed in range(200):
-        choices = random.Random(seed)
-        left = [choices.randrange(6 * count)]
-
-        def hook(_: str, choices: random.Random = choices, left: list[int] = left) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                raise choices.choice([MemoryError, torch.OutOfMemoryError, ValueError])("injected")
-            if choices.random() < 0.02:
-                time.sleep(choices.random() * 1e-3)
-
-        hooked(compiled, hook)
+        hooked(compiled, one_fault_and_delays(random.Random(seed), 6 * count))
         failed: list[ExecutionError] = []
         try:
             loss = compiled.forward_backward(**case.batch)

@@ -25,7 +25,7 @@ from rpcompile.plan import Plan
 from rpcompile.runtime.streams import Iteration
 from tests import models, training
 from tests.test_async_mode import NormScaled, Simulated, same_weights
-from tests.test_faults import live_bytes, workers
+from tests.test_faults import live_bytes, one_fault_and_delays, workers
 
 _plans: dict[str, Plan] = {}
 
@@ -554,17 +554,7 @@ def test_60_runs_with_random_delays_and_faults_are_right_or_fail_cleanly_and_lea
         engine, outcomes, left_over = compiled._training.engine, Counter[bool](), list[tuple[int, int]]()
         count = 4 * sum(1 for _ in compiled.plan.schedule.actions())
         for seed in range(60):
-            choices = random.Random(seed)
-            left = [choices.randrange(8 * count)]
-
-            def hook(_: str, choices: random.Random = choices, left: list[int] = left) -> None:
-                left[0] -= 1
-                if left[0] == 0:
-                    raise choices.choice([MemoryError, torch.OutOfMemoryError, ValueError])("injected")
-                if choices.random() < 0.02:
-                    time.sleep(choices.random() * 1e-3)
-
-            engine.before_instruction = hook
+            engine.before_instruction = one_fault_and_delays(random.Random(seed), 8 * count)
             failed: list[str] = []
             try:
                 found = [compiled_step(pair, optimizer, simulated, iteration) for iteration in range(4)]
