@@ -254,3 +254,12 @@ def test_broken_sums_are_refused(change, message):
     with pytest.raises(ScheduleError) as caught:
         verify_schedule(anew(change(schedule)), chain(1), stages)
     assert message in str(caught.value)
+
+
+def test_updates_that_are_all_left_out():
+    schedule = updated()
+    without_host = replace(schedule, queues=tuple(q for q in schedule.queues if q.stream is not Stream.HOST))
+    with pytest.raises(
+        ScheduleError, match=re.escape("host:gradients.j3.s0 goes into no action; one update")
+    ):
+        verify_schedule(InsertEventWaits().run(without_host), chain(3), STAGES)
