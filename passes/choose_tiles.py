@@ -157,8 +157,9 @@ class _Chooser:
             return None
         goal, tried = self._goal(index), list[_Choice]()
         for tiles in chunks:
-            if tried and 0 < tiles * goal < tried[0].need_bytes:
-                continue  # what a segment needs falls no faster than its chunks
+            # What a segment needs falls no faster than its chunks; where none reaches the goal, most do best.
+            if tried and tiles < chunks[-1] and 0 < tiles * goal < tried[0].need_bytes:
+                continue
             tried.append(self._measure(index, tiles, groups[-1]))
             if tried[-1].need_bytes <= goal:
                 break

@@ -66,6 +66,16 @@ def test_a_loss_is_tiled_before_anything_else(captured: CapturedModel) -> None:
     assert tiles_of(only_loss)[-1] > 1
 
 
+def test_a_loss_that_no_chunks_bring_down_to_its_share_is_tiled_as_far_as_it_goes(
+    captured: CapturedModel,
+) -> None:
+    most = 8  # chunks of at least 256 tokens
+    usable = int(8 * needs(bound(captured, 1 << 40))[-1] / (most + 1))
+    tiled = ChooseTiles(captured.costed).run(bound(captured, usable))
+    assert tiles_of(tiled)[-1] == most
+    assert usable / 8 < needs(tiled)[-1] < usable / 4
+
+
 @pytest.mark.parametrize("share", [0.7, 0.8, 0.9, 1.0, 1.1])
 def test_what_is_chosen_is_the_cheapest_of_all_that_fit(captured: CapturedModel, share: float) -> None:
     """Against every number of chunks and groups there is."""
