@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rpcompile.ir import CostedGraph, Segment
     from rpcompile.passes._token_regions import TokenRegion
 
-# Shorter chunks would leave a GPU's matrix units idle.
+# Chunks of fewer, over all rows of the microbatch, would leave a GPU's matrix units idle.
 _LEAST_TOKENS = 256
 # What a loss may take of a GPU's memory before it is tiled. Its chunks cost little time, for its forward and
 # backward run together, and the memory that it leaves makes larger stages.
@@ -185,8 +185,10 @@ class _Chooser:
         elif tiles not in _NAMED:
             yield int(tiles)
         else:
-            tokens, count = min(self._chain.bindings[region.symbol] for region in regions), 1
-            while count == 1 or tokens >= count * _LEAST_TOKENS:
+            sizes, count = self._chain.bindings, 1
+            tokens = min(sizes[region.symbol] for region in regions)
+            most = min(tokens, tokens * sizes.get("batch", 1) // _LEAST_TOKENS)  # of all rows at once
+            while count <= max(1, most):
                 yield count
                 count *= 2
 
