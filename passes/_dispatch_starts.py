@@ -7,6 +7,7 @@ divided, like a head, is dealt out to several GPUs so that it does not hold up t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 _BACKWARD_LENGTHS = (1, 2, 4)
 _FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest, and as many of one segment
-_JOB_WORK = 8  # of playing a job's uploads and downloads
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
 
@@ -64,19 +64,11 @@ class Problem:
         """The first segment of the fused stage."""
         return max(cut for cut in cuts if cut < self.tables.segments)
 
-    def energy(self, state: State) -> float:
-        """What the search minimises; deals out the stages that are not yet."""
+    def energy(self, state: State) -> tuple[float, float]:
+        """What the search minimises, and the work of finding out; deals out the stages that are not yet."""
         shape = state.gpu_of.shape
-        return energy(
-            self.tables, self.machine, self.most_bytes, state, np.empty(shape, np.int64), np.empty(shape)
-        )
-
-    def work(self, state: State) -> int:
-        """What playing a state takes, in units of one microbatch of one stage; about, for it changes."""
-        size, dealt = int(state.size[0]), bool(state.wanted[0])
-        pairs = size * self.microbatches * (2 if dealt else 1)
-        jobs = state.wanted[:size].sum() if dealt else sum(map(len, map(set, state.gpu_of[:size].tolist())))
-        return self.machine.iterations * (pairs + _JOB_WORK * int(jobs))
+        room = np.empty(shape, np.int64), np.empty(shape)
+        return energy(self.tables, self.machine, self.most_bytes, state, *room, math.inf)
 
 
 def first_states(problem: Problem, partitions: Sequence[Partition], count: int) -> list[State]:
@@ -112,7 +104,7 @@ def _best(problem: Problem, cuttings: Sequence[list[int]]) -> list[_Start]:
     best: dict[tuple[int, ...], _Start] = {}
     for cuts, wanted in _shapes(problem, cuttings):
         state = problem.state(cuts, wanted)
-        entry = _Start(problem.energy(state), state, tuple(cuts))
+        entry = _Start(problem.energy(state)[0], state, tuple(cuts))
         best[entry.cuts] = min(best.get(entry.cuts, entry), entry, key=lambda entry: entry.energy)
     return sorted(best.values(), key=lambda entry: entry.energy)
 

@@ -53,7 +53,7 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        work: What may be played, in all, in units of one microbatch of one stage: about 5 ns each.
+        work: What all moves together may take, in the units of `_dispatch_moves.energy`: about 5 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 
@@ -282,7 +282,7 @@ class SearchSchedule:
         machine, wanted = problem.machine, state.wanted[:size]
         if machine.iterations > 1:  # long enough for any pattern over several iterations to show
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
-        played = play(machine, stages, state.gpu_of[:size], wanted, order, ends)
+        played = play(machine, stages, state.gpu_of[:size], wanted, order, ends, math.inf)
         if played.excess_bytes > 0:
             raise self._nothing_fits(chain, problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
@@ -349,11 +349,10 @@ class _Run:
         """Improves a state in place; its energy, and whether the clock ended it."""
         problem = self.problem
         now, then = (State(*(array.copy() for array in state)) for _ in range(2))
-        moves = max(_PIECES, min(int(self.work / problem.work(state)), _MOVES_A_PLACE * problem.tables.line))
-        value = math.inf
+        most = _MOVES_A_PLACE * problem.tables.line * problem.energy(state)[1]
+        work, done, value = min(self.work, most), 0.0, math.inf
         for piece in range(_PIECES):
-            begin, end = piece * moves // _PIECES, (piece + 1) * moves // _PIECES
-            value = anneal(
+            value, done = anneal(
                 problem.tables,
                 problem.machine,
                 problem.most_bytes,
@@ -361,9 +360,9 @@ class _Run:
                 state,
                 now,
                 then,
-                begin,
-                end,
-                moves,
+                done,
+                (piece + 1) * work / _PIECES,
+                work,
                 self.hot,
                 self.cold,
                 seed * _PIECES + piece,
@@ -396,7 +395,7 @@ def _compile(problem: Problem) -> None:
     cuts = [*range(n), *range(min(n + 1, line), line + 1)]
     states = [problem.state(cuts, np.ones(len(cuts) - 1)) for _ in range(3)]
     limit = problem.most_bytes
-    anneal(problem.tables, problem.machine, limit, 1, states[0], states[1], states[2], 0, 0, 1, 1.0, 1.0, 0)
+    anneal(problem.tables, problem.machine, limit, 1, *states, 0.0, 0.0, 1.0, 1.0, 1.0, 0)
     problem.energy(states[0])
 
 

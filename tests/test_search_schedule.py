@@ -128,7 +128,7 @@ def played_once(chain: SegmentChain, cuts: list[int], gpu_of: np.ndarray, speed:
     stages = stages._replace(loaded_bytes=np.zeros(size), handed_bytes=np.zeros(size))
     order, ends = np.empty_like(gpu_of), np.empty(gpu_of.shape)
     wanted = np.zeros(size, np.int64)
-    played = play(machine(chain, speed), stages, gpu_of, wanted, order, ends)
+    played = play(machine(chain, speed), stages, gpu_of, wanted, order, ends, math.inf)
     jobs, by_gpu = _dispatched(gpu_of, order, len(speed))
     dispatch = Dispatch("random", len(speed), gpu_of.shape[1], jobs, by_gpu)
     partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "random")
@@ -164,7 +164,7 @@ def two_jobs(chain: SegmentChain, **changes: object) -> float:
     room = np.empty((1, 2), np.int64), np.empty((1, 2))
     options = {"slice_s": 0.01, **changes}
     return play(
-        machine(chain, [1.0, 1.0], **options), stages, np.array([[0, 1]]), np.zeros(1, np.int64), *room
+        machine(chain, [1.0, 1.0], **options), stages, np.array([[0, 1]]), np.zeros(1, np.int64), *room, math.inf
     ).time_s
 
 
@@ -183,7 +183,7 @@ def modelled_bytes(chain: SegmentChain, cuts: list[int], gpu_of: list[list[int]]
     stages = stages_of(tables, shape[0], np.array(cuts))
     order, nowhere = np.empty(shape, np.int64), np.zeros(shape[0], np.int64)
     nothing = machine(chain, [1.0] * gpus, limit_bytes=np.zeros(gpus))
-    played = play(nothing, stages, np.array(gpu_of), nowhere, order, np.empty(shape))
+    played = play(nothing, stages, np.array(gpu_of), nowhere, order, np.empty(shape), math.inf)
     jobs, by_gpu = _dispatched(np.array(gpu_of), order, gpus)
     partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
     schedule = lay_out(chain, partition, Dispatch("by hand", gpus, shape[1], jobs, by_gpu), "sync")
