@@ -103,7 +103,9 @@ def energy(
     """
     size = state.size[0]
     stages = stages_of(tables, size, state.cuts)
-    played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], ends[:size], limit_s)
+    played = play(
+        machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], ends[:size], limit_s
+    )
     smallest = machine.limit_bytes[0]
     for gpu in range(1, machine.speed.size):
         smallest = min(smallest, machine.limit_bytes[gpu])

@@ -192,7 +192,9 @@ class _Queue(NamedTuple):
 
 
 @njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
-def _deal(machine: Machine, stages: Stages, s: int, width: int, g: _Gpus, q: _Queue, gpu_of: np.ndarray) -> None:
+def _deal(
+    machine: Machine, stages: Stages, s: int, width: int, g: _Gpus, q: _Queue, gpu_of: np.ndarray
+) -> None:
     """Deals a stage out to the GPUs that are free first, or have least to do where iterations are chained."""
     count, chained = machine.speed.size, machine.iterations > 1
     for k in range(count):
@@ -356,7 +358,23 @@ def play(
     left = np.full(SLICES, machine.host_bytes_per_s * slice_s)
     a, b = np.zeros((14, gpus)), np.zeros((3, gpus), np.int64)
     g = _Gpus(
-        a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], b[0], b[1], b[2]
+        a[0],
+        a[1],
+        a[2],
+        a[3],
+        a[4],
+        a[5],
+        a[6],
+        a[7],
+        a[8],
+        a[9],
+        a[10],
+        a[11],
+        a[12],
+        a[13],
+        b[0],
+        b[1],
+        b[2],
     )
     c = np.zeros((3, microbatches), np.int64)
     q = _Queue(np.zeros(microbatches), c[0], c[1], c[2])

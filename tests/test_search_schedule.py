@@ -19,7 +19,7 @@ from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.mixed_gpus import Box, with_speeds
 from rpcompile.passes._dispatch_moves import stages_of
-from rpcompile.passes._dispatch_starts import _shapes, first_states
+from rpcompile.passes._dispatch_starts import _given, first_starts
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
@@ -164,7 +164,12 @@ def two_jobs(chain: SegmentChain, **changes: object) -> float:
     room = np.empty((1, 2), np.int64), np.empty((1, 2))
     options = {"slice_s": 0.01, **changes}
     return play(
-        machine(chain, [1.0, 1.0], **options), stages, np.array([[0, 1]]), np.zeros(1, np.int64), *room, math.inf
+        machine(chain, [1.0, 1.0], **options),
+        stages,
+        np.array([[0, 1]]),
+        np.zeros(1, np.int64),
+        *room,
+        math.inf,
     ).time_s
 
 
@@ -299,15 +304,15 @@ def test_no_more_segments_are_fused_than_allowed_also_by_given_partitions(mode: 
 
 def test_starts_have_fused_stages_of_several_lengths() -> None:
     problem, _ = SearchSchedule(3, 6)._problem(decoder(12), [10**10] * 3)
-    states = first_states(problem, [], 8)
+    states = first_starts(problem, []).best(8)
     assert len({problem.fused_begin(state.cuts[: state.size[0] + 1].tolist()) for state in states}) >= 4
 
 
 def test_a_fused_stage_starts_with_as_many_jobs_as_keep_pace_with_the_others() -> None:
     # Backward stages of one layer take 4 s a microbatch, the head alone takes 12.
     problem, _ = SearchSchedule(8, 8, mode="async", max_traffic=0.7)._problem(decoder(12, 4.0), [10**10] * 8)
-    cuts = [0, 4, 8, 12, *range(14, 27)]
-    wanted = [int(shape[3]) for own, shape in _shapes(problem, [cuts]) if int(shape[0]) == 1]
+    cuts = (0, 4, 8, 12, *range(14, 27))
+    wanted = [shape[3] for own, shape in _given(problem, [cuts]) if shape[0] == 1]
     assert 3 in wanted
 
 
@@ -358,8 +363,8 @@ def test_given_partitions_are_among_the_starts() -> None:
     problem, _ = SearchSchedule(3, 6)._problem(chain, [10**10] * 3)
 
     def starts(partitions: list[Partition]) -> list[tuple[int, ...]]:
-        states = first_states(problem, partitions, 8)
-        energies = [problem.energy(state) for state in states]
+        states = first_starts(problem, partitions).best(8)
+        energies = [problem.energy(state)[0] for state in states]
         assert energies == sorted(energies)
         return [tuple(state.cuts[: state.size[0] + 1].tolist()) for state in states]
 
