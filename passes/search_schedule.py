@@ -75,7 +75,7 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        work: What all moves together may take, in the units of `_dispatch_moves.energy`: about 5 ns each.
+        work: What all moves together may take, in the units of `Played.work`: about 5 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 

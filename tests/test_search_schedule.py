@@ -156,7 +156,7 @@ def test_only_what_takes_longer_than_the_limit_is_given_up(case, share: float) -
     played, _ = played_until(chain, cuts, gpu_of, speed)
     limited, _ = played_until(chain, cuts, gpu_of, speed, share * played.time_s)
     assert limited == played or (share < 1 and limited.time_s == math.inf)
-    assert limited.stages <= played.stages
+    assert limited.work <= played.work
 
 
 def test_a_hopeless_dispatch_is_given_up_early() -> None:
@@ -164,11 +164,11 @@ def test_a_hopeless_dispatch_is_given_up_early() -> None:
     where, cuts = np.zeros((7, 2), np.int64), [0, 1, 2, 3, 5, 6, 7, 8]
     # Two GPUs have 30 s of work to do.
     played, _ = played_until(chain, cuts, where, [1.0, 1.0], 14.0)
-    assert (played.time_s, played.stages) == (math.inf, 1)
+    assert (played.time_s, played.work) == (math.inf, 2 * 2 + 4)
     # One has done 12 s of it when the other ends, at 14 s; 12 s are left, and 38 s / 2 in all.
     where[4] = 1
     played, _ = played_until(chain, cuts, where, [1.0, 1.0], 18.9)
-    assert (played.time_s, played.stages) == (math.inf, 5)
+    assert (played.time_s, played.work) == (math.inf, 5 * (2 * 2 + 4))
 
 
 @settings(max_examples=100, deadline=None)
