@@ -381,7 +381,7 @@ class _Question:
                 old, new = (
                     upload_unit_bytes(plan.chain, count, plan.microbatches) for count in (plan.gpus, gpus)
                 )
-                limits["max_traffic"] *= old / max(1.0, new)
+                limits["max_traffic"] *= old / new
             other = plan_chain(
                 replace(plan.chain, kind_of=kind_of),
                 replace(options, **limits),

@@ -195,7 +195,7 @@ def traffic_of(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> f
     """Weights uploaded in an iteration, in units of `upload_unit_bytes`."""
     uploaded = timeline.weight_bytes / len(timeline.iteration_end_s)
     unit = stage_bytes.upload_unit_bytes(chain, schedule.gpus, schedule.microbatches, schedule.mode)
-    return uploaded / max(1.0, unit)
+    return uploaded / unit
 
 
 def _check(chain: SegmentChain, options: PlanOptions) -> None:
@@ -349,7 +349,7 @@ class _Finding:
         options, chain = self.options, self.chain
         stages = [sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in partition.stages]
         unit = stage_bytes.upload_unit_bytes(chain, options.gpus, options.microbatches, options.mode)
-        least = sum(stages) / max(1.0, unit)
+        least = sum(stages) / unit
         if options.max_traffic is not None and least > options.max_traffic * (1 + 1e-9):
             search = options.effort is None and options.mode != "forward"
             raise PartitionError(

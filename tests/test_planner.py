@@ -214,6 +214,14 @@ def test_stages_of_one_segment_may_be_fewer_than_gpus(monkeypatch: pytest.Monkey
         find_schedule(chains.chain(3), replace(options, effort=None))
 
 
+@pytest.mark.parametrize("effort", [None, "fast"])
+def test_a_limit_on_uploads_where_there_are_no_weights(effort: str | None) -> None:
+    bare = chains.chain(2, {index: {"weight_bytes": 0, "gradient_bytes": 0} for index in range(2)})
+    options = PlanOptions(2, 2, effort=effort, max_traffic=1.0, solver_time_s=0.2, time_limit_s=0.2)
+    found = find_schedule(bare, options)
+    assert traffic_of(bare, found.schedule, found.timeline) == 0.0
+
+
 def test_an_evaluation_has_one_pass() -> None:
     options = PlanOptions(2, 4, "forward", solver_time_s=0.2)
     found = find_schedule(chains.chain(4), options)
