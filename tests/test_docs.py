@@ -99,7 +99,9 @@ def run_shell(line: str) -> None:
 def test_every_block_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(planning, "capture", CAPTURE)
-    monkeypatch.setattr(fit, "next_size", lambda size: size + max(1, size // 4))  # to a quarter, in fewer plans
+    monkeypatch.setattr(
+        fit, "next_size", lambda size: size + max(1, size // 4)
+    )  # to a quarter, in fewer plans
     names: dict[str, Any] = {"__name__": f"docs_{page.stem}"}
     module = type(sys)(names["__name__"])
     monkeypatch.setitem(sys.modules, names["__name__"], module)
