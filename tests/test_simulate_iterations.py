@@ -170,6 +170,24 @@ def test_the_period_is_that_of_the_shortest_turn(steps, expected):
     assert found == (pytest.approx(expected[0]), expected[1])
 
 
+@pytest.mark.parametrize(
+    ("ends_s", "busy_s", "rotate", "expected"),
+    [
+        ((10, 20, 30, 39), (0, 0), 0, 10),  # nothing follows the last, which is early
+        ((10, 20), (0, 0), 0, 10),
+        ((10, 20, 30, 40, 50), (80, 40), 0, 16),  # no faster than the GPU with most work
+        ((10, 20, 30, 40, 50), (80, 40), 1, 12),  # which each is in turn
+        # Steps of 11, 12, ... 17 do not repeat: the mean over the last four, for two begin on every GPU once.
+        ((10, 21, 33, 46, 60, 75, 91, 108, 109), (0, 0), 1, (108 - 46) / 4),
+    ],
+)
+def test_the_period_of_a_timeline(ends_s, busy_s, rotate, expected):
+    plain = simulate(compiled(chain(1), partition("FB0-0"), gpus=2, microbatches=1))
+    busy = {(gpu, Stream.COMPUTE): seconds for gpu, seconds in enumerate(busy_s)}
+    found = replace(plain, iteration_end_s=ends_s, busy_s=busy, rotate=rotate)
+    assert found.period_s == pytest.approx(expected)
+
+
 def test_a_deadlock_is_named_with_several_iterations_too():
     schedule = hand_made((0, COMPUTE, [act("0F0", waits=("e0",)), act("0F1", records=("e0",))]))
     with pytest.raises(ScheduleError, match=r"^deadlock: 0F0 \(gpu0 compute\) waits for 0F1"):
