@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
 from rpcompile.collection import collection_paused
-from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.errors import ScheduleError, require_at_least
 from rpcompile.ir import (
     COMPUTE_OPS,
     DOWN_STREAMS,
@@ -102,12 +102,7 @@ class InsertTransfers:
             ScheduleError: The schedule has other actions than compute, reads what no action makes, or
                 has GPUs wait for one another.
         """
-        for option, value in (
-            ("activation_slots", self.activation_slots),
-            ("resident_jobs", self.resident_jobs),
-        ):
-            if value < 1:
-                raise InvalidArgument(f"{option} is {value}; it must be at least 1")
+        require_at_least(1, activation_slots=self.activation_slots, resident_jobs=self.resident_jobs)
         for action in schedule.actions():
             if action.op not in COMPUTE_OPS:
                 raise ScheduleError(f"{action.id} is not a compute action; insert-transfers runs once")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import ortools
 
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, require_at_least
 from rpcompile.ir import Partition, StageKind
 from rpcompile.passes._check_chain import check_chain, check_segments, size_text
 from rpcompile.passes._stage_model import Answer, StageModel
@@ -97,11 +97,8 @@ class PartitionStages:
     def _check_options(self) -> None:
         if self.mode not in _MODES:
             raise InvalidArgument(f"mode={self.mode!r} is unknown; use one of {', '.join(_MODES)}")
-        for option, value in (("gpus", self.gpus), ("microbatches", self.microbatches)):
-            if value < 1:
-                raise InvalidArgument(f"{option}={value} must be at least 1")
-        if not self.time_limit_s >= 0:
-            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+        require_at_least(1, gpus=self.gpus, microbatches=self.microbatches)
+        require_at_least(0, time_limit_s=self.time_limit_s)
 
     def _check_gpus(self, chain: SegmentChain) -> None:
         check_chain(chain, self.mode != "forward")

@@ -141,7 +141,7 @@ def test_refuses_times_that_cannot_be(seconds):
     ("options", "message"),
     [
         ({"mode": "late"}, "mode is 'late'; iterations are chained 'sync' or 'async'"),
-        ({"iterations": 0}, "iterations is 0; it must be at least 1"),
+        ({"iterations": 0}, "iterations=0 must be at least 1"),
     ],
 )
 def test_refuses_options(options, message):
