@@ -53,7 +53,7 @@ def test_equal_microbatches_are_divided_by_their_number_and_not_weighed() -> Non
     parts = [{"x": torch.zeros(rows)} for rows in (2, 2, 2)]
     assert batches.row_weights(capture, parts) is None
     assert batches.row_weights(capture, [*parts, {"x": torch.zeros(4)}]) == [0.2, 0.2, 0.2, 0.4]
-    losses = [torch.tensor(value) for value in (1.1, 2.3, 0.7)]
+    losses = [torch.tensor(value) for value in (1.7, 2.3, 0.9)]
     expected = losses[0] / 3 + losses[1] / 3 + losses[2] / 3
     assert not torch.equal(expected, sum(loss * (1 / 3) for loss in losses))
     assert torch.equal(
