@@ -81,6 +81,16 @@ def test_iterations_move_on_to_other_gpus():
     assert moved.busy_s == {(0, COMPUTE): 15, (1, COMPUTE): 15}
 
 
+def test_updates_stay_on_the_host_when_iterations_move_on():
+    compute = act("0F0", seconds=1, records=("e0",))
+    update = act("0U@0.0", Op.UPDATE, seconds=5, writes=("host:updated.s0",), waits=("e0",))
+    schedule = hand_made((0, COMPUTE, [compute]), (0, HOST, [update]))
+    schedule = replace(schedule, buffers={"host:updated.s0": 0})
+    moved = simulate(schedule, iterations=4, mode="async", rotate=1)
+    assert [moved.start_s[f"0F0{i}"] for i in ("", "#1", "#2")] == [0, 0, 1]
+    assert moved.iteration_end_s == (6, 11, 16, 21)
+
+
 def test_a_gpu_holds_the_weights_of_two_jobs_across_iterations():
     def job(index: int, seconds: float):
         upload = act(f"{index}P@{index}.0", Op.PREFETCH, seconds=1, records=(f"e{index}",))
