@@ -19,14 +19,15 @@ import numpy as np
 
 from rpcompile.dispatch_costs import price_stages
 from rpcompile.dispatch_time import SLICES, Machine, play
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, require_at_least
 from rpcompile.ir import Dispatch, Job, Partition
-from rpcompile.passes._check_chain import check_chain, check_segments, size_text
+from rpcompile.passes._check_chain import check_chain, check_segments
 from rpcompile.passes._dispatch_bound import least_seconds
 from rpcompile.passes._dispatch_moves import State, anneal, stages_of
 from rpcompile.passes._dispatch_starts import Problem, Starts, first_starts
 from rpcompile.round_robin_time import StageCosts, stages_between
 from rpcompile.stage_bytes import upload_unit_bytes
+from rpcompile.units import size as size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,8 +187,8 @@ class SearchSchedule:
                 raise InvalidArgument(f"{option}={value!r} is unknown; use one of {', '.join(choices)}")
         if self.max_traffic is not None and not self.max_traffic > 0:
             raise InvalidArgument(f"max_traffic={self.max_traffic} must be above 0; None lifts the limit")
-        if self.time_limit_s is not None and not self.time_limit_s >= 0:
-            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+        if self.time_limit_s is not None:
+            require_at_least(0, time_limit_s=self.time_limit_s)
         if self.fused_segments is not None and self.fused_segments < 1:
             raise InvalidArgument(f"fused_segments={self.fused_segments} must be at least 1: the loss is")
         if not self.host_bytes_per_s > 0:
