@@ -96,7 +96,7 @@ class _Begin:
     def of(cls, reach: Reach, begin: int, most_bytes: float, most_jobs: int) -> _Begin:
         machine, fused_bytes = reach.machine, float(reach.fused_bytes[begin])
         others_bytes = float(reach.forward_bytes[:begin].sum() + reach.backward_bytes[:begin].sum())
-        jobs = np.arange(1, min(most_jobs, reach.widest(begin)) + 1)
+        jobs = np.arange(1, min(most_jobs, max(1, reach.widest(begin))) + 1)
         spare_bytes = most_bytes * _SLACK - others_bytes - jobs * fused_bytes
         jobs, spare_bytes = jobs[spare_bytes >= 0], spare_bytes[spare_bytes >= 0]
         links = machine.speed.size

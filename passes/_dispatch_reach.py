@@ -127,7 +127,8 @@ class Reach:
         costs, n = StageCosts(chain, self.machine.speed.size, self.microbatches), len(self.forward_s)
         needs = [costs.workspaces.of(Stage(0, StageKind.FB, begin, n - 1)) for begin in range(n)]
         inputs = np.cumsum([s.input_bytes for s in chain.segments[::-1]])[::-1]
-        around = np.array(costs.crossing[:n]) + np.array(costs.crossing_gradients[:n])
+        made = [b if s > chain.first_backward else 0 for s, b in enumerate(costs.crossing_gradients[:n])]
+        around = np.array(costs.crossing[:n]) + np.array(made)
         needs = np.array(needs) + self.fused_bytes + self.fused_gradients + inputs + around + LOSS_BYTES
         self._widest = np.count_nonzero(self.machine.limit_bytes[:, None] >= needs, axis=0)
         changes = np.cumsum([bool(s.state_bytes) for s in chain.segments[::-1]])[::-1]
