@@ -60,16 +60,17 @@ def least_seconds(
     begins = [_Begin.of(reach, begin, most_bytes, most_jobs) for begin in reach.fitting]
     begins = [found for found in begins if found.jobs.size]
     if not begins:  # Nothing fits in what is allowed: what holds without limits still does.
-        begins = [_Begin.of(reach, n, math.inf, 1) for n in range(tables.first_fused, tables.segments)]
+        every = range(tables.first_fused, tables.segments)
+        begins = [_Begin.of(reach, begin, math.inf, most_jobs) for begin in every]
     least_s, idle = math.inf, None
     for found in sorted(begins, key=lambda found: found.first_s.min()):
-        rough_s = found.first_s
-        if rough_s.min() >= least_s:
+        if found.first_s.min() >= least_s:
             break
-        seconds = np.maximum(rough_s, found.line_s(least_s))
+        line_s = found.line_s(least_s)
+        seconds = np.maximum(found.first_s, line_s)
         if machine.iterations == 1 and seconds.min() < least_s:
             idle = idle or Idle(reach, most_jobs, math.isfinite(most_bytes))
-            seconds = np.maximum(seconds, found.idle_s(idle, seconds))
+            seconds = np.maximum(seconds, found.idle_s(idle, line_s))
         least_s = min(least_s, float(seconds.min()))
     return least_s
 
@@ -96,7 +97,7 @@ class _Begin:
     def of(cls, reach: Reach, begin: int, most_bytes: float, most_jobs: int) -> _Begin:
         machine, fused_bytes = reach.machine, float(reach.fused_bytes[begin])
         others_bytes = float(reach.forward_bytes[:begin].sum() + reach.backward_bytes[:begin].sum())
-        jobs = np.arange(1, min(most_jobs, max(1, reach.widest(begin))) + 1)
+        jobs = np.arange(1, min(most_jobs, reach.widest(begin) or most_jobs) + 1)
         spare_bytes = most_bytes * _SLACK - others_bytes - jobs * fused_bytes
         jobs, spare_bytes = jobs[spare_bytes >= 0], spare_bytes[spare_bytes >= 0]
         links = machine.speed.size
@@ -145,15 +146,17 @@ class _Begin:
             found[place] = min(float(np.min(lines_s)), float(longer_s))
         return found
 
-    def idle_s(self, idle: Idle, least_s: np.ndarray) -> np.ndarray:
-        """Work, and what GPUs must be idle at both ends.
+    def idle_s(self, idle: Idle, line_s: np.ndarray) -> np.ndarray:
+        """Work, and what GPUs must be idle at both ends, which do not overlap: an iteration is no shorter
+        than its line, nor than its work.
 
         Args:
             idle: Of the chain.
-            least_s: (k,) what it takes at least: the two ends do not overlap in that.
+            line_s: (k,) the line.
         """
-        idle_s = idle.least(self.begin, self.jobs, self.spare_bytes, least_s)
-        return (self.reach.work_s(self.begin) + idle_s) / float(self.reach.machine.speed.sum())
+        work_s, speed = self.reach.work_s(self.begin), float(self.reach.machine.speed.sum())
+        apart_s = np.maximum(line_s, work_s / speed)
+        return (work_s + idle.least(self.begin, self.jobs, self.spare_bytes, apart_s)) / speed
 
 
 def _lateness(servers: int) -> np.ndarray:

@@ -84,43 +84,52 @@ class Reach:
         self._find_fitting(chain, tables)
 
     def _find_ends(self, backward_s: np.ndarray, own: dict[int, int], first_backward: int) -> None:
+        """Where the paths begin and end, and how far it is from there."""
         machine, n = self.machine, len(self.forward_s)
-        up, down = machine.up_bytes_per_s, machine.down_bytes_per_s
-        fastest = float(machine.speed.max())
+        fastest, latency_s = float(machine.speed.max()), machine.latency_s
         alone = machine.iterations == 1 and not machine.update_s_per_byte
         trained = (self.gradient_bytes > 0) & (self.forward_bytes > 0)
         self.origin = 0 if alone else int(np.argmax(trained)) if trained.any() else n
         self.first = max(self.origin, first_backward)
-        uploads = self.forward_bytes / up + machine.latency_s * (self.forward_bytes > 0)
-        downloads = self.gradient_bytes / down + machine.latency_s * (self.gradient_bytes > 0)
+        uploads_s = self.forward_bytes / machine.up_bytes_per_s + latency_s * (self.forward_bytes > 0)
+        downloads_s = self.gradient_bytes / machine.down_bytes_per_s + latency_s * (self.gradient_bytes > 0)
         ready_s = last_s = 0.0
         if self.origin < n:
-            ready_s = float(uploads[self.origin]) + own[self.origin] * machine.update_s_per_byte
+            ready_s = float(uploads_s[self.origin]) + own[self.origin] * machine.update_s_per_byte
         if self.first < n:
-            last_s = float(downloads[self.first])
-        counted = np.arange(n)
-        steps = self.forward_s / fastest * (counted >= self.origin)
-        self.path_s = ready_s + np.concatenate(([0.0], np.cumsum(steps)))
-        steps_back = backward_s / fastest * (counted >= self.first)
-        self.back_s = last_s + np.concatenate(([0.0], np.cumsum(steps_back)))
+            last_s = float(downloads_s[self.first])
+        steps_s = self.forward_s / fastest * (np.arange(n) >= self.origin)
+        back_s = backward_s / fastest * (np.arange(n) >= self.first)
+        self.path_s = ready_s + np.concatenate(([0.0], np.cumsum(steps_s)))
+        self.back_s = last_s + np.concatenate(([0.0], np.cumsum(back_s)))
         self.start_s, self.end_s = self.path_s.copy(), self.back_s.copy()
         self.fused_start_s, self.fused_end_s = self.path_s[:-1].copy(), self.back_s[:-1].copy()
-        if machine.iterations > 1:
-            return
-        uploads *= alone | trained
-        fused = self.fused_bytes
-        if not alone:
-            fused = np.cumsum((self.forward_bytes * trained)[::-1])[::-1]
-        for s in range(n):
-            self.start_s[s] = max(self.start_s[s], float(uploads[s]))
-            self.start_s[s + 1] = max(self.start_s[s + 1], self.start_s[s] + steps[s])
-            behind = self.end_s[s - 1] + steps_back[s - 1] if s else 0.0
-            self.fused_end_s[s] = max(self.back_s[s], behind)
-            self.end_s[s] = max(self.fused_end_s[s], float(downloads[s]))
-        latency = machine.latency_s
-        self.fused_start_s = np.maximum(self.start_s[:-1], fused / up + latency * (fused > 0))
-        sent = self.fused_gradients
-        self.fused_end_s = np.maximum(self.fused_end_s, sent / down + latency * (sent > 0))
+        if machine.iterations == 1:
+            # An upload may come ahead of the iteration if no update of the one before changes it.
+            waits = trained | alone
+            self._add_uploads(uploads_s * waits, steps_s, alone, self.forward_bytes * waits)
+            self._add_downloads(downloads_s, back_s)
+
+    def _add_uploads(
+        self, uploads_s: np.ndarray, steps_s: np.ndarray, alone: bool, waiting_bytes: np.ndarray
+    ) -> None:
+        """Nothing starts before its weights are there."""
+        for s, upload_s in enumerate(uploads_s.tolist()):
+            self.start_s[s] = max(self.start_s[s], upload_s)
+            self.start_s[s + 1] = max(self.start_s[s + 1], self.start_s[s] + steps_s[s])
+        fused = self.fused_bytes if alone else np.cumsum(waiting_bytes[::-1])[::-1]
+        upload_s = fused / self.machine.up_bytes_per_s + self.machine.latency_s * (fused > 0)
+        self.fused_start_s = np.maximum(self.start_s[:-1], upload_s)
+
+    def _add_downloads(self, downloads_s: np.ndarray, back_s: np.ndarray) -> None:
+        """Behind everything its gradients have to come down."""
+        for s, download_s in enumerate(downloads_s.tolist()):
+            behind_s = self.end_s[s - 1] + back_s[s - 1] if s else 0.0
+            self.fused_end_s[s] = max(self.back_s[s], behind_s)
+            self.end_s[s] = max(self.fused_end_s[s], download_s)
+        made = self.fused_gradients
+        download_s = made / self.machine.down_bytes_per_s + self.machine.latency_s * (made > 0)
+        self.fused_end_s = np.maximum(self.fused_end_s, download_s)
 
     def _find_fitting(self, chain: SegmentChain, tables: Tables) -> None:
         """What a fused stage has on its GPU while it runs: no less than its buffers and its own need."""
@@ -142,7 +151,9 @@ class Reach:
     def work_s(self, begin: int, *, all_of_it: bool = False) -> float:
         """What all microbatches compute, at speed 1; of the segments that count for paths, or all of it."""
         origin, first = (0, 0) if all_of_it else (self.origin, self.first)
-        each = float(self.forward_s[origin:begin].sum() + self.fused_s[begin] + self.again_s[first:begin].sum())
+        each = float(
+            self.forward_s[origin:begin].sum() + self.fused_s[begin] + self.again_s[first:begin].sum()
+        )
         return self.microbatches * each
 
     def line_s(
@@ -177,11 +188,12 @@ class Reach:
 class Idle:
     """What GPUs lack in work at both ends of an iteration.
 
-    By the moment t, at most min(M c, r v (t - start)) seconds of segment s have been computed, of c each: on
-    the r GPUs that have a job of it, of speed v at most. What is missing of V t, for the speeds V of all GPUs,
-    is idle. The moments looked at lie before any recompute, which may run ahead of the gradient but ends
-    where its backward begins (if it ends sooner, the gap between them is taken to lie before it). Likewise in
-    the last t seconds, where no forward runs any more: backward and recompute of s end at `end_s`.
+    By the moment t, at most min(M c, r v (t - start)) seconds of a segment have been computed, of M c in all:
+    on the r GPUs that have a job of it, of speed v at most. What is missing of V t, with V the speed of all
+    GPUs together, is idle. No recompute lies before the moments that are looked at: one may run ahead of its
+    gradient, but no other action comes between it and its backward, so that what gap there is may as well lie
+    in front of both. Likewise in the last t seconds, in which no forward runs any more: recompute and
+    backward of a segment end `end_s` before the end.
 
     Jobs of a segment take traffic: r - 1 times its bytes beyond the least. What the dispatch makes of that
     is not known; but for any price of a byte, work less price is at most what it is when every segment takes
@@ -199,16 +211,14 @@ class Idle:
             scale = self._fastest * most_s / float(np.median(paid))
             self.prices = np.concatenate(([0.0], scale * 0.5 ** np.arange(_PRICES)))
 
-    def least(
-        self, begin: int, jobs: np.ndarray, spare_bytes: np.ndarray, least_s: np.ndarray
-    ) -> np.ndarray:
+    def least(self, begin: int, jobs: np.ndarray, spare_bytes: np.ndarray, least_s: np.ndarray) -> np.ndarray:
         """Idle seconds at speed 1 at both ends.
 
         Args:
             begin: Of the fused stage.
             jobs: (k,) GPUs that run it.
             spare_bytes: (k,) what traffic leaves for other jobs beyond one a stage.
-            least_s: (k,) the moments of both ends are no further apart than that together.
+            least_s: (k,) what the iteration takes at least: moments of both ends must fit into that.
         """
         reach, low, high = self.reach, self.reach.origin, self.reach.first
         if low == len(reach.forward_s):
