@@ -93,6 +93,44 @@ def test_memory_limits_the_fused_stage_and_how_many_gpus_have_it() -> None:
     assert found == pytest.approx([6.4, 7.2, 7.2])
 
 
+def test_a_gradient_that_nothing_needs_takes_no_memory() -> None:
+    """The head behind a frozen layer fits on the small GPU: both have 0.1 s up, 1 + 3 s, and 0.1 s down."""
+    chain = decoder(1, 1.0, boundary_gradient_bytes=GB)
+    frozen = replace(chain.segments[0], backward_s=0.0, gradient_bytes=0, needs_backward=False)
+    chain = replace(chain, segments=(frozen, chain.segments[1]))
+    _, found = SearchSchedule(2, 2)._problem(chain, [2 * GB, 600_000_000])
+    assert found == pytest.approx(4.2)
+
+
+def test_a_recompute_may_run_ahead_of_its_gradient() -> None:
+    """10 s forward, 3 s for the head, then 1 s back: the other GPU has recomputed 10 s meanwhile."""
+    chain = decoder(1, 1.0, weight_bytes=0, **BARE)
+    slow = replace(chain.segments[0], forward_s=10.0, backward_s=1.0)
+    chain = replace(chain, segments=(slow, chain.segments[1]))
+    stages = Partition(stages_between((0, 1, 3, 4), 2), 100 * GB, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
+    dispatch = of_steps("by hand", 2, 1, [(0, 0, 0, 0), (0, 1, 0, 0), (1, 2, 0, 0)])
+    assert least(chain, 2, 1, fused_segments=1) == pytest.approx(14.0)
+    assert taken_s(chain, stages, dispatch, "sync", 0.0)[0] == pytest.approx(14.0, abs=1e-3)
+
+
+def test_the_two_ends_are_not_the_same_seconds() -> None:
+    """One of two GPUs has nothing to do for 3 s, once."""
+    assert least(decoder(0, 1.0, weight_bytes=0, **BARE), 2, 1) == pytest.approx(3.0)
+
+
+def test_a_tied_tensor_is_uploaded_and_sent_once_by_a_stage() -> None:
+    """Two tied layers and a head: with three uploads, 0.1 + 2 s, 4 x 3 s fused, 4 s back.
+
+    With gradients of 10 s each on one GPU, 0.1 s, 11 s of work and the last gradients; two of three are made.
+    """
+    tied = TiedWeight("shared", (0, 1), 10**8, 0)
+    chain = replace(decoder(2, 1.0, **BARE), tied=(tied,))
+    assert least(chain, 4, 4, max_traffic=3 / 5) == pytest.approx(18.1)
+    chain = decoder(2, 1.0, **(BARE | {"gradient_bytes": 10 * GB}))
+    chain = replace(chain, tied=(replace(tied, gradient_bytes=10 * GB),))
+    assert least(chain, 1, 1) == pytest.approx(0.1 + 11 + 10)
+
+
 def test_frozen_layers_in_front_overlap_with_the_iteration_before() -> None:
     """A frozen layer of 1 s, a trained one of 3 s: its copies and its update take 0.3 s of that second."""
     chain = decoder(1, 1.0, boundary_bytes=0, boundary_gradient_bytes=0)
