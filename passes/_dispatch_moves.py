@@ -15,9 +15,7 @@ from rpcompile.dispatch_costs import AHEAD, Tables
 from rpcompile.dispatch_time import Machine, Stages, play
 
 _PENALTY = 10.0  # a tenth too much memory or traffic weighs as much as twice the time
-_MOVE_WORK = 400  # of every move, in units of `energy`
-_PLAY_WORK = 2  # of one microbatch of one stage
-_DEAL_WORK = 4  # the same if the stage is dealt out
+_MOVE_WORK = 400.0  # of every move but playing it, in the units of `Played.work`
 _EVENNESS = 0.05  # weight of idle seconds at the end, which show the way where the makespan is flat
 
 
@@ -99,7 +97,7 @@ def energy(
 ) -> tuple[float, float]:
     """Seconds, with penalties for what breaks a limit; infinite if they are bound to exceed `limit_s`.
 
-    Also the work that it took to find out, in units of about 5 ns.
+    Also the work that it took to find out (`Played.work`).
     """
     size = state.size[0]
     stages = stages_of(tables, size, state.cuts)
@@ -111,8 +109,7 @@ def energy(
         smallest = min(smallest, machine.limit_bytes[gpu])
     over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / smallest
     value = played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s
-    a_stage = state.gpu_of.shape[1] * (_DEAL_WORK if state.wanted[0] > 0 and not machine.ring else _PLAY_WORK)
-    return value * (1.0 + _PENALTY * over), float(a_stage * played.stages)
+    return value * (1.0 + _PENALTY * over), played.work
 
 
 @njit(cache=True, nogil=True)
@@ -338,7 +335,7 @@ def anneal(
         then: As large as `best`; room to work in.
         done: Work of the pieces before this one.
         until: Work at which this one ends.
-        work: All of the run, in the units of `energy`.
+        work: All of the run, in the units of `Played.work`.
         hot: Which share of the seconds a move may cost at first.
         cold: The same at last.
         seed: Of the moves.

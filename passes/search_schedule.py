@@ -11,7 +11,8 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        work: What all moves together may take, in the units of `_dispatch_moves.energy`: about 5 ns each.
+        work: What all moves together may take, in the units of `Played.work`: about 5 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 
@@ -305,9 +306,13 @@ class SearchSchedule:
 
     def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
         """All states annealed, the best first, and whether the clock ended it."""
-        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             seeds = range(self.seed, self.seed + len(states))
-            results = list(pool.map(run.anneal, states, seeds))
+            try:
+                results = list(pool.map(run.anneal, states, seeds))
+            except BaseException:  # an interrupt, for which the pool would wait until all are done
+                run.stopped.set()
+                raise
         ranked = sorted((value, number) for number, (value, _) in enumerate(results))
         return [states[number] for _, number in ranked], any(late for _, late in results)
 
@@ -383,7 +388,7 @@ class SearchSchedule:
 
 @dataclass(frozen=True)
 class _Run:
-    """Annealing of one state: how much, how hot, and until when."""
+    """Annealing of one state: how much, how hot, and until when, or until it is stopped."""
 
     problem: Problem
     bound_s: float
@@ -391,6 +396,7 @@ class _Run:
     hot: float
     cold: float
     ends: float
+    stopped: Event = field(default_factory=Event)
 
     def anneal(self, state: State, seed: int) -> tuple[float, bool]:
         """Improves a state in place; its energy, and whether the clock ended it."""
@@ -414,7 +420,7 @@ class _Run:
                 self.cold,
                 seed * _PIECES + piece,
             )
-            if value <= self.bound_s * (1 + 1e-9):
+            if value <= self.bound_s * (1 + 1e-9) or self.stopped.is_set():
                 break
             if time.monotonic() > self.ends and piece < _PIECES - 1:
                 return value, True

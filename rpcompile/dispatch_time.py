@@ -28,6 +28,9 @@ import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
 SLICES = 1024  # intervals in which host bandwidth is kept account of
+_PLAY_WORK = 2.0  # of one microbatch of one stage, in the units of `Played.work`
+_DEAL_WORK = 2.0  # the same, of dealing it out
+_JOB_WORK = 4.0  # of a job's uploads and downloads
 _HANDED = 0.9  # a link is never so busy with activations that weights get less than the rest
 
 
@@ -103,14 +106,14 @@ class Played(NamedTuple):
         idle_s: Mean over GPUs from their last work to the end: how uneven the end is.
         upload_bytes: Of one iteration.
         excess_bytes: Largest excess of a job's residency over its GPU's limit.
-        stages: How many were played, in all iterations.
+        work: What playing it took, in units of about 5 ns.
     """
 
     time_s: float
     idle_s: float
     upload_bytes: float
     excess_bytes: float
-    stages: int
+    work: float
 
 
 @njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
@@ -381,7 +384,7 @@ def play(
     last_free = np.zeros(gpus)
     final = final_before = updated = upload_bytes = excess = 0.0
     chained, dealt_jobs, settled_s = machine.iterations > 1, 0, 0.0
-    speed, todo_s = 0.0, 0.0
+    speed, todo_s, work = 0.0, 0.0, 0.0
     for k in range(gpus):
         speed += machine.speed[k]
     for s in range(count):
@@ -408,8 +411,8 @@ def play(
                 g.jobs[k] = g.here[k] = 0
             released = 0.0
             if waits:
-                work = stages.updated_bytes[s] * machine.update_s_per_byte * machine.host_bytes_per_s
-                updated = _draw(left, slice_s, updated, work, machine.host_bytes_per_s)
+                nbytes = stages.updated_bytes[s] * machine.update_s_per_byte * machine.host_bytes_per_s
+                updated = _draw(left, slice_s, updated, nbytes, machine.host_bytes_per_s)
                 released = updated
             _arrange(q)
             if wanted[s] > 0 and iteration == 0:
@@ -419,6 +422,7 @@ def play(
                         gpu_of[s, m] = (dealt_jobs + m % width) % gpus
                 else:
                     _deal(machine, stages, s, width, g, q, gpu_of)
+                    work += _DEAL_WORK * microbatches
             for m in range(microbatches):
                 k = gpu_of[s, m] + shift
                 if k >= gpus:
@@ -431,6 +435,7 @@ def play(
                 parts += g.jobs[k] > 0
             if iteration == 0:
                 dealt_jobs += parts
+            work += _PLAY_WORK * microbatches + _JOB_WORK * parts
             uploaded, over = _send_up(machine, stages, s, released, sets, g, left)
             upload_bytes += uploaded
             excess = max(excess, over)
@@ -445,19 +450,19 @@ def play(
                 spent_s += machine.speed[k] * g.free[k]
             todo_s -= microbatches * stages.compute_s[s]
             if not chained and spent_s + todo_s > limit_s * speed:
-                return Played(np.inf, 0.0, upload_bytes, excess, s + 1)
-    time_s, mean_s, spread, played = 0.0, 0.0, 0.0, count * machine.iterations
+                return Played(np.inf, 0.0, upload_bytes, excess, work)
+    time_s, mean_s, spread = 0.0, 0.0, 0.0
     for k in range(gpus):
         mean_s += g.free[k] / gpus
         time_s = max(time_s, g.free[k] - last_free[k])
     if not chained:
-        return Played(final, final - mean_s, upload_bytes, excess, played)
+        return Played(final, final - mean_s, upload_bytes, excess, work)
     if machine.ring:
         time_s = (mean_s - settled_s) / (machine.iterations - machine.iterations // 2)
-        return Played(time_s, 0.0, upload_bytes / machine.iterations, excess, played)
+        return Played(time_s, 0.0, upload_bytes / machine.iterations, excess, work)
     mean_s = 0.0
     for k in range(gpus):
         mean_s += (g.free[k] - last_free[k]) / gpus
     for k in range(gpus):
         spread += (g.free[k] - last_free[k] - mean_s) ** 2 / gpus
-    return Played(time_s, np.sqrt(spread), upload_bytes / machine.iterations, excess, played)
+    return Played(time_s, np.sqrt(spread), upload_bytes / machine.iterations, excess, work)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from threading import Event
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from rpcompile.passes._dispatch_starts import _divided, _given, first_starts
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
-from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched
+from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched, _Run
 from rpcompile.round_robin_time import stages_between
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import simulate_dispatch
@@ -156,7 +157,7 @@ def test_only_what_takes_longer_than_the_limit_is_given_up(case, share: float) -
     played, _ = played_until(chain, cuts, gpu_of, speed)
     limited, _ = played_until(chain, cuts, gpu_of, speed, share * played.time_s)
     assert limited == played or (share < 1 and limited.time_s == math.inf)
-    assert limited.stages <= played.stages
+    assert limited.work <= played.work
 
 
 def test_a_hopeless_dispatch_is_given_up_early() -> None:
@@ -164,11 +165,11 @@ def test_a_hopeless_dispatch_is_given_up_early() -> None:
     where, cuts = np.zeros((7, 2), np.int64), [0, 1, 2, 3, 5, 6, 7, 8]
     # Two GPUs have 30 s of work to do.
     played, _ = played_until(chain, cuts, where, [1.0, 1.0], 14.0)
-    assert (played.time_s, played.stages) == (math.inf, 1)
+    assert (played.time_s, played.work) == (math.inf, 2 * 2 + 4)
     # One has done 12 s of it when the other ends, at 14 s; 12 s are left, and 38 s / 2 in all.
     where[4] = 1
     played, _ = played_until(chain, cuts, where, [1.0, 1.0], 18.9)
-    assert (played.time_s, played.stages) == (math.inf, 5)
+    assert (played.time_s, played.work) == (math.inf, 5 * (2 * 2 + 4))
 
 
 @settings(max_examples=100, deadline=None)
@@ -535,3 +536,36 @@ def test_nothing_that_fits_names_the_tightest() -> None:
 def test_traffic_below_what_is_possible() -> None:
     with pytest.raises(PartitionError, match=r"max_traffic=0.1 allows .* set max_traffic to 0.5"):
         search(decoder(4), 2, 4, max_traffic=0.1, fused_segments=1)
+
+
+def test_an_interrupt_stops_all_walks() -> None:
+    class Walks:
+        stopped = Event()
+        ended: ClassVar[list[bool]] = []
+
+        def anneal(self, state: str, seed: int) -> tuple[float, bool]:
+            if state == "interrupted":
+                raise KeyboardInterrupt
+            self.ended.append(self.stopped.wait(60))
+            return 0.0, False
+
+    with pytest.raises(KeyboardInterrupt):
+        SearchSchedule(2, 2)._anneal(Walks(), ["interrupted", "long"])  # type: ignore[arg-type, list-item]
+    assert all(Walks.ended)
+
+
+def test_a_walk_that_is_stopped_ends_with_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, bound_s = SearchSchedule(3, 6)._problem(decoder(6), [10**10] * 3)
+    state, pieces = first_starts(problem, []).best(1)[0], []
+
+    def piece(*options: Any) -> tuple[float, float]:
+        pieces.append(options)
+        return 2 * bound_s, 0.0
+
+    monkeypatch.setattr("rpcompile.passes.search_schedule.anneal", piece)
+    run = _Run(problem, bound_s, 1e9, 1e-3, 1e-4, math.inf)
+    run.anneal(state, 0)
+    assert len(pieces) == 20
+    run.stopped.set()
+    run.anneal(state, 0)
+    assert len(pieces) == 21
