@@ -391,14 +391,13 @@ def simulated_s(chain: SegmentChain, found: SearchedSchedule, mode: str) -> floa
 
 
 def test_a_limit_of_traffic_raises_the_bound() -> None:
-    """Four equal layers of 1 + 2 s, one upload of 0.1 s first, 4 microbatches on 4 GPUs; 7 uploads are 1.
+    """Four equal layers of 1 + 2 s, 0.1 s to upload one of them, 4 microbatches on 4 GPUs; 7 uploads are 1.
 
-    Unlimited, all layers are fused on every GPU. With 14 uploads three are: 1 + 1 for the other and 4 x 3.
-    With 7, 3 + 3 for the others leave one job of the last: 3 s there, 4 x 3 s, 6 s back. With 6, 2 + 2 leave
-    one job of two: 2 s, 4 x 6 s, 4 s.
+    Unlimited, all layers are fused, and uploaded first, on every GPU. With 7, 3 + 3 for the others leave one
+    job of the last: 3 s there, 4 x 3 s, 6 s back. With 6, 2 + 2 leave one job of two: 2 s, 4 x 6 s, 4 s.
     """
     chain = decoder(3, 1.0, gradient_bytes=0)
-    limits = {None: 12.1, 2.0: 13.1, 1.0: 21.1, 6 / 7: 30.1}
+    limits = {None: 12.4, 1.0: 21.1, 6 / 7: 30.1}
     for most, least_s in limits.items():
         _, bound_s = SearchSchedule(4, 4, max_traffic=most)._problem(chain, [10**10] * 4)
         assert bound_s == pytest.approx(least_s)
@@ -421,6 +420,11 @@ def test_given_partitions_are_among_the_starts() -> None:
     # Half of the places are theirs, and go to the best of them.
     assert len(set(cuts) & set(starts(given))) == 4
     assert set(cuts[:2]) <= set(starts(given[:2]))
+
+
+def test_a_limit_of_traffic_allows_what_uploads_nothing() -> None:
+    chain = decoder(4, weight_bytes=0, gradient_bytes=0)
+    assert search(chain, 2, 4, max_traffic=0.5).traffic == 0.0
 
 
 def test_the_same_seed_gives_the_same_schedule() -> None:
