@@ -27,7 +27,7 @@ from rpcompile.attention_choice import (
     over,
 )
 from rpcompile.cost_file import CostFile
-from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
+from rpcompile.errors import InvalidArgument, PartitionError, PlanFileError, PlanMismatch
 from rpcompile.host_memory import host_memory
 from rpcompile.mixed_gpus import Box, box_of, with_ratios, with_speeds
 from rpcompile.passes.bind_chain import BindChain
@@ -67,6 +67,11 @@ if TYPE_CHECKING:
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
 SOURCES = ("estimated", "measured")  # of seconds, besides profiles
+_LIMITS = {
+    "max_traffic": float,
+    "fused_segments": int,
+    "host_bytes": int,
+}  # options that a plan's provenance has
 QUICK_S = 1.0  # of the partition solver, where plans are only compared
 _log = logging.getLogger("rpcompile")
 
@@ -497,10 +502,26 @@ def _main_dtype(capture: Capture) -> str:
     return max(bytes_of, key=lambda dtype: bytes_of[dtype], default="none")
 
 
+def limits_of(plan: Plan) -> dict[str, Any]:
+    """What the planner was told to keep to, as `PlanOptions`; nothing for plans that do not say.
+
+    Raises:
+        PlanFileError: The file says something that is no number.
+    """
+    try:
+        return {
+            name: kind(plan.provenance[name]) for name, kind in _LIMITS.items() if name in plan.provenance
+        }
+    except ValueError as error:
+        raise PlanFileError(f"the plan's provenance is damaged: {error}") from error
+
+
 def _provenance(options: PlanOptions) -> dict[str, str]:
     from rpcompile import __version__
 
+    limits = {name: getattr(options, name) for name in _LIMITS}
     return {
+        **{name: str(limit) for name, limit in limits.items() if limit is not None},
         "rpcompile": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
