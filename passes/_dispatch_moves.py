@@ -16,6 +16,8 @@ from rpcompile.dispatch_time import Machine, Stages, play
 
 _PENALTY = 10.0  # a tenth too much memory or traffic weighs as much as twice the time
 _MOVE_WORK = 400.0  # of every move but playing it, in the units of `Played.work`
+_NOTHING = 1e-9  # too much of a limit that is left to rounding
+_BROKEN = 1e6  # no dispatch that breaks a limit is better than one that breaks none
 _EVENNESS = 0.05  # weight of idle seconds at the end, which show the way where the makespan is flat
 
 
@@ -94,10 +96,12 @@ def energy(
     order: np.ndarray,
     ends: np.ndarray,
     limit_s: float,
-) -> tuple[float, float]:
-    """Seconds, with penalties for what breaks a limit; infinite if they are bound to exceed `limit_s`.
+) -> tuple[float, bool, float]:
+    """What a dispatch is worth.
 
-    Also the work that it took to find out (`Played.work`).
+    Returns:
+        Seconds, with penalties for what breaks a limit; infinite if they are bound to exceed `limit_s`.
+        Whether a limit is broken. The work that it took to find out (`Played.work`).
     """
     size = state.size[0]
     stages = stages_of(tables, size, state.cuts)
@@ -111,7 +115,7 @@ def energy(
     if played.upload_bytes > most_bytes:
         over += played.upload_bytes / most_bytes - 1.0
     value = played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s
-    return value * (1.0 + _PENALTY * over), played.work
+    return value * (1.0 + _PENALTY * over), over > _NOTHING, played.work
 
 
 @njit(cache=True, nogil=True)
@@ -343,17 +347,17 @@ def anneal(
         seed: Of the moves.
 
     Returns:
-        The energy of `best`, and the work done by now.
+        The energy of `best`, a million times that if it breaks a limit, and the work done by now.
     """
     np.random.seed(seed)
     most, microbatches = best.gpu_of.shape
     order, ends = np.empty((most, microbatches), np.int64), np.empty((most, microbatches))
     gpus = machine.speed.size
-    least, _ = energy(tables, machine, most_bytes, best, order, ends, np.inf)
+    least, broken, _ = energy(tables, machine, most_bytes, best, order, ends, np.inf)
     if done == 0.0:
         _copy(best, now)
     walk = now
-    value, _ = energy(tables, machine, most_bytes, now, order, ends, np.inf)
+    value, _, _ = energy(tables, machine, most_bytes, now, order, ends, np.inf)
     while done < until:
         _copy(now, then)
         done += _MOVE_WORK
@@ -362,13 +366,14 @@ def anneal(
             continue
         heat = least * hot * (cold / hot) ** (done / work)
         limit = value - heat * np.log(1.0 - np.random.random())
-        new, spent = energy(tables, machine, most_bytes, then, order, ends, limit)
+        new, breaks, spent = energy(tables, machine, most_bytes, then, order, ends, limit)
         done += spent
         if new <= limit:
             now, then = then, now
             value = new
-            if new < least:
-                least = new
+            # A walk may lead over what breaks a limit, but not end there if it has been elsewhere.
+            if broken > breaks or (broken == breaks and new < least):
+                least, broken = new, breaks
                 _copy(now, best)
     _copy(now, walk)
-    return least, done
+    return least * (_BROKEN if broken else 1.0), done

@@ -10,10 +10,9 @@ work most evenly.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise, product
+from itertools import accumulate, chain, product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 _FUSED_LENGTHS = 12  # fused stages tried, from the smallest to the longest
 _RING_LENGTHS = 24  # the same on a ring, where there are fewer shapes
 _VARIED = 100  # best patterns that are varied
-_WIDTHS = 8  # numbers of GPUs that the fused stage is dealt out to
+_PACES = 8  # of the fused stage: as many jobs of it as that
+_LENGTHS = (1, 2, 3, 4, 6)  # of backward stages, in units of the longest segment's
 # Stages of which part of the fused stage's pace: backward ones, forward ones.
 _PARTS = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (4, 8), (8, 8), (8, 1))
 _RING_PARTS = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 8))
@@ -78,25 +78,27 @@ class Problem:
         """The first segment of the fused stage."""
         return max(cut for cut in cuts if cut < self.tables.segments)
 
-    def energy(self, state: State) -> tuple[float, float]:
-        """What the search minimises, and the work of finding out; deals out the stages that are not yet."""
+    def energy(self, state: State) -> tuple[float, bool, float]:
+        """What the search minimises (`_dispatch_moves.energy`); deals out the stages that are not yet."""
         shape = state.gpu_of.shape
         room = np.empty(shape, np.int64), np.empty(shape)
         return energy(self.tables, self.machine, self.most_bytes, state, *room, math.inf)
 
 
 class _Pattern(NamedTuple):
-    """Around a fused stage that begins at a segment, with so many jobs: which parts of their pace.
+    """Stages around a fused stage, each a part of its pace.
 
     Attributes:
         begin: First segment of the fused stage.
-        width: GPUs that it is dealt out to; together they take a microbatch each so many seconds, the pace.
+        width: GPUs that it is dealt out to, if there are so many.
+        pace_s: Seconds in which they take one microbatch.
         up: Forward stages are so many times shorter than the pace.
         down: The same of backward stages.
     """
 
     begin: int
     width: int
+    pace_s: float
     up: int
     down: int
 
@@ -189,10 +191,18 @@ def _given(problem: Problem, cuttings: Iterable[tuple[int, ...]]) -> Iterator[_S
 
 def _patterns(problem: Problem) -> Iterator[_Pattern]:
     """All that are tried."""
-    gpus, parts = problem.widest, _RING_PARTS if problem.machine.ring else _PARTS
-    widths = {round(gpus ** (i / (_WIDTHS - 1))) for i in range(_WIDTHS)} | set(range(1, min(gpus, 8) + 1))
-    for begin, width, (down, up) in product(_fused_begins(problem), sorted(widths), parts):
-        yield _Pattern(begin, width, up, down)
+    tables, gpus, parts = problem.tables, problem.widest, _RING_PARTS if problem.machine.ring else _PARTS
+    widths = {round(gpus ** (i / (_PACES - 1))) for i in range(_PACES)} | set(range(1, _PACES + 1))
+    longest_s = float(tables.runs[tables.segments :, 1, 0].max(initial=0.0))
+    for begin in _fused_begins(problem):
+        fused_s = float(tables.fused[begin, 0])
+        paces = {(width, fused_s / width) for width in widths}
+        if longest_s:  # a short fused stage waits for the others
+            paces |= {
+                (max(1, round(fused_s / (length * longest_s))), length * longest_s) for length in _LENGTHS
+            }
+        for (width, pace_s), (down, up) in product(sorted(paces), parts):
+            yield _Pattern(begin, width, pace_s, up, down)
 
 
 def _regular(problem: Problem, pattern: _Pattern, up_ends: _Ends = (), down_ends: _Ends = ()) -> _Shape:
@@ -200,11 +210,10 @@ def _regular(problem: Problem, pattern: _Pattern, up_ends: _Ends = (), down_ends
     tables = problem.tables
     end = min(2 * tables.segments - pattern.begin, tables.line)
     seconds = tables.runs[:, 1, 0].tolist()
-    pace_s = float(tables.fused[pattern.begin, 0]) / pattern.width
-    up = _divided(seconds[: pattern.begin][::-1], pace_s / pattern.up, up_ends, tables.longest)
-    down = _divided(seconds[end:], pace_s / pattern.down, down_ends, tables.longest)
+    up = _divided(seconds[: pattern.begin][::-1], pattern.pace_s / pattern.up, up_ends, tables.longest)
+    down = _divided(seconds[end:], pattern.pace_s / pattern.down, down_ends, tables.longest)
     lengths = (*up[0][::-1], end - pattern.begin, *down[0])
-    return tuple(accumulate(lengths, initial=0)), (*up[1][::-1], pattern.width, *down[1])
+    return tuple(accumulate(lengths, initial=0)), (*up[1][::-1], min(pattern.width, problem.widest), *down[1])
 
 
 def _variations(problem: Problem, pattern: _Pattern) -> Iterator[_Shape]:
@@ -250,33 +259,32 @@ def _divided(seconds: list[float], pace_s: float, ends: _Ends, longest: int) -> 
 
     Args:
         seconds: Of each segment, outwards.
-        pace_s: Seconds of a stage.
+        pace_s: Seconds of a stage; what is left for the outermost of these may be less.
         ends: Stages that differ, from the outermost one inwards.
         longest: Most segments of a stage.
     """
-    lengths: list[int] = []
-    wanted: list[int] = []
+    outer: list[int] = []
     left = len(seconds)
-    for part, width in ends:
-        if not left:
-            break
-        begin, total_s = left - 1, seconds[left - 1]
-        while begin > max(0, left - longest) and total_s + seconds[begin - 1] / 2 <= part * pace_s:
-            begin -= 1
-            total_s += seconds[begin]
-        lengths.append(left - begin)
-        wanted.append(width)
-        left = begin
-    done_s = list(accumulate(seconds[:left], initial=0.0))
-    stages = min(left, round(done_s[-1] / pace_s)) if pace_s > 0 else left
-    cuts = {0, left}
-    for stage in range(1, stages):
-        wish_s = done_s[-1] * stage / stages
-        cut = bisect_left(done_s, wish_s)
-        cuts.add(cut - 1 if cut and wish_s - done_s[cut - 1] < done_s[cut] - wish_s else cut)
-    cuts |= {cut for first, last in pairwise(sorted(cuts)) for cut in range(first, last, longest)}
-    middle = [last - first for first, last in pairwise(sorted(cuts))]
-    return middle + lengths[::-1], [1] * len(middle) + wanted[::-1]
+    for part, _ in ends:
+        if left:
+            outer.append(_length(seconds[:left][::-1], part * pace_s, longest))
+            left -= outer[-1]
+    inner: list[int] = []
+    begin = 0
+    while begin < left:
+        inner.append(_length(seconds[begin:left], pace_s, longest))
+        begin += inner[-1]
+    widths = [width for _, width in ends[: len(outer)]]
+    return inner + outer[::-1], [1] * len(inner) + widths[::-1]
+
+
+def _length(seconds: list[float], wish_s: float, longest: int) -> int:
+    """How many of these segments take about as long as that, at least one."""
+    length, total_s = 1, seconds[0]
+    while length < min(longest, len(seconds)) and total_s + seconds[length] / 2 <= wish_s:
+        total_s += seconds[length]
+        length += 1
+    return length
 
 
 def _cuts_of(partition: Partition, tables: Tables) -> tuple[int, ...]:

@@ -404,7 +404,7 @@ class _Run:
         """Improves a state in place; its energy, and whether the clock ended it."""
         problem = self.problem
         now, then = _copy(state), _copy(state)
-        most = _MOVES_A_PLACE * problem.tables.line * problem.energy(state)[1]
+        most = _MOVES_A_PLACE * problem.tables.line * problem.energy(state)[-1]
         work, done, value = min(self.work, most), 0.0, math.inf
         for piece in range(_PIECES):
             value, done = anneal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from threading import Event
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched, _Run
+from rpcompile.profile import Profile
 from rpcompile.round_robin_time import stages_between
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import simulate_dispatch
@@ -34,6 +36,7 @@ from tests.dispatch_oracle import least_makespan, play_by_definition
 from tests.partition_oracle import SLOW_LINK, make_chain, segment
 
 BOUNDLESS = 1e18
+PROFILES = Path(__file__).parents[1] / "benchmarks" / "profiles"
 
 
 def decoder(layers: int, head: float = 3.0, **changes: object) -> SegmentChain:
@@ -344,7 +347,7 @@ def test_more_effort_is_never_worse_than_a_fast_search() -> None:
 def test_stages_around_a_fused_one_take_its_pace() -> None:
     # Outwards from the fused stage: stages of about 4 s, or the outermost half as long.
     seconds = [2.0, 2.0, 3.0, 1.0, 4.0, 2.0, 2.0, 1.0, 1.0]
-    assert _divided(seconds, 4.0, (), 9) == ([2, 2, 2, 3], [1, 1, 1, 1])
+    assert _divided(seconds, 4.0, (), 9) == ([2, 2, 1, 2, 2], [1, 1, 1, 1, 1])
     assert _divided(seconds, 4.0, ((0.5, 3),), 9) == ([2, 2, 1, 2, 2], [1, 1, 1, 1, 3])
     assert _divided(seconds, 100.0, (), 4) == ([4, 4, 1], [1, 1, 1])  # no stage is longer than that
     assert _divided([], 4.0, ((0.5, 3),), 9) == ([], [])
@@ -420,6 +423,11 @@ def test_given_partitions_are_among_the_starts() -> None:
     # Half of the places are theirs, and go to the best of them.
     assert len(set(cuts) & set(starts(given))) == 4
     assert set(cuts[:2]) <= set(starts(given[:2]))
+
+
+def test_a_dispatch_within_the_limits_is_found_where_a_little_more_would_be_faster() -> None:
+    chain = Profile.load(PROFILES / "qwen3-1.7b.json").to_chain()
+    assert search(chain, 64, 1, mode="async", max_traffic=0.65).traffic <= 0.65
 
 
 def test_a_limit_of_traffic_allows_what_uploads_nothing() -> None:
