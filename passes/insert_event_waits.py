@@ -18,7 +18,7 @@ from rpcompile import buffers
 from rpcompile.buffer_uses import BufferUses, Role
 from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError
-from rpcompile.ordering import ActionGraph, HappensBefore
+from rpcompile.ordering import ActionGraph, Edges, HappensBefore, queue_numbers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,9 +52,8 @@ class InsertEventWaits:
                 content open, or actions need one another in a circle.
         """
         actions = tuple(schedule.actions())
-        queue_of = [number for number, queue in enumerate(schedule.queues) for _ in queue.actions]
-        queues = np.array(queue_of, np.int32)
-        source, target = _reduced(schedule, _latest(_needs(actions, queues), queues))
+        queues = queue_numbers(schedule)
+        source, target = _reduced(actions, queues, _latest(_needs(actions, queues), queues))
         events = {number: f"e{place}" for place, number in enumerate(np.unique(source).tolist())}
         waits: dict[int, list[str]] = defaultdict(list)
         for first, second in zip(source.tolist(), target.tolist(), strict=True):
@@ -88,7 +87,7 @@ def _needs(actions: tuple[Action, ...], queue_of: Numbers) -> tuple[Numbers, Num
             if name not in numbers:
                 raise ScheduleError(f"{action.id} must come after {name}, which the schedule does not have")
             after.append((numbers[name], number))
-    uses = BufferUses.of(actions, range(len(actions)))
+    uses = BufferUses.of(actions, np.arange(len(actions), dtype=np.int32))
     _check_writers(uses, actions, queue_of)
     buffer, user, role = uses.buffer, uses.action, uses.role
     maker = uses.last(Role.MAKE)[buffer]
@@ -138,16 +137,15 @@ def _latest(edges: tuple[Numbers, Numbers], queue_of: Numbers) -> tuple[Numbers,
     return source[last], target[last]
 
 
-def _reduced(schedule: Schedule, edges: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
+def _reduced(
+    actions: tuple[Action, ...], queues: Numbers, edges: tuple[Numbers, Numbers]
+) -> tuple[Numbers, Numbers]:
     """The edges that the target's queue and its other sources do not imply, by target, then source.
 
     These are the edges between queues of the graph's transitive reduction.
     """
     source, target = edges
-    found: list[list[int]] = [[] for _ in schedule.actions()]
-    for first, second in zip(source.tolist(), target.tolist(), strict=True):
-        found[second].append(first)
-    order = HappensBefore(ActionGraph.build(schedule, found))
+    order = HappensBefore(ActionGraph(actions, queues, Edges.of_pairs(source, target, len(actions))))
     # What else each target waits for: its other sources, and the action before it on its queue.
     queued = np.flatnonzero(np.diff(order.queue_of, prepend=-1) == 0).astype(np.int32)
     queued = queued[np.isin(queued, target)]

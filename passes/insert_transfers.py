@@ -29,6 +29,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rpcompile import buffers, stage_bytes
 from rpcompile.collection import collection_paused
 from rpcompile.errors import InvalidArgument, ScheduleError
@@ -43,7 +45,7 @@ from rpcompile.ir import (
     Schedule,
     Stream,
 )
-from rpcompile.ordering import ActionGraph
+from rpcompile.ordering import ActionGraph, Edges, queue_numbers
 from rpcompile.passes._residency import Tenure, limit_residency, tenures
 
 if TYPE_CHECKING:
@@ -183,8 +185,10 @@ class _Copies:
                 # It stands with its BACKWARD. Else its LOAD could be put before other readers' copies of what
                 # was saved, and the last of those, whose queue frees it, would wait for a LOAD of much later.
                 needs[number] += [source for source in needs[number + 1] if source != number]
-        order = ActionGraph.build(self.schedule, needs).execution_order()
-        return [self.actions[number] for number in order]
+        sources = np.array([source for found in needs for source in found], np.int32)
+        edges = Edges.of_counts(sources, np.array([*map(len, needs)], np.int32))
+        graph = ActionGraph(tuple(self.actions), queue_numbers(self.schedule), edges)
+        return [self.actions[number] for number in graph.execution_order().tolist()]
 
     def _value(self, buffer: str) -> _Value:
         """What a buffer holds, no matter where: its kind, segment and microbatch."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -45,33 +46,38 @@ class BufferUses:
     role: Numbers
 
     @classmethod
-    def of(cls, actions: Sequence[Action], order: Iterable[int]) -> BufferUses:
-        """The uses by some actions, in the given order of their numbers."""
-        numbers: dict[str, int] = {}
-        found: list[int] = []
-        users: list[int] = []
-        roles: list[int] = []
-        for number in order:
-            action = actions[number]
-            reads, writes = action.reads, action.writes
-            for buffer in reads:
-                found.append(numbers.setdefault(buffer, len(numbers)))
-                roles.append(Role.UPDATE if buffer in writes else Role.READ)
-            made = [buffer for buffer in writes if buffer not in reads]
-            for buffer in made:
-                found.append(numbers.setdefault(buffer, len(numbers)))
-                roles.append(Role.MAKE)
-            for buffer in action.frees:
-                found.append(numbers.setdefault(buffer, len(numbers)))
-                roles.append(Role.FREE)
-            users += [number] * (len(reads) + len(made) + len(action.frees))
-        buffer_of = np.array(found, np.int32)
-        places = np.argsort(buffer_of, kind="stable")
+    def of(cls, actions: Sequence[Action], order: Numbers) -> BufferUses:
+        """The uses by some actions, in the given order of their numbers: what each reads, writes and frees."""
+        operands = [a.reads for a in actions] + [a.writes for a in actions] + [a.frees for a in actions]
+        named = [*chain.from_iterable(operands)]
+        names = [*dict.fromkeys(named)]
+        index = dict(zip(names, range(len(names)), strict=True))
+        buffer = np.fromiter(map(index.__getitem__, named), np.int64, len(named))
+        # Of action n the reads are operand n, the writes operand n + len(actions), the frees the one behind.
+        operand = np.repeat(np.arange(len(operands)), np.fromiter(map(len, operands), np.int64, len(operands)))
+        way, action = np.divmod(operand, max(1, len(actions)))
+        role = np.array([Role.READ, Role.MAKE, Role.FREE], np.int32)[way]
+        reads, writes = way == 0, way == 1
+        pair = action * len(names) + buffer
+        role[reads] = np.where(np.isin(pair[reads], pair[writes]), Role.UPDATE, Role.READ)
+        writes[writes] = np.isin(pair[writes], pair[reads])
+        place = np.empty(len(actions), np.int64)
+        place[order] = np.arange(len(order))
+        in_order = np.argsort(3 * place[action] + way, kind="stable")
+        in_order = in_order[~writes[in_order]]  # what is updated counts once
+        buffer, action, role = buffer[in_order], action[in_order], role[in_order]
+        first = np.empty(len(names), np.int64)
+        first[buffer[::-1]] = np.arange(len(buffer))[::-1]
+        by_first = np.argsort(first)
+        number = np.empty(len(names), np.int32)
+        number[by_first] = np.arange(len(names))
+        buffer = number[buffer]
+        places = np.argsort(buffer, kind="stable")
         return cls(
-            tuple(numbers),
-            buffer_of[places],
-            np.array(users, np.int32)[places],
-            np.array(roles, np.int32)[places],
+            tuple([names[name] for name in by_first.tolist()]),
+            buffer[places],
+            action[places].astype(np.int32),
+            role[places],
         )
 
     def count(self, role: Role) -> Numbers:
