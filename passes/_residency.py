@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rpcompile.ir import COMPUTE_OPS, Action, Op, Stream
@@ -77,7 +77,7 @@ def limit_residency(
     gpus = {gpu: _Gpu(tenures, slots, names) for gpu, tenures in stays.items()}
     for action in emitted:
         after = gpus[action.gpu].admit(action)
-        yield replace(action, after=after) if after else action
+        yield action.ordered(after) if after else action
 
 
 class _Leaving:

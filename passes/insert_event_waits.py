@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,31 +52,32 @@ class InsertEventWaits:
             ScheduleError: A buffer is read and never written, is written in a way that leaves its
                 content open, or actions need one another in a circle.
         """
-        actions = tuple(schedule.actions())
-        queues = queue_numbers(schedule)
-        source, target = _reduced(actions, queues, _latest(_needs(actions, queues), queues))
-        events = {number: f"e{place}" for place, number in enumerate(np.unique(source).tolist())}
-        waits: dict[int, list[str]] = defaultdict(list)
+        needed = needed_order(schedule)
+        source, target = _reduced(needed)
+        events = {number: (f"e{place}",) for place, number in enumerate(np.unique(source).tolist())}
+        waits: dict[int, tuple[str, ...]] = defaultdict(tuple)
         for first, second in zip(source.tolist(), target.tolist(), strict=True):
-            waits[second].append(events[first])
-        numbered = iter(enumerate(actions))
-        return replace(
-            schedule,
-            queues=tuple(
-                replace(
-                    queue, actions=tuple(_with_events(*next(numbered), waits, events) for _ in queue.actions)
-                )
-                for queue in schedule.queues
-            ),
+            waits[second] += events[first]
+        ordered = (
+            action.ordered(action.after, waits.get(number, ()), events.get(number, ()))
+            for number, action in enumerate(needed.actions)
         )
+        queues = (
+            replace(queue, actions=tuple(islice(ordered, len(queue.actions)))) for queue in schedule.queues
+        )
+        return replace(schedule, queues=tuple(queues))
 
 
-def _with_events(number: int, action: Action, waits: dict[int, list[str]], events: dict[int, str]) -> Action:
-    waited = tuple(waits.get(number, ()))
-    records = (events[number],) if number in events else ()
-    if (waited, records) == (action.waits, action.records):
-        return action
-    return replace(action, waits=waited, records=records)
+def needed_order(schedule: Schedule) -> ActionGraph:
+    """What actions need of one another; many of these needs are implied by others.
+
+    Raises:
+        ScheduleError: A buffer is read and never written, or is written in a way that leaves its content
+            open.
+    """
+    actions, queues = tuple(schedule.actions()), queue_numbers(schedule)
+    source, target = _latest(_needs(actions, queues), queues)
+    return ActionGraph(actions, queues, Edges.of_pairs(source, target, len(actions)))
 
 
 def _needs(actions: tuple[Action, ...], queue_of: Numbers) -> tuple[Numbers, Numbers]:
@@ -137,15 +139,13 @@ def _latest(edges: tuple[Numbers, Numbers], queue_of: Numbers) -> tuple[Numbers,
     return source[last], target[last]
 
 
-def _reduced(
-    actions: tuple[Action, ...], queues: Numbers, edges: tuple[Numbers, Numbers]
-) -> tuple[Numbers, Numbers]:
+def _reduced(needed: ActionGraph) -> tuple[Numbers, Numbers]:
     """The edges that the target's queue and its other sources do not imply, by target, then source.
 
     These are the edges between queues of the graph's transitive reduction.
     """
-    source, target = edges
-    order = HappensBefore(ActionGraph(actions, queues, Edges.of_pairs(source, target, len(actions))))
+    source, target = needed.edges.sources, needed.edges.waiters()
+    order = HappensBefore(needed)
     # What else each target waits for: its other sources, and the action before it on its queue.
     queued = np.flatnonzero(np.diff(order.queue_of, prepend=-1) == 0).astype(np.int32)
     queued = queued[np.isin(queued, target)]

@@ -47,37 +47,38 @@ class BufferUses:
 
     @classmethod
     def of(cls, actions: Sequence[Action], order: Numbers) -> BufferUses:
-        """The uses by some actions, in the given order of their numbers: what each reads, writes and frees."""
+        """The uses by some actions in the given order of their numbers: what each reads, writes, frees."""
         operands = [a.reads for a in actions] + [a.writes for a in actions] + [a.frees for a in actions]
         named = [*chain.from_iterable(operands)]
         names = [*dict.fromkeys(named)]
         index = dict(zip(names, range(len(names)), strict=True))
         buffer = np.fromiter(map(index.__getitem__, named), np.int64, len(named))
-        # Of action n the reads are operand n, the writes operand n + len(actions), the frees the one behind.
-        operand = np.repeat(np.arange(len(operands)), np.fromiter(map(len, operands), np.int64, len(operands)))
-        way, action = np.divmod(operand, max(1, len(actions)))
-        role = np.array([Role.READ, Role.MAKE, Role.FREE], np.int32)[way]
-        reads, writes = way == 0, way == 1
-        pair = action * len(names) + buffer
-        role[reads] = np.where(np.isin(pair[reads], pair[writes]), Role.UPDATE, Role.READ)
-        writes[writes] = np.isin(pair[writes], pair[reads])
+        lengths = np.fromiter(map(len, operands), np.int64, len(operands))
+        # Reads of action n are operand n, its writes operand n + len(actions), its frees the one behind.
+        way, action = np.divmod(np.repeat(np.arange(len(operands)), lengths), max(1, len(actions)))
         place = np.empty(len(actions), np.int64)
-        place[order] = np.arange(len(order))
-        in_order = np.argsort(3 * place[action] + way, kind="stable")
-        in_order = in_order[~writes[in_order]]  # what is updated counts once
-        buffer, action, role = buffer[in_order], action[in_order], role[in_order]
-        first = np.empty(len(names), np.int64)
-        first[buffer[::-1]] = np.arange(len(buffer))[::-1]
+        place[order] = np.arange(len(actions))
+        # Moments, one after another as in the docstring.
+        moment = np.arange(len(named)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        moment += (3 * place[action] + way) * lengths.max(initial=1)
+        first = np.full(len(names), np.iinfo(np.int64).max)
+        np.minimum.at(first, buffer, moment)
         by_first = np.argsort(first)
-        number = np.empty(len(names), np.int32)
+        number = np.empty(len(names), np.int64)
         number[by_first] = np.arange(len(names))
-        buffer = number[buffer]
-        places = np.argsort(buffer, kind="stable")
+        in_order = np.lexsort((moment, number[buffer]))
+        buffer, action, way = number[buffer][in_order], action[in_order], way[in_order]
+        # What one action does to one buffer: read and written it is updated, and that counts once.
+        pair = np.cumsum((np.diff(buffer, prepend=-1) != 0) | (np.diff(action, prepend=-1) != 0)) - 1
+        is_read, is_written = (np.bincount(pair[way == what], minlength=len(pair)) > 0 for what in (0, 1))
+        role = np.array([Role.READ, Role.MAKE, Role.FREE], np.int32)[way]
+        role[(way == 0) & is_written[pair]] = Role.UPDATE
+        kept = (way != 1) | ~is_read[pair]
         return cls(
             tuple([names[name] for name in by_first.tolist()]),
-            buffer[places],
-            action[places].astype(np.int32),
-            role[places],
+            buffer[kept].astype(np.int32),
+            action[kept].astype(np.int32),
+            role[kept],
         )
 
     def count(self, role: Role) -> Numbers:

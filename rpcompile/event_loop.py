@@ -38,7 +38,7 @@ class Events:
 
     Attributes:
         schedule: What is repeated.
-        actions: The actions of one iteration.
+        graph: The actions of one iteration and their order.
         iterations: How often it runs.
         rotate: GPUs by which each iteration is shifted against the one before.
         order: By physical queue, the numbers that it runs.
@@ -46,11 +46,15 @@ class Events:
     """
 
     schedule: Schedule
-    actions: tuple[Action, ...]
+    graph: ActionGraph
     iterations: int
     rotate: int
     order: list[Numbers]
     edges: Edges
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        return self.graph.actions
 
     def gpu(self, number: int) -> int:
         """The GPU that runs an action; what is on the host's queue is not shifted."""
@@ -110,7 +114,7 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
 
 def chained(schedule: Schedule, graph: ActionGraph, iterations: int, mode: str, rotate: int) -> Events:
     """As `chain_events`, with the order of one iteration as `graph` has it, not as events do."""
-    actions, count = graph.actions, len(graph.actions)
+    count = len(graph.actions)
     queues: dict[tuple[int, Stream], list[Numbers]] = defaultdict(list)
     for i in range(iterations):
         number = i * count
@@ -123,7 +127,7 @@ def chained(schedule: Schedule, graph: ActionGraph, iterations: int, mode: str, 
     shifts = np.arange(iterations, dtype=np.int32)[:, None] * count
     sources = (graph.edges.sources + shifts).ravel()
     edges = Edges.of_counts(sources, np.tile(graph.edges.counts(), iterations))
-    events = Events(schedule, actions, iterations, rotate, order, edges)
+    events = Events(schedule, graph, iterations, rotate, order, edges)
     if iterations == 1:
         return events
     more = np.concatenate((_update_edges(events, mode), _slot_edges(events)))
@@ -158,8 +162,8 @@ def _update_edges(events: Events, mode: str) -> Numbers:
             for other in {segment, *with_it[segment]}:
                 edges += [(number, source) for source in made[other]]
     own, lag, count = _pairs(edges), LAGS[mode], len(events.actions)
-    shifted = (own + (i * count, (i - lag) * count) for i in range(lag, events.iterations))
-    return np.concatenate((_pairs([]), *shifted))
+    shifts = (np.array((i * count, (i - lag) * count), np.int32) for i in range(lag, events.iterations))
+    return np.concatenate((_pairs([]), *(own + shift for shift in shifts)))
 
 
 def _barrier_edges(events: Events) -> Numbers:
@@ -268,13 +272,8 @@ def _demand(action: Action, links: SharedLinks) -> float:
 
 def raise_deadlock(events: Events) -> None:
     """Raises the error that names a circle of actions that wait for one another."""
-    _named_errors(events.schedule)
+    events.graph.execution_order()
     raise ScheduleError(
         f"deadlock between iterations: {events.iterations} iterations of this schedule wait for one another "
         f"when shifted by {events.rotate} GPUs, though one alone runs; use rotate=0"
     )
-
-
-def _named_errors(schedule: Schedule) -> None:
-    """Raises what is wrong with the order of one iteration, with names."""
-    ActionGraph.from_events(schedule).execution_order()

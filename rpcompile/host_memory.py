@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,19 +86,20 @@ def host_memory(
     gradients = sum(stage_bytes.gradient_bytes(chain, every).values()) if training else 0
     itemsize = getattr(torch, dtype, torch.float32).itemsize
     copies = gradients // itemsize * _FLOAT32 if masters and itemsize < _FLOAT32 else 0
-    host = [(buffers.parse(name), size) for name, size in schedule.buffers.items()]
-    host = [(name, size) for name, size in host if name.space == buffers.HOST]
-    landing = sum(size for name, size in host if name.kind == "gradients")
+    host: Counter[str] = Counter()  # by kind
+    for name, size in schedule.buffers.items():
+        if name.startswith(buffers.HOST):
+            host[buffers.kind_of(name)] += size
     return HostMemory(
         weight_bytes=sum(stage_bytes.weight_bytes(chain, every).values()),
         gradient_bytes=in_flight * gradients,
         master_bytes=copies,
         optimizer_bytes=optimizer_states * (copies or gradients),
-        boundary_bytes=in_flight * sum(size for name, size in host if name.kind in ("x", "dx")),
-        input_bytes=in_flight * sum(size for name, size in host if name.kind == "inputs"),
+        boundary_bytes=in_flight * (host["x"] + host["dx"]),
+        input_bytes=in_flight * host["inputs"],
         # As large as the gradients, for they are of the same tensors and dtype.
         copy_bytes=in_flight * gradients if schedule.mode == "async" else 0,
-        attention_bytes=in_flight * sum(size for name, size in host if name.kind == "kept"),
+        attention_bytes=in_flight * host["kept"],
         # Each job's gradients have memory of their own, which stays from iteration to iteration.
-        partial_bytes=in_flight * max(0, landing - gradients),
+        partial_bytes=in_flight * max(0, host["gradients"] - gradients),
     )

@@ -7,7 +7,6 @@ time it ran, what that one waited for is to blame for the time before, and so on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rpcompile.event_loop import chain_events

@@ -26,6 +26,7 @@ from rpcompile.attention_choice import (
     offload_these,
     over,
 )
+from rpcompile.collection import collection_paused
 from rpcompile.cost_file import CostFile
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch
 from rpcompile.host_memory import host_memory
@@ -293,6 +294,7 @@ def plan_profile(
         return plan_chain(chain, options, ModelDescription(name, "", "given"), bar)
 
 
+@collection_paused()
 def plan_chain(
     chain: SegmentChain,
     options: PlanOptions,
