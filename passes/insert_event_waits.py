@@ -82,7 +82,8 @@ def needed_order(schedule: Schedule) -> ActionGraph:
 
 def _needs(actions: tuple[Action, ...], queue_of: Numbers) -> tuple[Numbers, Numbers]:
     """Pairs (source, action): the source must be over before the action starts."""
-    numbers = {action.id: number for number, action in enumerate(actions)}
+    named = {name for action in actions for name in action.after}
+    numbers = {action.id: number for number, action in enumerate(actions) if action.id in named}
     after: list[tuple[int, int]] = []
     for number, action in enumerate(actions):
         for name in action.after:

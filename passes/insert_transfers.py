@@ -64,9 +64,9 @@ _STREAM_OF = {
     Op.GRADIENT: Stream.GRADIENTS,
 }
 # Parts of the ids of FREE actions, by stream.
-_PARTS = {Stream.COMPUTE: 0, Stream.H2D: 1, Stream.D2H: 2, Stream.GRADIENTS: 3}
+_STREAM_OF_PART = (Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.GRADIENTS)
+_PARTS = {stream: part for part, stream in enumerate(_STREAM_OF_PART)}
 
-_Group = tuple[int, int | None, int | None, int]
 _Value = tuple[str, int | None, int | None]
 
 
@@ -130,6 +130,19 @@ class InsertTransfers:
         )
 
 
+class _Values(dict[str, "_Value"]):
+    """What buffers hold, no matter where: kind, segment and microbatch."""
+
+    def __init__(self, names: ParsedNames) -> None:
+        super().__init__()
+        self._names = names
+
+    def __missing__(self, buffer: str) -> _Value:
+        name = self._names[buffer]
+        value = self[buffer] = (name.kind, name.segment, name.microbatch)
+        return value
+
+
 class _Copies:
     """Emits compute actions with the copies around them, in the order of the module's docstring."""
 
@@ -140,14 +153,15 @@ class _Copies:
         self.nbytes = dict(schedule.buffers)
         self.host_weights = stage_bytes.weight_bytes(chain, range(len(chain.segments)))
         self.actions = list(schedule.actions())
+        self.values = _Values(names)
         self.makers = {buffer: number for number, a in enumerate(self.actions) for buffer in a.writes}
-        self.value_makers = {self._value(buffer): number for buffer, number in self.makers.items()}
+        self.value_makers = {self.values[buffer]: number for buffer, number in self.makers.items()}
         # Who reads a boundary or gradient that does not lie on its GPU, and so needs it on the host.
         self.readers: dict[_Value, list[Op]] = defaultdict(list)
         for action in self.actions:
             for buffer in action.reads:
-                if buffer not in self.makers:
-                    self.readers[self._value(buffer)].append(action.op)
+                if buffer not in self.makers and self.values[buffer][2] is not None:
+                    self.readers[self.values[buffer]].append(action.op)
 
     def emit(self, stays: dict[int, list[Tenure]]) -> Iterator[Action]:
         """All actions but FREEs."""
@@ -172,7 +186,7 @@ class _Copies:
         for step in self.actions:
             found: list[int] = []
             for buffer in step.reads:
-                kind, _, microbatch = value = self._value(buffer)
+                kind, _, microbatch = value = self.values[buffer]
                 if microbatch is None or kind == "inputs":
                     continue
                 maker = self.makers.get(buffer, self.value_makers.get(value))
@@ -189,11 +203,6 @@ class _Copies:
         edges = Edges.of_counts(sources, np.array([*map(len, needs)], np.int32))
         graph = ActionGraph(tuple(self.actions), queue_numbers(self.schedule), edges)
         return [self.actions[number] for number in graph.execution_order().tolist()]
-
-    def _value(self, buffer: str) -> _Value:
-        """What a buffer holds, no matter where: its kind, segment and microbatch."""
-        name = self.names[buffer]
-        return name.kind, name.segment, name.microbatch
 
     def _prefetches(self, step: Action) -> list[Action]:
         """The weights of a job, from its first step, segment by segment."""
@@ -222,7 +231,7 @@ class _Copies:
                 self.nbytes[source] = sum(segment.input_bytes for segment in self.chain.segments)
                 loads.append((source, buffer))
                 continue
-            maker = self.actions[self.value_makers[self._value(buffer)]].job
+            maker = self.actions[self.value_makers[self.values[buffer]]].job
             saved = name.kind == "kept" or (name.kind == "x" and step.op is Op.RECOMPUTE)
             (loads if saved else receives).append((_on_host(name, maker), buffer))
         if loads:
@@ -237,7 +246,7 @@ class _Copies:
             name = self.names[buffer]
             if name.microbatch is None or name.kind == "tape":
                 continue
-            readers = self.readers[self._value(buffer)]
+            readers = self.readers.get(self.values[buffer], ())
             pair = (buffer, _on_host(name, step.job))
             if name.kind == "loss":
                 offloads[None].append(pair)
@@ -319,23 +328,24 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
         for buffer in action.writes:
             last_use[buffer] = number
         if action.stream in DOWN_STREAMS:
-            copied_down |= dict.fromkeys(action.reads, action.stream)
-    groups: dict[_Group, list[str]] = defaultdict(list)
+            for buffer in action.reads:
+                copied_down[buffer] = action.stream
+    groups: dict[ActionId, list[str]] = defaultdict(list)
+    ends: dict[ActionId, int] = defaultdict(int)
     for buffer, number in last_use.items():
         name = names[buffer]
         if name.space == buffers.HOST and name.kind not in ("x", "kept", "dx"):
             continue
         last = emitted[number]
         part = _PARTS[copied_down.get(buffer, last.stream)]
-        if name.microbatch is not None:
-            groups[last.stage, last.microbatch, None, part].append(buffer)
-        else:
-            groups[last.stage, None, last.job, part].append(buffer)
+        job = last.job if name.microbatch is None else None
+        group = ActionId(last.stage, Op.FREE, name.microbatch, job, part)
+        groups[group].append(buffer)
+        if number > ends[group]:
+            ends[group] = number
     behind: dict[int, list[Action]] = defaultdict(list)
-    for (stage, microbatch, job, part), freed in groups.items():
-        number = max(map(last_use.__getitem__, freed))
-        id = ActionId(stage, Op.FREE, microbatch, job, part)
-        behind[number].append(_free(id, emitted[number], tuple(sorted(freed))))
+    for group, freed in groups.items():
+        behind[ends[group]].append(_free(group, emitted[ends[group]], tuple(sorted(freed))))
     found: list[Action] = []
     for number, action in enumerate(emitted):
         found.append(action)
@@ -345,11 +355,10 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
 
 
 def _free(group: ActionId, last: Action, freed: tuple[str, ...]) -> Action:
-    stream = next(stream for stream, part in _PARTS.items() if part == group.part)
     return Action(
         id=str(group),
         gpu=last.gpu,
-        stream=stream,
+        stream=_STREAM_OF_PART[group.part or 0],
         op=Op.FREE,
         job=last.job,
         stage=last.stage,

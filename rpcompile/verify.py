@@ -140,7 +140,8 @@ def _check_order(order: _Order) -> None:
     Of all pairs in the wrong order the one that is reported has the earliest action that fails to
     wait, and the last that it fails to wait for: if one wait is missing, its two ends.
     """
-    numbers = {action.id: number for number, action in enumerate(order.actions)}
+    named = {name for action in order.actions for name in action.after}
+    numbers = {action.id: number for number, action in enumerate(order.actions) if action.id in named}
     after: list[tuple[int, int]] = []
     for number, action in enumerate(order.actions):
         for name in action.after:
