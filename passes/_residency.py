@@ -111,7 +111,9 @@ class _Gpu:
     def admit(self, action: Action) -> tuple[str, ...]:
         """What the next action that was emitted for this GPU has to wait for."""
         after: list[str | None] = []
-        if action.op is Op.PREFETCH:
+        if action.op is Op.FREE:
+            self._free(action)
+        elif action.op is Op.PREFETCH:
             after += self.weights.admit(action.job)
         elif action.op in (Op.LOAD, Op.RECEIVE):
             if len(self.inputs) >= self.slots:
@@ -126,15 +128,20 @@ class _Gpu:
             self._hold_without_weights(action)
             self.inputs.append(action.id)
             self.outputs.append(None)
-        elif action.microbatch is not None and action.stream is Stream.COMPUTE:
-            self.inputs[-1] = action.id
         elif action.microbatch is not None and action.stream is Stream.D2H:
             self.outputs[-1] = action.id
-        if action.op is Op.FREE and action.microbatch is None:
-            for kind, leaving in (("weights", self.weights), ("gradients", self.gradients)):
-                if self._has(action.frees, kind):
-                    leaving.ends[action.job].append(action.id)
-        return tuple(name for name in after if name is not None)
+        return tuple([name for name in after if name is not None]) if after else ()
+
+    def _free(self, action: Action) -> None:
+        if action.microbatch is not None:
+            if action.stream is Stream.COMPUTE:
+                self.inputs[-1] = action.id
+            elif action.stream is Stream.D2H:
+                self.outputs[-1] = action.id
+            return
+        for kind, leaving in (("weights", self.weights), ("gradients", self.gradients)):
+            if self._has(action.frees, kind):
+                leaving.ends[action.job].append(action.id)
 
     def _hold_without_weights(self, action: Action) -> None:
         """A job without weights counts too: next to it, memory holds those of no more jobs than ever."""

@@ -82,10 +82,11 @@ def needed_order(schedule: Schedule) -> ActionGraph:
 
 def _needs(actions: tuple[Action, ...], queue_of: Numbers) -> tuple[Numbers, Numbers]:
     """Pairs (source, action): the source must be over before the action starts."""
-    named = {name for action in actions for name in action.after}
+    behind = [(number, action) for number, action in enumerate(actions) if action.after]
+    named = {name for _, action in behind for name in action.after}
     numbers = {action.id: number for number, action in enumerate(actions) if action.id in named}
     after: list[tuple[int, int]] = []
-    for number, action in enumerate(actions):
+    for number, action in behind:
         for name in action.after:
             if name not in numbers:
                 raise ScheduleError(f"{action.id} must come after {name}, which the schedule does not have")
@@ -133,7 +134,8 @@ def _latest(edges: tuple[Numbers, Numbers], queue_of: Numbers) -> tuple[Numbers,
     source, target = edges
     implied = (queue_of[source] == queue_of[target]) & (source < target)
     source, target = source[~implied], target[~implied]
-    order = np.lexsort((source, queue_of[source], target))
+    queues = 1 + int(queue_of.max(initial=0))
+    order = np.argsort((target.astype(np.int64) * queues + queue_of[source]) * len(queue_of) + source)
     source, target = source[order], target[order]
     last = np.ones(len(source), np.bool_)
     last[:-1] = (target[1:] != target[:-1]) | (queue_of[source[1:]] != queue_of[source[:-1]])

@@ -67,6 +67,7 @@ _STREAM_OF = {
 _STREAM_OF_PART = (Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.GRADIENTS)
 _PARTS = {stream: part for part, stream in enumerate(_STREAM_OF_PART)}
 
+_Group = tuple[int, int | None, int | None, int]  # stage, microbatch, job, part
 _Value = tuple[str, int | None, int | None]
 
 
@@ -320,32 +321,32 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     One FREE takes all buffers of a job, microbatch and stream. A buffer that a copy down reads is
     freed on that stream, so that compute never waits for a copy in order to free something.
     """
-    last_use: dict[str, int] = {}
-    copied_down: dict[str, Stream] = {}
-    for number, action in enumerate(emitted):
-        for buffer in action.reads:
-            last_use[buffer] = number
-        for buffer in action.writes:
-            last_use[buffer] = number
-        if action.stream in DOWN_STREAMS:
-            for buffer in action.reads:
-                copied_down[buffer] = action.stream
-    groups: dict[ActionId, list[str]] = defaultdict(list)
-    ends: dict[ActionId, int] = defaultdict(int)
-    for buffer, number in last_use.items():
-        name = names[buffer]
-        if name.space == buffers.HOST and name.kind not in ("x", "kept", "dx"):
-            continue
+    copied_down = {
+        buffer: action.stream
+        for action in emitted
+        if action.stream in DOWN_STREAMS
+        for buffer in action.reads
+    }
+    used: set[str] = set()
+    groups: dict[_Group, tuple[int, list[str]]] = {}  # with the number of the last action of each
+    for number in range(len(emitted) - 1, -1, -1):
         last = emitted[number]
-        part = _PARTS[copied_down.get(buffer, last.stream)]
-        job = last.job if name.microbatch is None else None
-        group = ActionId(last.stage, Op.FREE, name.microbatch, job, part)
-        groups[group].append(buffer)
-        if number > ends[group]:
-            ends[group] = number
+        for buffer in (*last.reads, *last.writes):
+            if buffer in used:
+                continue
+            used.add(buffer)
+            if buffer.startswith(buffers.HOST) and buffers.kind_of(buffer) not in ("x", "kept", "dx"):
+                continue
+            part = _PARTS[copied_down.get(buffer, last.stream)]
+            microbatch = names[buffer].microbatch
+            group = (last.stage, microbatch, last.job if microbatch is None else None, part)
+            if group not in groups:
+                groups[group] = number, []
+            groups[group][1].append(buffer)
     behind: dict[int, list[Action]] = defaultdict(list)
-    for group, freed in groups.items():
-        behind[ends[group]].append(_free(group, emitted[ends[group]], tuple(sorted(freed))))
+    for (stage, microbatch, job, part), (number, freed) in groups.items():
+        id = ActionId(stage, Op.FREE, microbatch, job, part)
+        behind[number].append(_free(id, emitted[number], tuple(sorted(freed))))
     found: list[Action] = []
     for number, action in enumerate(emitted):
         found.append(action)

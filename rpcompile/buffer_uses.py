@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,10 +48,9 @@ class BufferUses:
     def of(cls, actions: Sequence[Action], order: Numbers) -> BufferUses:
         """The uses by some actions in the given order of their numbers: what each reads, writes, frees."""
         operands = [a.reads for a in actions] + [a.writes for a in actions] + [a.frees for a in actions]
-        named = [*chain.from_iterable(operands)]
-        names = [*dict.fromkeys(named)]
-        index = dict(zip(names, range(len(names)), strict=True))
-        buffer = np.fromiter(map(index.__getitem__, named), np.int64, len(named))
+        index: dict[str, int] = {}
+        named = [index.setdefault(name, len(index)) for names in operands for name in names]
+        buffer, names = np.array(named, np.int64), [*index]
         lengths = np.fromiter(map(len, operands), np.int64, len(operands))
         # Reads of action n are operand n, its writes operand n + len(actions), its frees the one behind.
         way, action = np.divmod(np.repeat(np.arange(len(operands)), lengths), max(1, len(actions)))
@@ -66,7 +64,7 @@ class BufferUses:
         by_first = np.argsort(first)
         number = np.empty(len(names), np.int64)
         number[by_first] = np.arange(len(names))
-        in_order = np.lexsort((moment, number[buffer]))
+        in_order = np.argsort(number[buffer] * (1 + moment.max(initial=0)) + moment)
         buffer, action, way = number[buffer][in_order], action[in_order], way[in_order]
         # What one action does to one buffer: read and written it is updated, and that counts once.
         pair = np.cumsum((np.diff(buffer, prepend=-1) != 0) | (np.diff(action, prepend=-1) != 0)) - 1

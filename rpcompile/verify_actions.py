@@ -234,7 +234,7 @@ def _check_operands(
 
 
 class _Operands(NamedTuple):
-    """What the actions of one kind of one job read and write; the parts of microbatches without their number."""
+    """What a job's actions of one kind read and write; for what is of a microbatch, all but its number."""
 
     reads: list[BufferName]
     writes: list[BufferName]
