@@ -64,9 +64,15 @@ def parse(buffer: str) -> BufferName:
     match = _PATTERN.fullmatch(buffer)
     if match is None:
         raise ScheduleError(f"{buffer!r} is not a buffer; write e.g. host:weights.s4 or gpu1:x.s6.j2.m0")
-    space, kind, crossed, job, segment, microbatch = match.groups()
-    segment = crossed or segment
-    return BufferName(space, kind, segment and int(segment), job and int(job), microbatch and int(microbatch))
+    space, kind, segment, job, behind, microbatch = match.groups()
+    segment = behind if segment is None else segment
+    return BufferName(
+        space,
+        kind,
+        None if segment is None else int(segment),
+        None if job is None else int(job),
+        None if microbatch is None else int(microbatch),
+    )
 
 
 class ParsedNames(dict[str, BufferName]):

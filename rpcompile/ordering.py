@@ -44,7 +44,7 @@ class Edges:
         return cls.of_counts(sources[order], counts)
 
     @classmethod
-    def of_counts(cls, sources: Numbers, counts: Numbers) -> Edges:
+    def of_counts(cls, sources: Numbers, counts: NDArray[np.integer]) -> Edges:
         """The sources of one action behind those of another, `counts[n]` of action n."""
         starts = np.concatenate((np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)))
         return cls(starts, sources.astype(np.int32, copy=False))
