@@ -357,7 +357,7 @@ class _Question:
         return found
 
     def _replanned(self, gpus: int) -> list[Variation]:
-        from rpcompile.planner import ModelDescription, PlanOptions, plan_chain
+        from rpcompile.chain_planner import ModelDescription, PlanOptions, plan_chain
 
         plan = self.plan
         effort = "fast" if plan.schedule.policy == "searched" else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import networkx
 import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
@@ -130,6 +129,8 @@ class ActionGraph:
 
     def _describe_deadlock(self, over: set[int]) -> str:
         """Names the actions of one cycle and where they are."""
+        import networkx  # takes part of a second, and few have to say who waits for whom
+
         graph = networkx.DiGraph()
         for number in range(len(self.actions)):
             if number in over:
