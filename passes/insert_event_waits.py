@@ -59,13 +59,19 @@ class InsertEventWaits:
         for first, second in zip(source.tolist(), target.tolist(), strict=True):
             waits[second] += events[first]
         ordered = (
-            action.ordered(action.after, waits.get(number, ()), events.get(number, ()))
+            _with_events(action, waits.get(number, ()), events.get(number, ()))
             for number, action in enumerate(needed.actions)
         )
         queues = (
             replace(queue, actions=tuple(islice(ordered, len(queue.actions)))) for queue in schedule.queues
         )
         return replace(schedule, queues=tuple(queues))
+
+
+def _with_events(action: Action, waits: tuple[str, ...], records: tuple[str, ...]) -> Action:
+    if (waits, records) == (action.waits, action.records):
+        return action
+    return action.ordered(action.after, waits, records)
 
 
 def needed_order(schedule: Schedule) -> ActionGraph:

@@ -174,7 +174,7 @@ class _Copies:
             for tenure in jobs:
                 prefetches[gpu, tenure.opens] += self._prefetches(first[tenure.job])
         for step in self._in_order():
-            yield from prefetches[step.gpu, positions[id(step)]]
+            yield from prefetches.get((step.gpu, positions[id(step)]), ())
             yield from self._incoming(step)
             yield step
             yield from self._outgoing(step)

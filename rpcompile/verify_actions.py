@@ -56,7 +56,7 @@ def _check_queues(schedule: Schedule, partition: Partition) -> None:
     """Ids, streams, jobs and spaces."""
     queues = Counter((queue.gpu, queue.stream) for queue in schedule.queues)
     ids = [action.id for action in schedule.actions()]
-    repeated = Counter(ids) if len(set(ids)) < len(ids) else Counter[str]()
+    repeated = {id: count for id, count in Counter(ids).items() if count > 1}
     for (gpu, stream), count in queues.items():
         if count > 1:
             raise ScheduleError(f"gpu{gpu} has {count} {stream} queues; it must have one")
@@ -72,7 +72,7 @@ def _check_queues(schedule: Schedule, partition: Partition) -> None:
     for queue in schedule.queues:
         spaces = (buffers.HOST, buffers.gpu(queue.gpu))
         for action in queue.actions:
-            if repeated[action.id] > 1:
+            if action.id in repeated:
                 raise ScheduleError(f"{action.id}: {repeated[action.id]} actions have this id")
             if not _says_what_it_is(action):
                 raise ScheduleError(f"{action.id}: its stage, op, microbatch or job differ from its id")
