@@ -15,6 +15,7 @@ from rpcompile.dispatch_costs import AHEAD, Tables
 from rpcompile.dispatch_time import Machine, Stages, play
 
 _PENALTY = 10.0  # a tenth too much memory or traffic weighs as much as twice the time
+_MOVE_WORK = 400.0  # of every move but playing it, in the units of `Played.work`
 _EVENNESS = 0.05  # weight of idle seconds at the end, which show the way where the makespan is flat
 
 
@@ -64,6 +65,8 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
         hop[s], handed[s] = tables.hop_s[begin], tables.handed_bytes[begin]
         if begin < n:
             updated[s] = tables.updated_bytes[min(end, n)] - tables.updated_bytes[begin]
+    for s in range(size):
+        stored[s] += kept[s]
     return Stages(
         compute,
         ahead,
@@ -77,7 +80,7 @@ def stages_of(tables: Tables, size: int, cuts: np.ndarray) -> Stages:
         updated,
         memory,
         lingering,
-        stored + kept,
+        stored,
         kept,
     )
 
@@ -90,24 +93,42 @@ def energy(
     state: State,
     order: np.ndarray,
     ends: np.ndarray,
-) -> float:
-    """Seconds, with penalties for what breaks a limit."""
+    limit_s: float,
+) -> tuple[float, float]:
+    """Seconds, with penalties for what breaks a limit; infinite if they are bound to exceed `limit_s`.
+
+    Also the work that it took to find out (`Played.work`).
+    """
     size = state.size[0]
     stages = stages_of(tables, size, state.cuts)
-    played = play(machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], ends[:size])
-    over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / machine.limit_bytes.min()
-    return (played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s) * (
-        1.0 + _PENALTY * over
+    played = play(
+        machine, stages, state.gpu_of[:size], state.wanted[:size], order[:size], ends[:size], limit_s
     )
+    smallest = machine.limit_bytes[0]
+    for gpu in range(1, machine.speed.size):
+        smallest = min(smallest, machine.limit_bytes[gpu])
+    over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / smallest
+    value = played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s
+    return value * (1.0 + _PENALTY * over), played.work
 
 
 @njit(cache=True, nogil=True)
 def _copy(source: State, target: State) -> None:
     size = source.size[0]
     target.size[0] = size
-    target.cuts[: size + 1] = source.cuts[: size + 1]
-    target.wanted[:size] = source.wanted[:size]
-    target.gpu_of[:size] = source.gpu_of[:size]
+    target.cuts[size] = source.cuts[size]
+    for s in range(size):
+        target.cuts[s] = source.cuts[s]
+        _copy_stage(source, s, target, s)
+
+
+@njit(cache=True, nogil=True)
+def _copy_stage(source: State, s: int, target: State, t: int) -> None:
+    """Gives a stage the jobs of another."""
+    # A loop, because numba takes seconds to compile an assignment of slices.
+    target.wanted[t] = source.wanted[s]
+    for m in range(source.gpu_of.shape[1]):
+        target.gpu_of[t, m] = source.gpu_of[s, m]
 
 
 @njit(cache=True, nogil=True)
@@ -126,8 +147,7 @@ def _remove(state: State, cut: int) -> None:
     for k in range(cut, size):
         state.cuts[k] = state.cuts[k + 1]
     for k in range(cut, size - 1):
-        state.wanted[k] = state.wanted[k + 1]
-        state.gpu_of[k] = state.gpu_of[k + 1]
+        _copy_stage(state, k + 1, state, k)
     state.size[0] = size - 1
 
 
@@ -137,12 +157,9 @@ def _split(state: State, s: int, position: int) -> None:
     size = state.size[0]
     for k in range(size + 1, s + 1, -1):
         state.cuts[k] = state.cuts[k - 1]
-    for k in range(size, s + 1, -1):
-        state.wanted[k] = state.wanted[k - 1]
-        state.gpu_of[k] = state.gpu_of[k - 1]
+    for k in range(size, s, -1):
+        _copy_stage(state, k - 1, state, k)
     state.cuts[s + 1] = position
-    state.wanted[s + 1] = state.wanted[s]
-    state.gpu_of[s + 1] = state.gpu_of[s]
     state.size[0] = size + 1
 
 
@@ -228,7 +245,8 @@ def _move_wanted(state: State, gpus: int) -> bool:
     new = max(1, min(gpus, new))
     if new == old and last == first + 1:
         return False
-    state.wanted[first:last] = new
+    for s in range(first, last):
+        state.wanted[s] = new
     return True
 
 
@@ -296,16 +314,16 @@ def anneal(
     best: State,
     now: State,
     then: State,
-    begin: int,
-    end: int,
-    moves: int,
+    done: float,
+    until: float,
+    work: float,
     hot: float,
     cold: float,
     seed: int,
-) -> float:
+) -> tuple[float, float]:
     """Improves `best` by random moves, ever less of which may be for the worse.
 
-    A run of `moves` can be made in pieces, so that a clock can end it between two.
+    A run of so much `work` can be made in pieces, so that a clock can end it between two.
 
     Args:
         tables: Costs of stages.
@@ -313,39 +331,42 @@ def anneal(
         most_bytes: Most bytes to upload in an iteration.
         widest: Most GPUs that a stage is dealt out to.
         best: The state to begin from; replaced by the best one found.
-        now: As large as `best`; where the walk is. Begins at `best` if `begin` is 0.
+        now: As large as `best`; where the walk is. Begins at `best` if nothing is `done`.
         then: As large as `best`; room to work in.
-        begin: Number of the first move.
-        end: Number of the move to stop before.
-        moves: Number of moves of the whole run.
+        done: Work of the pieces before this one.
+        until: Work at which this one ends.
+        work: All of the run, in the units of `Played.work`.
         hot: Which share of the seconds a move may cost at first.
         cold: The same at last.
         seed: Of the moves.
 
     Returns:
-        The energy of `best`.
+        The energy of `best`, and the work done by now.
     """
     np.random.seed(seed)
     most, microbatches = best.gpu_of.shape
     order, ends = np.empty((most, microbatches), np.int64), np.empty((most, microbatches))
     gpus = machine.speed.size
-    least = energy(tables, machine, most_bytes, best, order, ends)
-    if begin == 0:
+    least, _ = energy(tables, machine, most_bytes, best, order, ends, np.inf)
+    if done == 0.0:
         _copy(best, now)
     walk = now
-    value = energy(tables, machine, most_bytes, now, order, ends)
-    for move in range(begin, end):
+    value, _ = energy(tables, machine, most_bytes, now, order, ends, np.inf)
+    while done < until:
         _copy(now, then)
+        done += _MOVE_WORK
         dealing = now.wanted[0] > 0
         if not _move(tables, then, widest if dealing else gpus, dealing):
             continue
-        new = energy(tables, machine, most_bytes, then, order, ends)
-        heat = least * hot * (cold / hot) ** (move / moves)
-        if new - value <= -heat * np.log(1.0 - np.random.random()):
+        heat = least * hot * (cold / hot) ** (done / work)
+        limit = value - heat * np.log(1.0 - np.random.random())
+        new, spent = energy(tables, machine, most_bytes, then, order, ends, limit)
+        done += spent
+        if new <= limit:
             now, then = then, now
             value = new
             if new < least:
                 least = new
                 _copy(now, best)
     _copy(now, walk)
-    return least
+    return least, done

@@ -1,14 +1,19 @@
 """Where the search for a dispatch begins: regular dispatches of many shapes, and how good they are.
 
-Three ideas make them. Small stages dealt out to all GPUs at both ends of an iteration leave no GPU
-without work there, and cost uploads; one job a stage in the middle costs least; and what cannot be
-divided, like a head, is dealt out to several GPUs so that it does not hold up the rest.
+Four ideas make them. What cannot be divided, like a head, or is better not, like a long fused stage, is dealt
+out to several GPUs, and the stages around it take microbatches as fast as those together hand them on, or
+are parts of that. Small stages dealt out to all GPUs at both ends of an iteration leave no GPU without work
+there, and cost uploads; one job a stage in the middle costs least; and two jobs or more everywhere divide the
+work most evenly.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, chain, pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,11 +27,20 @@ if TYPE_CHECKING:
     from rpcompile.dispatch_time import Machine
     from rpcompile.ir import Partition
 
-_FORWARD_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
-_BACKWARD_LENGTHS = (1, 2, 4)
-_FUSED_LENGTHS = 4  # steps from the smallest fused stage to the longest, and as many of one segment
-_JOB_WORK = 8  # of playing a job's uploads and downloads
+_FUSED_LENGTHS = 12  # fused stages tried, from the smallest to the longest
+_RING_LENGTHS = 24  # the same on a ring, where there are fewer shapes
+_VARIED = 100  # best patterns that are varied
+_WIDTHS = 8  # numbers of GPUs that the fused stage is dealt out to
+# Stages of which part of the fused stage's pace: backward ones, forward ones.
+_PARTS = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (4, 8), (8, 8), (8, 1))
+_RING_PARTS = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 8))
+# Small stages at the first and the last end, how often halved.
+_ENDS = ((0, 2), (2, 2), (0, 4), (4, 4))
+_LONGER = 1.5  # the first two stages on a ring: queues of chained iterations let them take longer
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
+
+_Ends = tuple[tuple[float, int], ...]  # from the outermost stage inwards: part of the usual length, GPUs
+_Shape = tuple[tuple[int, ...], tuple[int, ...]]  # cuts, and how many GPUs each stage is dealt out to
 
 
 @dataclass(frozen=True)
@@ -64,71 +78,100 @@ class Problem:
         """The first segment of the fused stage."""
         return max(cut for cut in cuts if cut < self.tables.segments)
 
-    def energy(self, state: State) -> float:
-        """What the search minimises; deals out the stages that are not yet."""
+    def energy(self, state: State) -> tuple[float, float]:
+        """What the search minimises, and the work of finding out; deals out the stages that are not yet."""
         shape = state.gpu_of.shape
-        return energy(
-            self.tables, self.machine, self.most_bytes, state, np.empty(shape, np.int64), np.empty(shape)
-        )
-
-    def work(self, state: State) -> int:
-        """What playing a state takes, in units of one microbatch of one stage; about, for it changes."""
-        size, dealt = int(state.size[0]), bool(state.wanted[0])
-        pairs = size * self.microbatches * (2 if dealt else 1)
-        jobs = state.wanted[:size].sum() if dealt else sum(map(len, map(set, state.gpu_of[:size].tolist())))
-        return self.machine.iterations * (pairs + _JOB_WORK * int(jobs))
+        room = np.empty(shape, np.int64), np.empty(shape)
+        return energy(self.tables, self.machine, self.most_bytes, state, *room, math.inf)
 
 
-def first_states(problem: Problem, partitions: Sequence[Partition], count: int) -> list[State]:
-    """The best start for each of the best ways to cut, the best first.
+class _Pattern(NamedTuple):
+    """Around a fused stage that begins at a segment, with so many jobs: which parts of their pace.
 
-    Up to half of them are of the given partitions: these may be good only after a search has been at them.
+    Attributes:
+        begin: First segment of the fused stage.
+        width: GPUs that it is dealt out to; together they take a microbatch each so many seconds, the pace.
+        up: Forward stages are so many times shorter than the pace.
+        down: The same of backward stages.
     """
-    cuttings = [_cuts_of(partition, problem.tables) for partition in partitions]
-    first = problem.tables.first_fused
-    given = _best(problem, [cuts for cuts in cuttings if problem.fused_begin(cuts) >= first])
-    given = given[: count // 2]
-    known = {entry.cuts for entry in given}
-    regular = [entry for entry in _best(problem, _regular(problem)) if entry.cuts not in known]
-    # Half of the rest have fused stages of different lengths: few moves lead from one length to another.
-    places = count - len(given)
-    leaders = {problem.fused_begin(entry.cuts): entry for entry in reversed(regular)}
-    chosen = sorted(leaders.values(), key=lambda entry: entry.energy)[: places // 2]
-    chosen += [entry for entry in regular if all(entry is not other for other in chosen)]
-    entries = [*given, *chosen[:places]]
-    return [entry.state for entry in sorted(entries, key=lambda entry: entry.energy)]
+
+    begin: int
+    width: int
+    up: int
+    down: int
 
 
 class _Start(NamedTuple):
-    """A state, how good it is, and where it is cut."""
+    """A dispatch, and how good it is."""
 
     energy: float
-    state: State
     cuts: tuple[int, ...]
+    wanted: tuple[int, ...]
 
 
-def _best(problem: Problem, cuttings: Sequence[list[int]]) -> list[_Start]:
+@dataclass(frozen=True)
+class Starts:
+    """All starts, the best first, those of given partitions apart."""
+
+    problem: Problem
+    given: list[_Start]
+    regular: list[_Start]
+
+    def best(self, count: int) -> list[State]:
+        """The best start for each of the best ways to cut, the best first.
+
+        Up to half of them are of given partitions: these may be good only after a search has been at them.
+        """
+        given = self.given[: count // 2]
+        known = {entry.cuts for entry in given}
+        regular = [entry for entry in self.regular if entry.cuts not in known]
+        # Half of the rest have fused stages of different lengths: few moves lead from one length to another.
+        places = count - len(given)
+        leaders = {self.problem.fused_begin(entry.cuts): entry for entry in reversed(regular)}
+        chosen = sorted(leaders.values())[: places // 2]
+        known = {entry.cuts for entry in chosen}
+        chosen += [entry for entry in regular if entry.cuts not in known]
+        return [self.problem.state(*entry[1:]) for entry in sorted([*given, *chosen[:places]])]
+
+
+def first_starts(problem: Problem, partitions: Sequence[Partition]) -> Starts:
+    """Regular dispatches of many shapes, and of the given partitions; the best for each way to cut."""
+    cuttings = [_cuts_of(partition, problem.tables) for partition in partitions]
+    first = problem.tables.first_fused
+    cuttings = [cuts for cuts in cuttings if problem.fused_begin(cuts) >= first]
+    given = _unique(_ranked(problem, _given(problem, cuttings)))
+    patterns: dict[_Shape, _Pattern] = {}
+    for pattern in _patterns(problem):
+        cuts, wanted = _regular(problem, pattern)
+        patterns.setdefault((cuts, wanted), pattern)
+        patterns.setdefault((cuts, (problem.widest,) * len(wanted)), pattern)
+    ranked = _ranked(problem, patterns)
+    leaders = {problem.fused_begin(start.cuts): start for start in reversed(ranked)}
+    varied = {patterns[start[1:]] for start in [*leaders.values(), *ranked[:_VARIED]]}
+    more = {shape for pattern in varied for shape in _variations(problem, pattern)} - patterns.keys()
+    return Starts(problem, given, _unique([*ranked, *_ranked(problem, more)]))
+
+
+def _ranked(problem: Problem, shapes: Iterable[_Shape]) -> list[_Start]:
+    """Starts, the best first."""
+
+    def starts(some: list[_Shape]) -> list[_Start]:
+        return [_Start(problem.energy(problem.state(*shape))[0], *shape) for shape in some]
+
+    shapes = list(shapes)
+    with ThreadPoolExecutor(2) as pool:
+        return sorted(chain.from_iterable(pool.map(starts, (shapes[::2], shapes[1::2]))))
+
+
+def _unique(starts: Iterable[_Start]) -> list[_Start]:
     """The best way to deal out the stages of each cutting, the best first."""
     best: dict[tuple[int, ...], _Start] = {}
-    for cuts, wanted in _shapes(problem, cuttings):
-        state = problem.state(cuts, wanted)
-        entry = _Start(problem.energy(state), state, tuple(cuts))
-        best[entry.cuts] = min(best.get(entry.cuts, entry), entry, key=lambda entry: entry.energy)
-    return sorted(best.values(), key=lambda entry: entry.energy)
+    for start in sorted(starts):
+        best.setdefault(start.cuts, start)
+    return list(best.values())
 
 
-def _regular(problem: Problem) -> list[list[int]]:
-    """Stages of equal length around a fused stage, of many lengths."""
-    tables = problem.tables
-    lengths = list(product(_FORWARD_LENGTHS, _BACKWARD_LENGTHS, _fused_begins(problem)))
-    cuttings = [_regular_cuts(tables, *found) for found in lengths]
-    if problem.machine.ring:
-        # The queues of chained iterations let the first stages take longer than those behind them.
-        cuttings += [_regular_cuts(tables, *found, 3 * found[0] // 2) for found in lengths]
-    return cuttings
-
-
-def _shapes(problem: Problem, cuttings: Iterable[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+def _given(problem: Problem, cuttings: Iterable[tuple[int, ...]]) -> Iterator[_Shape]:
     """Each cutting with stages dealt out to few or many GPUs."""
     tables, gpus = problem.tables, problem.widest
     for cuts in cuttings:
@@ -137,55 +180,123 @@ def _shapes(problem: Problem, cuttings: Iterable[list[int]]) -> Iterator[tuple[l
         others_s = float(np.delete(compute_s, fused).max(initial=0.0))
         # So many that the fused stage takes microbatches in, and hands them on, as fast as the others.
         pace = round(float(compute_s[fused]) / others_s) if others_s else 1
-        for middle, heads in product(
-            sorted({1, min(2, gpus), gpus}), sorted({min(max(1, count), gpus) for count in (1, pace, gpus)})
-        ):
-            wanted = np.full(len(cuts) - 1, middle)
-            wanted[fused] = max(middle, heads)
-            yield cuts, wanted
-            if middle == 1 and gpus > 1:
-                for taper in _TAPER:
-                    yield cuts, _tapered(problem, cuts, wanted.copy(), fused, taper)
+        for heads in sorted({min(max(1, width), gpus) for width in (1, pace, gpus)}):
+            wanted = [1] * (len(cuts) - 1)
+            wanted[fused] = heads
+            yield cuts, tuple(wanted)
+            yield from _wider(problem, cuts, wanted)
+
+
+def _patterns(problem: Problem) -> Iterator[_Pattern]:
+    """All that are tried."""
+    gpus, parts = problem.widest, _RING_PARTS if problem.machine.ring else _PARTS
+    widths = {round(gpus ** (i / (_WIDTHS - 1))) for i in range(_WIDTHS)} | set(range(1, min(gpus, 8) + 1))
+    for begin, width, (down, up) in product(_fused_begins(problem), sorted(widths), parts):
+        yield _Pattern(begin, width, up, down)
+
+
+def _regular(problem: Problem, pattern: _Pattern, up_ends: _Ends = (), down_ends: _Ends = ()) -> _Shape:
+    """Stages of equal time around a fused stage, but for those at the ends."""
+    tables = problem.tables
+    end = min(2 * tables.segments - pattern.begin, tables.line)
+    seconds = tables.runs[:, 1, 0].tolist()
+    pace_s = float(tables.fused[pattern.begin, 0]) / pattern.width
+    up = _divided(seconds[: pattern.begin][::-1], pace_s / pattern.up, up_ends, tables.longest)
+    down = _divided(seconds[end:], pace_s / pattern.down, down_ends, tables.longest)
+    lengths = (*up[0][::-1], end - pattern.begin, *down[0])
+    return tuple(accumulate(lengths, initial=0)), (*up[1][::-1], pattern.width, *down[1])
+
+
+def _variations(problem: Problem, pattern: _Pattern) -> Iterator[_Shape]:
+    """A pattern with other ends, and with its stages dealt out more widely."""
+    gpus = problem.widest
+    if problem.machine.ring:
+        yield _regular(problem, pattern, ((_LONGER, 1),) * 2)
+    elif gpus > 1:
+        for up, down in _ENDS:
+            yield _regular(problem, pattern, _halved(up, gpus), _halved(down, gpus))
+    cuts, wanted = _regular(problem, pattern)
+    yield from _wider(problem, cuts, wanted)
+
+
+def _wider(problem: Problem, cuts: tuple[int, ...], wanted: Sequence[int]) -> Iterator[_Shape]:
+    """The same cuts with all stages dealt out to two GPUs, to all, or to more at both ends."""
+    gpus = problem.widest
+    if gpus == 1:
+        return
+    for least in sorted({2, gpus}):
+        yield cuts, tuple(max(least, width) for width in wanted)
+    if not problem.machine.ring:
+        for taper in _TAPER:
+            yield cuts, _tapered(problem, cuts, list(wanted), taper)
 
 
 def _fused_begins(problem: Problem) -> list[int]:
     """Where the fused stage may begin: from the smallest stage to the longest that fits."""
     tables, limit = problem.tables, float(problem.machine.limit_bytes.max())
-    n = tables.segments
+    n, most = tables.segments, _RING_LENGTHS if problem.machine.ring else _FUSED_LENGTHS
     fitting = [begin for begin in range(tables.first_fused, n) if tables.fused[begin, 4] <= limit]
     longest = n - 1 - min(fitting, default=n - 1)
-    parts = range(_FUSED_LENGTHS + 1)
-    more = {min(part, longest) for part in parts} | {longest * part // _FUSED_LENGTHS for part in parts}
-    return sorted(n - 1 - segments for segments in more)
+    return sorted({n - 1 - round(longest * part / (most - 1)) for part in range(most)})
 
 
-def _regular_cuts(tables: Tables, forward: int, backward: int, begin: int, first: int = 0) -> list[int]:
-    """Stages of equal numbers of segments around a fused stage; the first two may differ."""
-    n, line = tables.segments, tables.line
-    forward, backward = min(forward, tables.longest), min(backward, tables.longest)
-    first = min(first or forward, tables.longest)
-    firsts = {cut for cut in (first, 2 * first) if cut < begin}
-    up = range(2 * first, begin, forward)
-    return sorted({0, *firsts, *up, begin, *range(min(2 * n - begin, line), line, backward), line})
+def _halved(times: int, gpus: int) -> _Ends:
+    """Ends so that each stage is half as long as the next one, and dealt out twice as wide."""
+    return tuple((0.5**k, min(gpus, 2**k)) for k in range(times, 0, -1))
 
 
-def _cuts_of(partition: Partition, tables: Tables) -> list[int]:
+def _divided(seconds: list[float], pace_s: float, ends: _Ends, longest: int) -> tuple[list[int], list[int]]:
+    """Lengths and widths of stages of about equal time on one side of the fused stage, outwards.
+
+    Args:
+        seconds: Of each segment, outwards.
+        pace_s: Seconds of a stage.
+        ends: Stages that differ, from the outermost one inwards.
+        longest: Most segments of a stage.
+    """
+    lengths: list[int] = []
+    wanted: list[int] = []
+    left = len(seconds)
+    for part, width in ends:
+        if not left:
+            break
+        begin, total_s = left - 1, seconds[left - 1]
+        while begin > max(0, left - longest) and total_s + seconds[begin - 1] / 2 <= part * pace_s:
+            begin -= 1
+            total_s += seconds[begin]
+        lengths.append(left - begin)
+        wanted.append(width)
+        left = begin
+    done_s = list(accumulate(seconds[:left], initial=0.0))
+    stages = min(left, round(done_s[-1] / pace_s)) if pace_s > 0 else left
+    cuts = {0, left}
+    for stage in range(1, stages):
+        wish_s = done_s[-1] * stage / stages
+        cut = bisect_left(done_s, wish_s)
+        cuts.add(cut - 1 if cut and wish_s - done_s[cut - 1] < done_s[cut] - wish_s else cut)
+    cuts |= {cut for first, last in pairwise(sorted(cuts)) for cut in range(first, last, longest)}
+    middle = [last - first for first, last in pairwise(sorted(cuts))]
+    return middle + lengths[::-1], [1] * len(middle) + wanted[::-1]
+
+
+def _cuts_of(partition: Partition, tables: Tables) -> tuple[int, ...]:
     n = tables.segments
     cuts = [stage.first for stage in partition.stages if stage.kind != "B"]
-    return [*cuts, *(2 * n - 1 - stage.last for stage in partition.stages if stage.kind == "B"), tables.line]
+    cuts += [2 * n - 1 - stage.last for stage in partition.stages if stage.kind == "B"]
+    return (*cuts, tables.line)
 
 
-def _tapered(problem: Problem, cuts: list[int], wanted: np.ndarray, fused: int, taper: int) -> np.ndarray:
+def _tapered(problem: Problem, cuts: Sequence[int], wanted: list[int], taper: int) -> tuple[int, ...]:
     """Deals the stages at both ends out to all GPUs, then to half as many, ..., as traffic allows."""
-    weights = stages_of(problem.tables, len(wanted), np.array(cuts)).weight_bytes
-    left = problem.most_bytes - float((weights * wanted).sum())
+    weights = stages_of(problem.tables, len(wanted), np.array(cuts)).weight_bytes.tolist()
+    left = problem.most_bytes - sum(map(float.__mul__, weights, map(float, wanted)))
     ends = [stage for i in range(len(wanted) // 2) for stage in (i, len(wanted) - 1 - i)]
     for number, stage in enumerate(ends):
         width = len(problem.machine.speed) >> (number // (2 * taper))
         more = (width - wanted[stage]) * weights[stage]
-        if stage == fused or more > left:
+        if cuts[stage + 1] >= problem.tables.segments > cuts[stage] or more > left:  # the fused stage
             break
         if width > wanted[stage]:
             wanted[stage] = width
             left -= more
-    return wanted
+    return tuple(wanted)

@@ -12,7 +12,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from rpcompile.ir import Dispatch, Job, Partition
 from rpcompile.passes._check_chain import check_chain, check_segments, size_text
 from rpcompile.passes._dispatch_bound import least_seconds
 from rpcompile.passes._dispatch_moves import State, anneal, stages_of
-from rpcompile.passes._dispatch_starts import Problem, first_states
+from rpcompile.passes._dispatch_starts import Problem, Starts, first_starts
 from rpcompile.round_robin_time import StageCosts, stages_between
 from rpcompile.stage_bytes import upload_unit_bytes
 
@@ -38,14 +38,36 @@ _MOST_MICROBATCHES = 512
 _CHAINED = 6  # iterations that show the steady state
 _PIECES = 20  # of an annealing run, between which the clock is looked at
 _MOVES_A_PLACE = 20_000  # moves of one run for each position on the line; more do not pay on short ones
-_KEPT = 8  # starts that are annealed; on a ring, where many short walks do better, four times as many
-_REFINED = 3  # how many of those are annealed again, and then once more GPU by GPU
-_AGAIN = 4  # how often each of the best two on a ring, and four times as often; nothing else is to decide
-# Of each round of annealing: its share of the work, and the share of the time a move may cost (first, last).
-# A walk that is hotter at first ends better, if it has the time to cool down.
-_SHORT_ROUNDS = ((0.25, 3e-3, 3e-4), (0.4, 1e-3, 3e-5), (0.35, 1e-4, 1e-5))
-_ROUNDS = ((0.4, 2e-2, 1e-4), (0.4, 2e-3, 3e-5), (0.2, 1e-4, 1e-5))
-_RING_ROUNDS = ((0.5, 1e-3, 1e-4), (0.5, 1e-3, 3e-5))
+
+
+class _Round(NamedTuple):
+    """A round of annealing.
+
+    Attributes:
+        share: Of all work.
+        hot: Share of the time that a move may cost at first.
+        cold: The same at last.
+        walks: States that are annealed.
+        ahead: How many of the best states of the round before they begin from, the best one only once.
+    """
+
+    share: float
+    hot: float
+    cold: float
+    walks: int
+    ahead: int
+
+
+# A walk that is hotter at first ends better, if it has the time to cool down. In the last round each
+# microbatch has a GPU of its own choice; on a ring it has not, and many short walks do better there.
+_SHORT_ROUNDS = (
+    _Round(0.25, 3e-3, 3e-4, 8, 8),
+    _Round(0.4, 1e-3, 3e-5, 3, 3),
+    _Round(0.35, 1e-4, 1e-5, 3, 3),
+)
+_ROUNDS = (_Round(0.4, 2e-2, 1e-4, 16, 16), _Round(0.4, 2e-3, 3e-5, 4, 4), _Round(0.2, 1e-4, 1e-5, 4, 4))
+_SHORT_RING_ROUNDS = (_Round(0.5, 1e-3, 1e-4, 8, 8), _Round(0.5, 1e-3, 3e-5, 9, 2))
+_RING_ROUNDS = (_Round(0.5, 1e-3, 1e-4, 32, 32), _Round(0.5, 1e-3, 3e-5, 33, 2))
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,7 @@ class Effort:
     """How long to search: work is counted, so the result does not depend on the clock.
 
     Attributes:
-        work: What may be played, in all, in units of one microbatch of one stage: about 5 ns each.
+        work: What all moves together may take, in the units of `Played.work`: about 5 ns each.
         limit_s: Wall time after which the search stops with what it has.
     """
 
@@ -61,7 +83,7 @@ class Effort:
     limit_s: float
 
 
-EFFORTS = {"fast": Effort(1e8, 2.0), "normal": Effort(3e9, 20.0), "thorough": Effort(1.5e10, 90.0)}
+EFFORTS = {"fast": Effort(1.5e8, 2.0), "normal": Effort(5e9, 20.0), "thorough": Effort(2.5e10, 90.0)}
 
 
 @dataclass(frozen=True)
@@ -146,10 +168,8 @@ class SearchSchedule:
         check_segments(StageCosts(chain, max(2, self.gpus), self.microbatches), max(limits), False, largest)
         problem, bound_s = self._problem(chain, limits)
         _compile(problem)
-        searching = time.monotonic()
-        states = first_states(problem, self.partitions, self._more(problem, _KEPT))
-        states, ended_by = self._improve(problem, bound_s, states, searching)
-        return self._answer(chain, problem, states[0], bound_s, ended_by, began)
+        state, ended_by = self._improve(problem, bound_s)
+        return self._answer(chain, problem, state, bound_s, ended_by, began)
 
     # ------------------------------------------------------------------ checks
 
@@ -223,38 +243,65 @@ class SearchSchedule:
 
     # ------------------------------------------------------------------ search
 
-    def _improve(
-        self, problem: Problem, bound_s: float, states: list[State], began: float
-    ) -> tuple[list[State], str]:
-        """Anneals all states as they are dealt out, then the best of them, at last GPU by GPU."""
-        effort, ring = EFFORTS[self.effort], problem.machine.ring or problem.widest == 1
-        limit_s = effort.limit_s if self.time_limit_s is None else self.time_limit_s
-        rounds = _RING_ROUNDS if ring else _SHORT_ROUNDS if self.effort == "fast" else _ROUNDS
-        done, late = 0.0, False
-        for number, (share, hot, cold) in enumerate(rounds):
-            done += share
-            if number and ring:
-                again = [
-                    State(*(array.copy() for array in state))
-                    for state in states[:2] * self._more(problem, _AGAIN)
-                ]
-                states = [states[0], *again]
-            elif number:
-                states = states[:_REFINED]
-            if number == len(rounds) - 1 and not ring:
-                for state in states:
+    def _improve(self, problem: Problem, bound_s: float) -> tuple[State, str]:
+        """The best state that is found, and what ended the search."""
+        began = time.monotonic()
+        starts = first_starts(problem, self.partitions)
+        found: list[State] = []
+        late = False
+        for effort in ("fast", self.effort)[self.effort == "fast" :]:  # which no other effort is worse than
+            states, ended = self._anneal_rounds(problem, bound_s, effort, starts, found, began)
+            found, late = states[:1], late or ended
+        return found[0], "clock" if late else "moves"
+
+    def _anneal_rounds(
+        self,
+        problem: Problem,
+        bound_s: float,
+        effort: str,
+        starts: Starts,
+        found: list[State],
+        began: float,
+    ) -> tuple[list[State], bool]:
+        """Anneals states as they are dealt out, then the best of them, at last GPU by GPU.
+
+        Args:
+            problem: What is searched.
+            bound_s: A time that ends the search.
+            effort: How much.
+            starts: Where it begins.
+            found: States that are in the last round, too.
+            began: When the search did.
+
+        Returns:
+            All states of the last round, the best first, and whether the clock ended it.
+        """
+        ring = problem.machine.ring or problem.widest == 1
+        rounds = {
+            (True, True): _SHORT_RING_ROUNDS,
+            (True, False): _SHORT_ROUNDS,
+            (False, True): _RING_ROUNDS,
+            (False, False): _ROUNDS,
+        }[effort == "fast", ring]
+        limit_s = EFFORTS[self.effort].limit_s if self.time_limit_s is None else self.time_limit_s
+        states = starts.best(rounds[0].walks)
+        share, late = 0.0, False
+        for now in rounds:
+            ahead = states[: now.ahead]
+            states = ahead
+            if now.ahead < now.walks:
+                states = ahead[:1] + [_copy(ahead[i % len(ahead)]) for i in range(now.walks - 1)]
+            if now is rounds[-1]:
+                states += found
+                for state in states if not ring else ():
                     problem.energy(state)
                     state.wanted[:] = 0
-            work = share * effort.work / len(states)
-            run = _Run(problem, bound_s, work, hot, cold, began + done * limit_s)
+            share += now.share
+            work = now.share * EFFORTS[effort].work / len(states)
+            run = _Run(problem, bound_s, work, now.hot, now.cold, began + share * limit_s)
             states, ended = self._anneal(run, states)
             late = late or ended
-        return states, "clock" if late else "moves"
-
-    def _more(self, problem: Problem, walks: int) -> int:
-        """How many walks to make where a short search makes so many."""
-        ring = problem.machine.ring or problem.widest == 1
-        return 4 * walks if ring and self.effort != "fast" else walks
+        return states, late
 
     def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
         """All states annealed, the best first, and whether the clock ended it."""
@@ -282,7 +329,7 @@ class SearchSchedule:
         machine, wanted = problem.machine, state.wanted[:size]
         if machine.iterations > 1:  # long enough for any pattern over several iterations to show
             machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
-        played = play(machine, stages, state.gpu_of[:size], wanted, order, ends)
+        played = play(machine, stages, state.gpu_of[:size], wanted, order, ends, math.inf)
         if played.excess_bytes > 0:
             raise self._nothing_fits(chain, problem, played.excess_bytes)
         if played.upload_bytes > problem.most_bytes * (1 + 1e-9):
@@ -348,12 +395,11 @@ class _Run:
     def anneal(self, state: State, seed: int) -> tuple[float, bool]:
         """Improves a state in place; its energy, and whether the clock ended it."""
         problem = self.problem
-        now, then = (State(*(array.copy() for array in state)) for _ in range(2))
-        moves = max(_PIECES, min(int(self.work / problem.work(state)), _MOVES_A_PLACE * problem.tables.line))
-        value = math.inf
+        now, then = _copy(state), _copy(state)
+        most = _MOVES_A_PLACE * problem.tables.line * problem.energy(state)[1]
+        work, done, value = min(self.work, most), 0.0, math.inf
         for piece in range(_PIECES):
-            begin, end = piece * moves // _PIECES, (piece + 1) * moves // _PIECES
-            value = anneal(
+            value, done = anneal(
                 problem.tables,
                 problem.machine,
                 problem.most_bytes,
@@ -361,9 +407,9 @@ class _Run:
                 state,
                 now,
                 then,
-                begin,
-                end,
-                moves,
+                done,
+                (piece + 1) * work / _PIECES,
+                work,
                 self.hot,
                 self.cold,
                 seed * _PIECES + piece,
@@ -373,6 +419,10 @@ class _Run:
             if time.monotonic() > self.ends and piece < _PIECES - 1:
                 return value, True
         return value, False
+
+
+def _copy(state: State) -> State:
+    return State(*(array.copy() for array in state))
 
 
 def _speeds(chain: SegmentChain, gpu: int) -> tuple[float, float]:
@@ -394,10 +444,10 @@ def _compile(problem: Problem) -> None:
     """Compiles what the search calls, or loads it from the cache, before the clock runs."""
     line, n = problem.tables.line, problem.tables.segments
     cuts = [*range(n), *range(min(n + 1, line), line + 1)]
-    states = [problem.state(cuts, np.ones(len(cuts) - 1)) for _ in range(3)]
+    best, now, then = (problem.state(cuts, np.ones(len(cuts) - 1)) for _ in range(3))
     limit = problem.most_bytes
-    anneal(problem.tables, problem.machine, limit, 1, states[0], states[1], states[2], 0, 0, 1, 1.0, 1.0, 0)
-    problem.energy(states[0])
+    anneal(problem.tables, problem.machine, limit, 1, best, now, then, 0.0, 0.0, 1.0, 1.0, 1.0, 0)
+    problem.energy(best)
 
 
 def _dispatched(

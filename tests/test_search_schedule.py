@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpcompile.dispatch_costs import price_stages
-from rpcompile.dispatch_time import SLICES, Machine, play
+from rpcompile.dispatch_time import SLICES, Machine, Played, play
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.ir import Dispatch, Partition, Schedule, SegmentChain
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.mixed_gpus import Box, with_speeds
 from rpcompile.passes._dispatch_moves import stages_of
-from rpcompile.passes._dispatch_starts import _shapes, first_states
+from rpcompile.passes._dispatch_starts import _divided, _given, first_starts
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
@@ -119,20 +119,26 @@ def machine(chain: SegmentChain, speed: list[float], **changes: object) -> Machi
     return plain._replace(**changes)
 
 
-def played_once(chain: SegmentChain, cuts: list[int], gpu_of: np.ndarray, speed: list[float]):
-    """What the fast model says, and what it was asked about."""
+def played_until(
+    chain: SegmentChain, cuts: list[int], gpu_of: np.ndarray, speed: list[float], limit_s: float = math.inf
+) -> tuple[Played, np.ndarray]:
+    """What the fast model says, and the order that it finds."""
     size = len(cuts) - 1
-    tables = price_stages(chain, len(speed), gpu_of.shape[1])
-    stages = stages_of(tables, size, np.array(cuts))
+    stages = stages_of(price_stages(chain, len(speed), gpu_of.shape[1]), size, np.array(cuts))
     # The definition has links without activations.
     stages = stages._replace(loaded_bytes=np.zeros(size), handed_bytes=np.zeros(size))
     order, ends = np.empty_like(gpu_of), np.empty(gpu_of.shape)
-    wanted = np.zeros(size, np.int64)
-    played = play(machine(chain, speed), stages, gpu_of, wanted, order, ends)
+    nowhere = np.zeros(size, np.int64)
+    return play(machine(chain, speed), stages, gpu_of, nowhere, order, ends, limit_s), order
+
+
+def played_once(chain: SegmentChain, cuts: list[int], gpu_of: np.ndarray, speed: list[float]):
+    """What the fast model says, and what it was asked about."""
+    played, order = played_until(chain, cuts, gpu_of, speed)
     jobs, by_gpu = _dispatched(gpu_of, order, len(speed))
     dispatch = Dispatch("random", len(speed), gpu_of.shape[1], jobs, by_gpu)
-    partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "random")
-    return played, partition, dispatch
+    stages = stages_between(cuts, len(chain.segments))
+    return played, Partition(stages, 0, 0.0, 0.0, "FEASIBLE", 0.0, "random"), dispatch
 
 
 @settings(max_examples=200, deadline=None)
@@ -141,6 +147,28 @@ def test_fast_model_plays_by_its_definition(case) -> None:
     chain, cuts, gpu_of, speed = case
     played, partition, dispatch = played_once(chain, cuts, gpu_of, speed)
     assert played.time_s == pytest.approx(play_by_definition(chain, partition, dispatch, speed))
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=dispatches(), share=st.sampled_from([0.2, 0.5, 0.9, 1 + 1e-9]))
+def test_only_what_takes_longer_than_the_limit_is_given_up(case, share: float) -> None:
+    chain, cuts, gpu_of, speed = case
+    played, _ = played_until(chain, cuts, gpu_of, speed)
+    limited, _ = played_until(chain, cuts, gpu_of, speed, share * played.time_s)
+    assert limited == played or (share < 1 and limited.time_s == math.inf)
+    assert limited.work <= played.work
+
+
+def test_a_hopeless_dispatch_is_given_up_early() -> None:
+    chain = make_chain(*(segment(f"s{index}", 1.0, 2.0) for index in range(4)))
+    where, cuts = np.zeros((7, 2), np.int64), [0, 1, 2, 3, 5, 6, 7, 8]
+    # Two GPUs have 30 s of work to do.
+    played, _ = played_until(chain, cuts, where, [1.0, 1.0], 14.0)
+    assert (played.time_s, played.work) == (math.inf, 2 * 2 + 4)
+    # One has done 12 s of it when the other ends, at 14 s; 12 s are left, and 38 s / 2 in all.
+    where[4] = 1
+    played, _ = played_until(chain, cuts, where, [1.0, 1.0], 18.9)
+    assert (played.time_s, played.work) == (math.inf, 5 * (2 * 2 + 4))
 
 
 @settings(max_examples=100, deadline=None)
@@ -164,7 +192,12 @@ def two_jobs(chain: SegmentChain, **changes: object) -> float:
     room = np.empty((1, 2), np.int64), np.empty((1, 2))
     options = {"slice_s": 0.01, **changes}
     return play(
-        machine(chain, [1.0, 1.0], **options), stages, np.array([[0, 1]]), np.zeros(1, np.int64), *room
+        machine(chain, [1.0, 1.0], **options),
+        stages,
+        np.array([[0, 1]]),
+        np.zeros(1, np.int64),
+        *room,
+        math.inf,
     ).time_s
 
 
@@ -183,7 +216,7 @@ def modelled_bytes(chain: SegmentChain, cuts: list[int], gpu_of: list[list[int]]
     stages = stages_of(tables, shape[0], np.array(cuts))
     order, nowhere = np.empty(shape, np.int64), np.zeros(shape[0], np.int64)
     nothing = machine(chain, [1.0] * gpus, limit_bytes=np.zeros(gpus))
-    played = play(nothing, stages, np.array(gpu_of), nowhere, order, np.empty(shape))
+    played = play(nothing, stages, np.array(gpu_of), nowhere, order, np.empty(shape), math.inf)
     jobs, by_gpu = _dispatched(np.array(gpu_of), order, gpus)
     partition = Partition(stages_between(cuts, tables.segments), 0, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
     schedule = lay_out(chain, partition, Dispatch("by hand", gpus, shape[1], jobs, by_gpu), "sync")
@@ -297,17 +330,36 @@ def test_no_more_segments_are_fused_than_allowed_also_by_given_partitions(mode: 
         assert [len(stage.segments) for stage in found.partition.stages if stage.kind == "FB"] <= [most]
 
 
+def test_more_effort_is_never_worse_than_a_fast_search() -> None:
+    chain, values = decoder(9, 2.5), {}
+    for effort in ("fast", "normal"):
+        searching = SearchSchedule(4, 6, max_traffic=1.0, effort=effort, time_limit_s=1e9)
+        problem, bound_s = searching._problem(chain, [10**10] * 4)
+        # Rounds that find nothing: what the fast search found is kept.
+        values[effort] = problem.energy(searching._improve(problem, bound_s)[0])[0]
+    assert values["normal"] <= values["fast"]
+
+
+def test_stages_around_a_fused_one_take_its_pace() -> None:
+    # Outwards from the fused stage: stages of about 4 s, or the outermost half as long.
+    seconds = [2.0, 2.0, 3.0, 1.0, 4.0, 2.0, 2.0, 1.0, 1.0]
+    assert _divided(seconds, 4.0, (), 9) == ([2, 2, 2, 3], [1, 1, 1, 1])
+    assert _divided(seconds, 4.0, ((0.5, 3),), 9) == ([2, 2, 1, 2, 2], [1, 1, 1, 1, 3])
+    assert _divided(seconds, 100.0, (), 4) == ([4, 4, 1], [1, 1, 1])  # no stage is longer than that
+    assert _divided([], 4.0, ((0.5, 3),), 9) == ([], [])
+
+
 def test_starts_have_fused_stages_of_several_lengths() -> None:
     problem, _ = SearchSchedule(3, 6)._problem(decoder(12), [10**10] * 3)
-    states = first_states(problem, [], 8)
+    states = first_starts(problem, []).best(8)
     assert len({problem.fused_begin(state.cuts[: state.size[0] + 1].tolist()) for state in states}) >= 4
 
 
 def test_a_fused_stage_starts_with_as_many_jobs_as_keep_pace_with_the_others() -> None:
     # Backward stages of one layer take 4 s a microbatch, the head alone takes 12.
     problem, _ = SearchSchedule(8, 8, mode="async", max_traffic=0.7)._problem(decoder(12, 4.0), [10**10] * 8)
-    cuts = [0, 4, 8, 12, *range(14, 27)]
-    wanted = [int(shape[3]) for own, shape in _shapes(problem, [cuts]) if int(shape[0]) == 1]
+    cuts = (0, 4, 8, 12, *range(14, 27))
+    wanted = [shape[3] for own, shape in _given(problem, [cuts]) if shape[0] == 1]
     assert 3 in wanted
 
 
@@ -358,8 +410,8 @@ def test_given_partitions_are_among_the_starts() -> None:
     problem, _ = SearchSchedule(3, 6)._problem(chain, [10**10] * 3)
 
     def starts(partitions: list[Partition]) -> list[tuple[int, ...]]:
-        states = first_states(problem, partitions, 8)
-        energies = [problem.energy(state) for state in states]
+        states = first_starts(problem, partitions).best(8)
+        energies = [problem.energy(state)[0] for state in states]
         assert energies == sorted(energies)
         return [tuple(state.cuts[: state.size[0] + 1].tolist()) for state in states]
 
