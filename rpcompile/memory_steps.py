@@ -81,7 +81,8 @@ def memory_steps(events: Events, starts: Floats, ends: Floats) -> list[MemorySte
     places, times, changes = map(np.concatenate, (where, when, change))
     on_host = f"{buffers.HOST}:weights."
     base = sum(size for name, size in sizes.items() if name.startswith(on_host))
-    order = np.argsort(places.astype(np.int16), kind="stable")  # which of so few values are sorted fastest
+    # The smaller the type, the faster it is sorted.
+    order = np.argsort(places.astype(np.min_scalar_type(gpus)), kind="stable")
     bounds = np.searchsorted(places[order], np.arange(gpus + 2)).tolist()
     return [
         _steps(times[order[begin:end]], changes[order[begin:end]], base if place == gpus else 0)
