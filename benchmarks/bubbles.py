@@ -41,11 +41,11 @@ from rpcompile.shared_links import SharedLinks
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import (
     DispatchTimeline,
-    reference_upload_bytes,
     simulate_dispatch,
     simulate_steady_state,
     upload_bytes,
 )
+from rpcompile.stage_bytes import upload_unit_bytes
 
 HERE = Path(__file__).parent
 GPUS, MICROBATCHES = 8, 16
@@ -159,7 +159,7 @@ def planned(model: str, solver_time_s: float) -> dict[str, Any]:
 
 
 def _traffic(model: str, nbytes: int) -> float:
-    return nbytes / reference_upload_bytes(chain(model), GPUS, MICROBATCHES)
+    return nbytes / upload_unit_bytes(chain(model), GPUS, MICROBATCHES)
 
 
 def main() -> None:

@@ -357,8 +357,8 @@ def turn(loop: Any, settings: Settings) -> dict[str, Any]:
 
 def clean_up(settings: Settings) -> None:
     """Gives cached memory back, for the other loops' processes, and forgets peaks."""
-    gc.collect()
     if settings.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.ir import Stage, StageKind
+from rpcompile.units import size as size_text
 
 if TYPE_CHECKING:
     from rpcompile.ir import Hardware, SegmentChain
@@ -121,10 +122,3 @@ def _least(costs: StageCosts, segment: int, forward_only: bool) -> StageCost:
 
 def _memory(cost: StageCost) -> int:
     return cost.memory_bytes
-
-
-def size_text(nbytes: int) -> str:
-    """A number of bytes for a message."""
-    if nbytes >= 1_000_000_000:
-        return f"{nbytes / 1e9:.1f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes:,} bytes"

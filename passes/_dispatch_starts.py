@@ -159,7 +159,7 @@ def _ranked(problem: Problem, shapes: Iterable[_Shape]) -> list[_Start]:
         return [_Start(problem.energy(problem.state(*shape))[0], *shape) for shape in some]
 
     shapes = list(shapes)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:  # more would wait for one another's Python
         return sorted(chain.from_iterable(pool.map(starts, (shapes[::2], shapes[1::2]))))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import PartitionError, require_at_least
 from rpcompile.ir import Dispatch, Job, StageKind
 
 if TYPE_CHECKING:
@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     from rpcompile.ir import Partition
 
 Step = tuple[str, int, int]  # "F" or "B", virtual stage, microbatch
-
-
-def check_counts(gpus: int, microbatches: int) -> None:
-    """Refuses numbers below 1.
-
-    Raises:
-        InvalidArgument: Naming the option.
-    """
-    for option, value in (("gpus", gpus), ("microbatches", microbatches)):
-        if value < 1:
-            raise InvalidArgument(f"{option} is {value}; it must be at least 1")
 
 
 def dispatch_pipeline(
@@ -53,7 +42,7 @@ def dispatch_pipeline(
         InvalidArgument: `gpus` or `microbatches` is below 1.
         PartitionError: The stages are no mirror image, or do not divide over the GPUs as they must.
     """
-    check_counts(gpus, microbatches)
+    require_at_least(1, gpus=gpus, microbatches=microbatches)
     up = [stage for stage in partition.stages if stage.kind is not StageKind.B]
     down = partition.stages[len(up) :]
     fused = bool(up) and up[-1].kind is StageKind.FB

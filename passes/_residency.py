@@ -16,17 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tenure:
-    """One job's stay on its GPU, in positions among the GPU's compute actions.
+    """One job's stay on its GPU.
 
     Attributes:
         job: Its index.
         behind: Jobs that must have left before this one may come, besides those of tenures before.
-        opens: From this position on all that must have left have been computed.
     """
 
     job: int
     behind: tuple[int, ...]
-    opens: int
 
 
 def tenures(jobs: Sequence[int], resident_jobs: int) -> list[Tenure]:
@@ -47,14 +45,13 @@ def tenures(jobs: Sequence[int], resident_jobs: int) -> list[Tenure]:
         first.setdefault(job, position)
         last[job] = position
     leaving: list[int] = []  # the jobs so far, by last use
-    gone, opens = 0, 0
+    gone = 0
     found: list[Tenure] = []
     for job in first:
         before = gone
         while gone <= len(leaving) - resident_jobs and last[leaving[gone]] < first[job]:
-            opens = last[leaving[gone]] + 1
             gone += 1
-        found.append(Tenure(job, tuple(leaving[before:gone]), opens))
+        found.append(Tenure(job, tuple(leaving[before:gone])))
         insort(leaving, job, key=last.__getitem__)
     return found
 

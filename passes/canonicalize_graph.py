@@ -19,7 +19,6 @@ from rpcompile.graphs import (
     GRAD_MODE,
     argument,
     gradient_nodes,
-    is_random,
     mutated_arguments,
     place_of,
     region_of,
@@ -246,7 +245,7 @@ def _remove_dead(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users:
             continue
-        if not mutated_arguments(node) or is_random(node):
+        if not mutated_arguments(node):
             graph.erase_node(node)
 
 

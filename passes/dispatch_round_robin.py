@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile.errors import InvalidArgument
+from rpcompile.errors import InvalidArgument, require_at_least
 from rpcompile.ir import Dispatch, Job
-from rpcompile.passes._pipeline import check_counts
 
 if TYPE_CHECKING:
     from rpcompile.ir import Partition
@@ -41,7 +40,7 @@ class DispatchRoundRobin:
         Raises:
             InvalidArgument: `gpus` or `microbatches` is below 1, or there are not 1 to M rounds.
         """
-        check_counts(self.gpus, self.microbatches)
+        require_at_least(1, gpus=self.gpus, microbatches=self.microbatches)
         if not 1 <= self.rounds <= self.microbatches:
             raise InvalidArgument(
                 f"rounds is {self.rounds}; choose 1 to {self.microbatches}, the microbatches"

@@ -13,8 +13,8 @@ on its GPU (there is one, or the dispatch is refused); around each compute actio
 what comes in, compute, what goes out, then FREEs. A queue is the part of that order that its stream
 runs, and whatever an action needs was emitted before it: data by the order of compute, a microbatch's
 slot because it is freed right behind an earlier compute action of the same GPU, and the slot of a
-job's weights because its prefetch stands among the GPU's compute actions behind the last one of
-every job that it waits for (`Tenure.opens`). So the first action in that order that is not over yet
+job's weights because its prefetch stands right before its first compute action, behind the last one
+of every job that it waits for. So the first action in that order that is not over yet
 can always run.
 
 Slots go to a GPU's jobs by first use; `passes/_residency.py` says who waits for whom. Jobs that run
@@ -33,7 +33,7 @@ import numpy as np
 
 from rpcompile import buffers, stage_bytes
 from rpcompile.collection import collection_paused
-from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.errors import ScheduleError, require_at_least
 from rpcompile.ir import (
     COMPUTE_OPS,
     DOWN_STREAMS,
@@ -46,7 +46,7 @@ from rpcompile.ir import (
     Stream,
 )
 from rpcompile.ordering import ActionGraph, Edges, queue_numbers
-from rpcompile.passes._residency import Tenure, limit_residency, tenures
+from rpcompile.passes._residency import limit_residency, tenures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,12 +105,7 @@ class InsertTransfers:
             ScheduleError: The schedule has other actions than compute, reads what no action makes, or
                 has GPUs wait for one another.
         """
-        for option, value in (
-            ("activation_slots", self.activation_slots),
-            ("resident_jobs", self.resident_jobs),
-        ):
-            if value < 1:
-                raise InvalidArgument(f"{option} is {value}; it must be at least 1")
+        require_at_least(1, activation_slots=self.activation_slots, resident_jobs=self.resident_jobs)
         for action in schedule.actions():
             if action.op not in COMPUTE_OPS:
                 raise ScheduleError(f"{action.id} is not a compute action; insert-transfers runs once")
@@ -120,7 +115,7 @@ class InsertTransfers:
             for queue in schedule.queues
         }
         copies = _Copies(self.chain, schedule, names)
-        emitted = _insert_frees(list(copies.emit(stays)), names)
+        emitted = _insert_frees(list(copies.emit()), names)
         queues: dict[tuple[int, int], list[Action]] = defaultdict(list)
         for action in limit_residency(emitted, stays, self.activation_slots, names):
             queues[action.gpu, _STREAMS.index(action.stream)].append(action)
@@ -164,17 +159,13 @@ class _Copies:
                 if buffer not in self.makers and self.values[buffer][2] is not None:
                     self.readers[self.values[buffer]].append(action.op)
 
-    def emit(self, stays: dict[int, list[Tenure]]) -> Iterator[Action]:
+    def emit(self) -> Iterator[Action]:
         """All actions but FREEs."""
         first = {action.job: action for action in reversed(self.actions)}
         last = {action.job: action for action in self.actions}
-        positions = {id(a): place for queue in self.schedule.queues for place, a in enumerate(queue.actions)}
-        prefetches: dict[tuple[int, int], list[Action]] = defaultdict(list)
-        for gpu, jobs in stays.items():
-            for tenure in jobs:
-                prefetches[gpu, tenure.opens] += self._prefetches(first[tenure.job])
         for step in self._in_order():
-            yield from prefetches.get((step.gpu, positions[id(step)]), ())
+            if step is first[step.job]:
+                yield from self._prefetches(step)
             yield from self._incoming(step)
             yield step
             yield from self._outgoing(step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile.errors import InvalidArgument
+from rpcompile.errors import require_at_least
 from rpcompile.ir import Partition, Stage, StageKind
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class PartitionByRule:
         Raises:
             InvalidArgument: `gpus` or `slack` is below 1.
         """
-        if self.gpus < 1 or self.slack < 1:
-            raise InvalidArgument(f"gpus is {self.gpus}, slack is {self.slack}; both must be at least 1")
+        require_at_least(1, gpus=self.gpus, slack=self.slack)
         forward = [segment.forward_s for segment in chain.segments]
         backward = [segment.forward_s + segment.backward_s for segment in chain.segments]
         needed = chain.first_backward

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import PartitionError, require_at_least
 from rpcompile.ir import Partition, Stage, StageKind
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ class PartitionPipeline:
             PartitionError: There are fewer segments than stages, or no backward reaches the first one.
         """
         layers = len(chain.segments) - 1
-        if self.gpus < 1 or (self.chunks is not None and self.chunks < 1):
-            raise InvalidArgument(f"gpus is {self.gpus}, chunks is {self.chunks}; both must be at least 1")
+        require_at_least(1, gpus=self.gpus, chunks=1 if self.chunks is None else self.chunks)
         count = self.gpus * (self.chunks or max(1, layers // self.gpus))
         if chain.first_backward:
             raise PartitionError(

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import ortools
 
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, require_at_least
 from rpcompile.ir import Partition, StageKind
-from rpcompile.passes._check_chain import check_chain, check_segments, size_text
+from rpcompile.passes._check_chain import check_chain, check_segments
 from rpcompile.passes._stage_model import Answer, StageModel
 from rpcompile.passes._stage_search import StageSearch
 from rpcompile.round_robin_time import StageCosts, stages_between
+from rpcompile.units import size
 
 if TYPE_CHECKING:
     from rpcompile.ir import SegmentChain
@@ -97,11 +98,8 @@ class PartitionStages:
     def _check_options(self) -> None:
         if self.mode not in _MODES:
             raise InvalidArgument(f"mode={self.mode!r} is unknown; use one of {', '.join(_MODES)}")
-        for option, value in (("gpus", self.gpus), ("microbatches", self.microbatches)):
-            if value < 1:
-                raise InvalidArgument(f"{option}={value} must be at least 1")
-        if not self.time_limit_s >= 0:
-            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+        require_at_least(1, gpus=self.gpus, microbatches=self.microbatches)
+        require_at_least(0, time_limit_s=self.time_limit_s)
 
     def _check_gpus(self, chain: SegmentChain) -> None:
         check_chain(chain, self.mode != "forward")
@@ -153,7 +151,7 @@ class PartitionStages:
         )
 
     def _nothing_fits(self, search: StageSearch, status: str) -> PartitionError:
-        costs, limit = search.costs, size_text(search.limit_bytes)
+        costs, limit = search.costs, size(search.limit_bytes)
         if status != "INFEASIBLE":
             return PartitionError(
                 f"no partition that fits in {limit} was found in time_limit_s={self.time_limit_s}, nor a"
@@ -164,10 +162,10 @@ class PartitionStages:
         resident = costs.resident_bytes(finest, each)
         worst = max(range(len(stages)), key=resident.__getitem__)
         stage, own = stages[worst], each[worst].memory_bytes
-        others = size_text(resident[worst] - own)
+        others = size(resident[worst] - own)
         return PartitionError(
             f"no partition fits in {limit}, not even with one segment a stage: the {stage.kind} job of"
-            f" {costs.chain.segments[stage.first].name} needs {size_text(own)}, and {others} on the same GPU"
+            f" {costs.chain.segments[stage.first].name} needs {size(own)}, and {others} on the same GPU"
             " belong to the jobs before and behind it (weights prefetched, gradients on their way down). Use"
             " more microbatches (smaller ones), another number of GPUs or GPUs with more memory."
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import ortools
 
-from rpcompile.errors import InvalidArgument
+from rpcompile.errors import require_at_least
 from rpcompile.ir import Partition, StageKind
 from rpcompile.passes._check_chain import check_chain
 from rpcompile.passes._stage_model import Answer, StageModel
@@ -58,11 +58,8 @@ class ProposePartitions:
             InvalidArgument: An option is out of range, or a time or rate of the chain is not one.
             PartitionError: There is nothing to train.
         """
-        for option, value in (("gpus", self.gpus), ("microbatches", self.microbatches)):
-            if value < 1:
-                raise InvalidArgument(f"{option}={value} must be at least 1")
-        if not self.time_limit_s >= 0:
-            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+        require_at_least(1, gpus=self.gpus, microbatches=self.microbatches)
+        require_at_least(0, time_limit_s=self.time_limit_s)
         check_chain(chain, training=True)
         ends = time.monotonic() + self.time_limit_s
         costs, n = StageCosts(chain, self.gpus, self.microbatches), len(chain.segments)

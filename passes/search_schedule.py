@@ -11,21 +11,23 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from rpcompile.dispatch_costs import price_stages
 from rpcompile.dispatch_time import SLICES, Machine, play
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, require_at_least
 from rpcompile.ir import Dispatch, Job, Partition
-from rpcompile.passes._check_chain import check_chain, check_segments, size_text
+from rpcompile.passes._check_chain import check_chain, check_segments
 from rpcompile.passes._dispatch_bound import least_seconds
 from rpcompile.passes._dispatch_moves import State, anneal, stages_of
 from rpcompile.passes._dispatch_starts import Problem, Starts, first_starts
 from rpcompile.round_robin_time import StageCosts, stages_between
 from rpcompile.stage_bytes import upload_unit_bytes
+from rpcompile.units import size as size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -185,8 +187,8 @@ class SearchSchedule:
                 raise InvalidArgument(f"{option}={value!r} is unknown; use one of {', '.join(choices)}")
         if self.max_traffic is not None and not self.max_traffic > 0:
             raise InvalidArgument(f"max_traffic={self.max_traffic} must be above 0; None lifts the limit")
-        if self.time_limit_s is not None and not self.time_limit_s >= 0:
-            raise InvalidArgument(f"time_limit_s={self.time_limit_s} must be at least 0")
+        if self.time_limit_s is not None:
+            require_at_least(0, time_limit_s=self.time_limit_s)
         if self.fused_segments is not None and self.fused_segments < 1:
             raise InvalidArgument(f"fused_segments={self.fused_segments} must be at least 1: the loss is")
         if not self.host_bytes_per_s > 0:
@@ -305,9 +307,13 @@ class SearchSchedule:
 
     def _anneal(self, run: _Run, states: list[State]) -> tuple[list[State], bool]:
         """All states annealed, the best first, and whether the clock ended it."""
-        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             seeds = range(self.seed, self.seed + len(states))
-            results = list(pool.map(run.anneal, states, seeds))
+            try:
+                results = list(pool.map(run.anneal, states, seeds))
+            except BaseException:  # an interrupt, for which the pool would wait until all are done
+                run.stopped.set()
+                raise
         ranked = sorted((value, number) for number, (value, _) in enumerate(results))
         return [states[number] for _, number in ranked], any(late for _, late in results)
 
@@ -383,7 +389,7 @@ class SearchSchedule:
 
 @dataclass(frozen=True)
 class _Run:
-    """Annealing of one state: how much, how hot, and until when."""
+    """Annealing of one state: how much, how hot, and until when, or until it is stopped."""
 
     problem: Problem
     bound_s: float
@@ -391,6 +397,7 @@ class _Run:
     hot: float
     cold: float
     ends: float
+    stopped: Event = field(default_factory=Event)
 
     def anneal(self, state: State, seed: int) -> tuple[float, bool]:
         """Improves a state in place; its energy, and whether the clock ended it."""
@@ -414,7 +421,7 @@ class _Run:
                 self.cold,
                 seed * _PIECES + piece,
             )
-            if value <= self.bound_s * (1 + 1e-9):
+            if value <= self.bound_s * (1 + 1e-9) or self.stopped.is_set():
                 break
             if time.monotonic() > self.ends and piece < _PIECES - 1:
                 return value, True

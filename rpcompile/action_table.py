@@ -19,15 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rpcompile.ir import COMPUTE_OPS, StageKind, Stream
-from rpcompile.simulate_dispatch import stage_time
+from rpcompile.ir import COMPUTE_OPS, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcompile.ir import Dispatch, Job, Partition, Schedule, SegmentChain
+    from rpcompile.ir import Job, Partition, Schedule
     from rpcompile.simulate import Timeline
-    from rpcompile.simulate_dispatch import DispatchTimeline
 
 
 @dataclass(frozen=True)
@@ -105,25 +103,6 @@ def schedule_table(partition: Partition, schedule: Schedule, timeline: Timeline)
                 if action.op in COMPUTE_OPS and action.microbatch is not None
             )
     return ActionTable(tuple(gpus), _jobs(partition, schedule.jobs))
-
-
-def dispatch_table(
-    chain: SegmentChain, partition: Partition, dispatch: Dispatch, timeline: DispatchTimeline
-) -> ActionTable:
-    """The table of a dispatch with its compute-only timeline."""
-    gpus: list[tuple[ComputeEntry, ...]] = []
-    timed = zip(dispatch.order, timeline.start_s, timeline.end_s, strict=True)
-    for gpu, (order, starts, ends) in enumerate(timed):
-        found: list[ComputeEntry] = []
-        for (job, microbatch), start_s, end_s in zip(order, starts, ends, strict=True):
-            stage = partition.stages[dispatch.jobs[job].stage]
-            ahead_s = stage_time(chain, stage, gpu).ahead_s if stage.kind is StageKind.B else 0.0
-            if ahead_s:
-                found.append(ComputeEntry(stage.index, "R", microbatch, job, start_s, start_s + ahead_s))
-            kind = stage.kind.value
-            found.append(ComputeEntry(stage.index, kind, microbatch, job, start_s + ahead_s, end_s))
-        gpus.append(tuple(found))
-    return ActionTable(tuple(gpus), _jobs(partition, dispatch.jobs))
 
 
 def _jobs(partition: Partition, jobs: Sequence[Job]) -> tuple[JobEntry, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rpcompile import stage_bytes
 from rpcompile.ir import StageKind
-from rpcompile.plan import seconds, size
+from rpcompile.units import seconds, size
 
 if TYPE_CHECKING:
     from rpcompile.ir import Segment

@@ -17,8 +17,8 @@ from rpcompile.errors import (
     InvalidArgument,
     MissingExampleInputs,
     NotBuiltYet,
-    PartitionError,
     PlanMismatch,
+    require_at_least,
 )
 from rpcompile.fit import naming_the_longest
 from rpcompile.host_memory import installed_bytes
@@ -265,8 +265,7 @@ def _check_gpus(gpus: int | None, plan: Plan | None) -> int:
             )
         return plan.gpus
     gpus = DEFAULT_GPUS if gpus is None else gpus
-    if gpus < 1:
-        raise PartitionError(f"gpus={gpus}; at least 1 is needed")
+    require_at_least(1, gpus=gpus)
     return gpus
 
 
@@ -382,8 +381,8 @@ def _microbatch_example(
         if microbatches is not None and microbatches != plan.microbatches:
             raise PlanMismatch(f"the plan is for {plan.microbatches} microbatches, not {microbatches}")
         microbatches = plan.microbatches
-    if microbatches is not None and microbatches < 1:
-        raise InvalidArgument(f"microbatches={microbatches}; at least 1 is needed")
+    if microbatches is not None:
+        require_at_least(1, microbatches=microbatches)
     if example_inputs is None:
         example_inputs = infer_example_inputs(model, microbatches or 2 * gpus)
     if example_inputs is None:

@@ -136,7 +136,7 @@ class CostFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return found
 
     def parsed(self) -> tuple[Expression, ...]:
-        """The expressions, ready to evaluate or to turn into sympy.
+        """The expressions, ready to evaluate.
 
         Raises:
             InvalidArgument: One of them is not allowed.

@@ -72,3 +72,18 @@ class NonFinite(ExecutionError):
 
 class NotBuiltYet(RpcompileError, NotImplementedError):
     """A documented option whose implementation is not in this version."""
+
+
+def require_at_least(least: int, **values: float) -> None:
+    """Refuses options that are too small, or not numbers.
+
+    Args:
+        least: What each may be at least.
+        values: Option -> value.
+
+    Raises:
+        InvalidArgument: Naming the first that is.
+    """
+    for option, value in values.items():
+        if not value >= least:
+            raise InvalidArgument(f"{option}={value} must be at least {least}")

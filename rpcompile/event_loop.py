@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rpcompile import buffers, fluid_rates
-from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.errors import InvalidArgument, ScheduleError, require_at_least
 from rpcompile.ir import DOWN_STREAMS, UP_STREAMS, Op, Stream
 from rpcompile.ordering import ActionGraph, Edges
 
@@ -100,8 +100,7 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
     """
     if mode not in LAGS:
         raise InvalidArgument(f"mode is {mode!r}; iterations are chained 'sync' or 'async'")
-    if iterations < 1:
-        raise InvalidArgument(f"iterations is {iterations}; it must be at least 1")
+    require_at_least(1, iterations=iterations)
     for action in schedule.actions():
         if not 0 <= action.seconds < math.inf:
             raise InvalidArgument(

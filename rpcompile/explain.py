@@ -17,9 +17,9 @@ from rpcompile.attention_choice import AS_IS
 from rpcompile.errors import RpcompileError
 from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, OTHER_UPLOAD, PHRASES, UPLOAD, Gap, gaps
 from rpcompile.ir import Stage, StageKind
-from rpcompile.plan import seconds, size
 from rpcompile.plan_summary import compute_s
 from rpcompile.simulate import simulate, simulate_steady
+from rpcompile.units import seconds, size
 
 if TYPE_CHECKING:
     from rpcompile.ir import Schedule

@@ -20,21 +20,19 @@ from rpcompile.errors import InvalidArgument
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    import sympy  # pyright: ignore[reportMissingTypeStubs]
-
 MOST_CHARACTERS = 10_000
 MOST_DEPTH = 50
 MOST_EXPONENT = 8
 MOST_DIGITS = 40  # of a number in the text
 MOST_BITS = 4_096  # of a number on the way
 
-_OPERATORS: dict[type[ast.operator], tuple[str, Callable[[Fraction, Fraction], Fraction]]] = {
-    ast.Add: ("+", operator.add),
-    ast.Sub: ("-", operator.sub),
-    ast.Mult: ("*", operator.mul),
-    ast.Div: ("/", operator.truediv),
-    ast.FloorDiv: ("//", lambda left, right: Fraction(left // right)),
-    ast.Mod: ("%", operator.mod),
+_OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: lambda left, right: Fraction(left // right),
+    ast.Mod: operator.mod,
 }
 _FUNCTIONS: dict[str, tuple[int | None, Callable[..., Any]]] = {  # name -> (arguments, function)
     "floor": (1, lambda value: Fraction(math.floor(value))),
@@ -72,10 +70,6 @@ class Expression:
             return float(_evaluate(self._tree, sizes))
         except (ZeroDivisionError, OverflowError) as error:
             raise InvalidArgument(f"{self.text!r} has no value at {dict(sizes)}: {error}") from error
-
-    def to_sympy(self) -> sympy.Expr:
-        """The same as a sympy expression over positive whole symbols, as `rpcompile.sizes.symbol` makes."""
-        return _to_sympy(self._tree)
 
     def __str__(self) -> str:
         return self.text
@@ -177,7 +171,7 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
             assert exponent is not None  # `parse` checked
             return _bounded(_evaluate(left, sizes) ** exponent)
         case ast.BinOp(left=left, op=op, right=right):
-            return _bounded(_OPERATORS[type(op)][1](_evaluate(left, sizes), _evaluate(right, sizes)))
+            return _bounded(_OPERATORS[type(op)](_evaluate(left, sizes), _evaluate(right, sizes)))
         case ast.Call(func=ast.Name(id=name), args=arguments):
             return _FUNCTIONS[name][1](*(_evaluate(argument, sizes) for argument in arguments))
         case _:
@@ -188,28 +182,3 @@ def _bounded(value: Fraction) -> Fraction:
     if value.numerator.bit_length() > MOST_BITS or value.denominator.bit_length() > MOST_BITS:
         raise OverflowError("a number gets too large")
     return value
-
-
-def _to_sympy(node: ast.expr) -> Any:
-    import sympy
-
-    match node:
-        case ast.Constant(value=int() as value):
-            return sympy.Integer(value)
-        case ast.Constant(value=value):
-            return sympy.Float(value)
-        case ast.Name(id=name):
-            return sympy.Symbol(name, positive=True, integer=True)
-        case ast.UnaryOp(op=op, operand=operand):
-            return -_to_sympy(operand) if isinstance(op, ast.USub) else _to_sympy(operand)
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return _to_sympy(left) ** _exponent(right)
-        case ast.BinOp(left=left, op=op, right=right):
-            one, two = _to_sympy(left), _to_sympy(right)
-            if isinstance(op, ast.FloorDiv):
-                return sympy.floor(one / two)
-            return _OPERATORS[type(op)][1](one, two)
-        case ast.Call(func=ast.Name(id=name), args=arguments):
-            return getattr(sympy, name)(*map(_to_sympy, arguments))
-        case _:
-            raise AssertionError(ast.dump(node))  # `parse` lets nothing else through

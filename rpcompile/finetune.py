@@ -15,7 +15,7 @@ from tqdm import tqdm
 import rpcompile
 from rpcompile import checkpoint, named_models
 from rpcompile.demo.data import batches
-from rpcompile.errors import CheckpointError, InvalidArgument
+from rpcompile.errors import CheckpointError, InvalidArgument, require_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,8 +81,7 @@ class TrainOptions:
             if name not in ("model", "text"):
                 options = replace(options, **{name: _converted(name, value, getattr(options, name))})
         for name in ("steps", "batch", "seq", "microbatches", "gpus", "save_every"):
-            if getattr(options, name) < 1:
-                raise InvalidArgument(f"{name} is {getattr(options, name)}; it must be at least 1")
+            require_at_least(1, **{name: getattr(options, name)})
         if options.lora < 0 or not 0 < options.lr < float("inf"):
             raise InvalidArgument(f"lora is {options.lora} and lr is {options.lr}; use lora >= 0 and lr > 0")
         if options.batch % options.microbatches:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.mixed_gpus import Box
-from rpcompile.plan import size as in_units
 from rpcompile.planner import PlanOptions
 from rpcompile.round_robin_time import StageCosts, stages_between
+from rpcompile.units import size as in_units
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

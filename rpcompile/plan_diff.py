@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile.mixed_gpus import box_text
-from rpcompile.plan import seconds, size
+from rpcompile.units import seconds, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

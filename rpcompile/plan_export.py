@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Op, Stage, StageKind
-from rpcompile.plan import seconds, size
+from rpcompile.units import seconds, size
 from rpcompile.variations import dispatch_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from rpcompile.errors import InvalidArgument
 from rpcompile.gantt import LANES, bars, palette, tone
 from rpcompile.idle import gaps
 from rpcompile.mixed_gpus import box_text
-from rpcompile.plan import seconds
+from rpcompile.units import seconds
 
 if TYPE_CHECKING:
     import os

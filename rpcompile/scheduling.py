@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcompile import stage_bytes
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, require_at_least
 from rpcompile.ir import Partition
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
@@ -204,9 +204,7 @@ def traffic_of(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> f
 
 
 def _check(chain: SegmentChain, options: PlanOptions) -> None:
-    for option, value in (("gpus", options.gpus), ("microbatches", options.microbatches)):
-        if value < 1:
-            raise InvalidArgument(f"{option}={value}; at least 1 is needed")
+    require_at_least(1, gpus=options.gpus, microbatches=options.microbatches)
     if options.mode not in MODES:
         raise InvalidArgument(f"mode={options.mode!r}; it must be {', '.join(map(repr, MODES))}")
     if options.effort not in (None, *EFFORTS):
@@ -223,8 +221,8 @@ def _check(chain: SegmentChain, options: PlanOptions) -> None:
         raise InvalidArgument(
             'mode="forward" has no gradients to update weights with; leave the optimizer out'
         )
-    if options.time_limit_s is not None and not options.time_limit_s >= 0:
-        raise InvalidArgument(f"time_limit_s={options.time_limit_s} must be at least 0")
+    if options.time_limit_s is not None:
+        require_at_least(0, time_limit_s=options.time_limit_s)
     if options.fused_segments is not None:
         if options.fused_segments < 1:
             raise InvalidArgument(f"fused_segments={options.fused_segments} must be at least 1: the loss is")

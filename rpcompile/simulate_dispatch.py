@@ -194,16 +194,6 @@ def upload_bytes(chain: SegmentChain, partition: Partition, dispatch: Dispatch) 
     return sum(stages[job.stage] for job in dispatch.jobs)
 
 
-def reference_upload_bytes(chain: SegmentChain, gpus: int, microbatches: int) -> int:
-    """What traffic 1.00x is: each segment once a pass and round, a round being one microbatch a GPU.
-
-    The last segment's forward and backward are one pass.
-    """
-    weights = [segment.weight_bytes for segment in chain.segments]
-    both = sum(weights[chain.first_backward : -1])
-    return math.ceil(microbatches / gpus) * (sum(weights) + both)
-
-
 def check_times(chain: SegmentChain, hop_s: float | None = None) -> None:
     """Refuses times that nothing can take.
 

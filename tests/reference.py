@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Reseed(TorchFunctionMode):
-    """Gives each dropout (and `rand`, `rand_like`) the random stream that rpcompile documents for it.
+    """Gives each dropout (and `rand`, `bernoulli_`, ...) the random stream that rpcompile documents for it.
 
     The only thing that is not plain PyTorch: without it the eager model would draw the same masks in
     another order.
@@ -36,7 +36,7 @@ class Reseed(TorchFunctionMode):
             random = kwargs.get("training", True) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
         elif func is functional.scaled_dot_product_attention:
             random = kwargs.get("dropout_p", 0.0) > 0
-        elif func in (torch.rand, torch.rand_like):
+        elif func in (torch.rand, torch.rand_like, torch.Tensor.bernoulli_, torch.Tensor.normal_):
             random = True
         if random:
             # The generator of every device, of which one draws.

@@ -132,6 +132,15 @@ def test_what_was_saved_is_freed_where_it_is_recomputed(problem):
             assert not name.startswith("host:x.") or loads.get(name, found.stage) == found.stage
 
 
+def test_a_recompute_that_could_begin_early_is_loaded_behind_who_reads_the_same():
+    """GPU 2 could recompute stage 3 as soon as GPU 0 is done; what it loads is freed behind it even so."""
+    steps = [(gpu, stage, m, 0) for gpu, stage in ((0, 0), (1, 1), (1, 2), (2, 3), (2, 4)) for m in range(2)]
+    stages = partition("F0-0", "F1-1", "FB2-2", "B1-1", "B0-0")
+    schedule = compiled(chain(3), stages, of_steps("early", 3, 2, steps))
+    freed = {name: found.id for found in schedule.actions() for name in found.frees}
+    assert [freed[f"host:x.s0.m{m}"] for m in range(2)] == ["3X0.1", "3X1.1"]
+
+
 def test_jobs_in_turns_keep_their_weights():
     schedule = compiled(chain(3), FOLDED, POLICIES["1f1b"])
     assert ids(schedule, 1, "compute").startswith("1F0 1X0.0 1F1 1X1.0 3R0 3B0 3X0.0 1F2 1X2.0 3R1 3B1")

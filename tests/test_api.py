@@ -70,7 +70,7 @@ def test_missing_example_says_how_to_give_one() -> None:
 
 @pytest.mark.parametrize("gpus", [0, -1])
 def test_no_gpus(gpus: int) -> None:
-    with pytest.raises(PartitionError, match=f"gpus={gpus}; at least 1"):
+    with pytest.raises(InvalidArgument, match=f"gpus={gpus} must be at least 1"):
         compiled_mlp(gpus=gpus)
 
 
@@ -98,7 +98,7 @@ def test_more_gpus_than_segments_names_both() -> None:
         ({"devices": ["mps", "mps"]}, NotBuiltYet, "'mps' devices cannot run programs; use 'cpu' or"),
         ({"pin": "on"}, InvalidArgument, "pin='on'; it must be 'auto' or 'off'"),
         ({"timeout_s": 0}, InvalidArgument, "timeout_s=0; it must be above 0"),
-        ({"microbatches": 0}, InvalidArgument, "microbatches=0; at least 1"),
+        ({"microbatches": 0}, InvalidArgument, "microbatches=0 must be at least 1"),
         ({"microbatches": 3}, BatchError, "batch of 8 does not divide into 3.*microbatches=2"),
         ({"gpu": "rtx409"}, InvalidArgument, "rtx4090"),
     ],

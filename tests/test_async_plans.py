@@ -16,7 +16,7 @@ from rpcompile.cli import main
 from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch, ScheduleError
 from rpcompile.event_loop import chain_events
 from rpcompile.explain import explain
-from rpcompile.ir import Op, Stream
+from rpcompile.ir import GpuKind, Op, Stream
 from rpcompile.ordering import Edges
 from rpcompile.plan import Plan
 from rpcompile.planner import PlanOptions, plan_profile
@@ -92,6 +92,11 @@ def test_the_plan_holds_and_its_mutants_do_not(plan: Plan) -> None:
     ):
         with pytest.raises(ScheduleError, match=message):
             verify_schedule(schedule, plan.chain, partition)
+    segments = plan.chain.segments
+    seconds = (tuple(found.forward_s for found in segments), tuple(found.backward_s for found in segments))
+    box = replace(plan.chain, kinds=(GpuKind(plan.chain.hardware, *seconds),), kind_of=(0,) * plan.gpus)
+    with pytest.raises(ScheduleError, match="but the GPUs are not alike; use rotate=0"):
+        verify_schedule(plan.schedule, box, plan.partition)
 
 
 def test_every_upload_is_exactly_one_update_behind(plan: Plan) -> None:

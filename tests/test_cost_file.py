@@ -50,14 +50,14 @@ def test_totals_are_those_of_binding_at_any_size(captured: CapturedModel, saved:
     assert sum(found["forward_flops"] for found in totals.values()) >= 2 * 2 * 8 * 32 * 1000
 
 
-def test_expressions_turn_back_into_those_that_were_priced(captured: CapturedModel, saved: Path) -> None:
+def test_expressions_are_those_that_were_priced(captured: CapturedModel, saved: Path) -> None:
     loaded = CostFile.load(saved)
     parsed = loaded.parsed()
     for segment in loaded.segments:
         for operator in segment.operators:
             cost = captured.costed.costs[operator.node]
-            assert parsed[operator.forward_flops].to_sympy() == cost.forward_flops
-            assert parsed[operator.saved_bytes].to_sympy() == cost.saved_bytes
+            assert parsed[operator.forward_flops].text == str(cost.forward_flops)
+            assert parsed[operator.saved_bytes].text == str(cost.saved_bytes)
             assert operator.source == cost.source
 
 

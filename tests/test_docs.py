@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from rpcompile import errors, fit
 from rpcompile.cli import main, planning
 from tests.test_cli import profile
 
@@ -98,6 +99,9 @@ def run_shell(line: str) -> None:
 def test_every_block_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(planning, "capture", CAPTURE)
+    monkeypatch.setattr(
+        fit, "next_size", lambda size: size + max(1, size // 4)
+    )  # to a quarter, in fewer plans
     names: dict[str, Any] = {"__name__": f"docs_{page.stem}"}
     module = type(sys)(names["__name__"])
     monkeypatch.setitem(sys.modules, names["__name__"], module)
@@ -121,6 +125,19 @@ def test_files_that_pages_name_exist() -> None:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:rpcompile|passes|benchmarks|docs|tests)/[\w/.]+)`", text):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_pass_is_on_the_tour() -> None:
+    tour = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    passes = [path.name for path in (ROOT / "passes").glob("[a-z]*.py")]
+    assert len(passes) > 20
+    assert [name for name in passes if f"`passes/{name}`" not in tour] == []
+
+
+def test_every_error_is_explained() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    found = [name for name, error in vars(errors).items() if isinstance(error, type)]
+    assert [name for name in found if name != "RpcompileError" and f"| `{name}` |" not in page] == []
 
 
 def test_site_builds_strictly(tmp_path: Path) -> None:

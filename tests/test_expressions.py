@@ -34,7 +34,6 @@ B, S = map(symbol, NAMES)
 def test_values(text: str, value: float) -> None:
     expression = parse(text, NAMES)
     assert expression.evaluate({"batch": 4, "sequence": 10}) == value
-    assert float(expression.to_sympy().subs({B: 4, S: 10})) == value
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,6 @@ def test_what_sympy_prints_has_sympys_value(expression: sympy.Expr, batch: int, 
     found = parse(str(expression), NAMES)
     value = float(expression.subs({B: batch, S: sequence}))
     assert found.evaluate({"batch": batch, "sequence": sequence}) == pytest.approx(value, rel=1e-12)
-    assert float(found.to_sympy().subs({B: batch, S: sequence})) == pytest.approx(value, rel=1e-12)
 
 
 @settings(max_examples=300, deadline=None)

@@ -123,13 +123,13 @@ def test_text_shorter_than_a_row(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
         ({"steps": "many"}, "steps is 'many'; it must be like 20"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"lr": "nan"}, "lr is nan"),
         ({"lr": -1}, "lr is -1.0"),
         ({"lora": -1}, "lora is -1"),
-        ({"save_every": 0}, "save_every is 0; it must be at least 1"),
+        ({"save_every": 0}, "save_every=0 must be at least 1"),
         ({"resume": "no"}, "resume is 'no'; it must be like False"),
         ({"batches": 3}, "training option 'batches' is unknown; did you mean 'batch'"),
     ],

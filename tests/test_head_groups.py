@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from rpcompile.head_groups import attention_by_groups
 from rpcompile.ir import SegmentChain, Stage, StageGraph, StageKind
+from rpcompile.passes.group_heads import _divisor
 from tests import families, memory_cases, models, staged
 from tests.measured_memory import Measured
 
@@ -163,6 +164,15 @@ class Reader(nn.Module):
         return functional.cross_entropy(out.transpose(1, 2).flatten(2).flatten(0, 1), labels.flatten())
 
 
+def test_groups_have_equally_many_heads() -> None:
+    graph = torch.fx.Graph()
+    six = graph.placeholder("six")
+    six.meta["val"] = torch.empty(1, 6, 8, 4, device="meta")
+    attention = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (six, six, six))
+    found = [_divisor(attention, groups, frozenset()) for groups in (1, 2, 3, 4, 5, 6, 9)]
+    assert found == [1, 2, 3, 3, 3, 6, 6]
+
+
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -176,6 +186,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         (lambda q, k, v: sdpa(q, k, v) + k.square(), False),
         (lambda q, k, v: sdpa(q, k, k), False),  # one tensor, two gradients
         (lambda q, k, v: sdpa(q.tanh(), k, v), False),  # the backward of tanh reads its result
+        (lambda q, k, v: sdpa(q.tanh_(), k, v), False),  # also in place
         (lambda q, k, v: sdpa(sdpa(q, k, v), k, v), False),  # two attentions read k and v
         (lambda q, k, v: sdpa(*torch.cat([q, k, v]).chunk(3)), False),  # parts of one tensor
     ],

@@ -206,13 +206,14 @@ def test_a_tied_weight_is_summed_segment_by_segment() -> None:
 def test_a_parameter_that_no_gradient_reached_in_the_first_job() -> None:
     graph = torch.fx.symbolic_trace(lambda x: x)
     for dtype in (None, torch.float32):
-        sums = HostSums(graph, CpuStreams(0, (Stream.HOST,)), None, dtype)  # type: ignore[arg-type]
+        streams = CpuStreams(0, (Stream.HOST,))
+        sums = HostSums(graph, streams, None, dtype)  # type: ignore[arg-type]
         one = torch.ones(2, dtype=dtype)
         host = {"a": {"w": one.clone()}, "b": {"w": one.clone(), "v": 3 * one}}
         sums._adding(host, ("a", "b"), "a")()
         assert {name: value.tolist() for name, value in host["a"].items()} == {"w": [2, 2], "v": [3, 3]}
         assert host.keys() == {"a"}
-        sums.close()
+        streams.close()
 
 
 # ------------------------------------------------------------------- order

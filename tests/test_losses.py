@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from rpcompile.errors import InvalidArgument
+from rpcompile.ir import InputSpec
+from rpcompile.runtime import batches
 from tests import models, reference, training
 
 
@@ -41,6 +44,21 @@ class WeightedLoss(nn.Module):
 def scores() -> models.Case:
     batch = models.mlp().batch
     return models.Case(Scores(), {"x": batch["x"], "labels": batch["y"]})
+
+
+def test_equal_microbatches_are_divided_by_their_number_and_not_weighed() -> None:
+    """A loss / 3 has other bits than a loss * (1 / 3)."""
+    spec = InputSpec("x", "x", ("batch",), "float32", 0)
+    capture: Any = SimpleNamespace(inputs=(spec,), outputs=("loss",))
+    parts = [{"x": torch.zeros(rows)} for rows in (2, 2, 2)]
+    assert batches.row_weights(capture, parts) is None
+    assert batches.row_weights(capture, [*parts, {"x": torch.zeros(4)}]) == [0.2, 0.2, 0.2, 0.4]
+    losses = [torch.tensor(value) for value in (1.7, 2.3, 0.9)]
+    expected = losses[0] / 3 + losses[1] / 3 + losses[2] / 3
+    assert not torch.equal(expected, sum(loss * (1 / 3) for loss in losses))
+    assert torch.equal(
+        batches.total_loss(capture, [{"loss": loss} for loss in losses], None, False), expected
+    )
 
 
 def test_loss_fn_is_part_of_the_last_stage() -> None:

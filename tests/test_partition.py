@@ -14,6 +14,7 @@ from ortools.sat.python import cp_model
 
 from rpcompile.errors import InvalidArgument, PartitionError, StageTooLarge
 from rpcompile.ir import AttentionOutputs, Segment, SegmentChain, StageKind, TiedWeight
+from rpcompile.passes import partition_stages
 from rpcompile.passes._stage_memory import MemoryRows
 from rpcompile.passes._stage_search import StageSearch
 from rpcompile.passes._stage_slots import StageSlots
@@ -258,6 +259,23 @@ def test_same_seed_same_partition() -> None:
     ]
     assert replace(runs[0], solve_s=0.0) == replace(runs[1], solve_s=0.0)
     assert runs[0].status == "OPTIMAL"
+
+
+def test_optimal_is_said_of_all_partitions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof about partitions of few stages goes on with more, up to as many as there can be."""
+    allowed: list[tuple[int, int]] = []
+    model = PartitionStages._model
+
+    def noting(self: PartitionStages, search: Any, best: Any, forward: int, backward: int) -> Any:
+        allowed.append((forward, backward))
+        return model(self, search, best, forward, backward)
+
+    monkeypatch.setattr(PartitionStages, "_model", noting)
+    monkeypatch.setattr(partition_stages, "_SLOTS", 1)
+    # Uploads that no computing hides: one stage is best, and the first proof is about three at most.
+    chain = make_chain(*(segment(f"s{index}", 1.0, 1.0, weight_bytes=100) for index in range(6)))
+    assert PartitionStages(1, 1, time_limit_s=60.0).run(chain).status == "OPTIMAL"
+    assert allowed[0] < allowed[-1] == (5, 5)
 
 
 def test_large_chain_in_little_time() -> None:

@@ -148,7 +148,7 @@ def test_the_rule_finds_the_least_cost_of_all_partitions(times, gpus, slack):
             PartitionError,
             "stage 1 (F) of '2,0|0,2' has no segment",
         ),
-        (lambda: PartitionPipeline(0).run(chain(3)), InvalidArgument, "gpus is 0, chunks is 1; both must be"),
+        (lambda: PartitionPipeline(0).run(chain(3)), InvalidArgument, "gpus=0 must be at least 1"),
         (
             lambda: PartitionPipeline(4).run(chain(3)),
             PartitionError,
@@ -177,7 +177,7 @@ def test_the_rule_finds_the_least_cost_of_all_partitions(times, gpus, slack):
         (
             lambda: DispatchInterleaved1F1B(2, 0).run(PartitionPipeline(2).run(chain(5))),
             InvalidArgument,
-            "microbatches is 0; it must be at least 1",
+            "microbatches=0 must be at least 1",
         ),
         (
             lambda: DispatchRoundRobin(2, 2, 3).run(partition("FB0-0")),
@@ -187,7 +187,7 @@ def test_the_rule_finds_the_least_cost_of_all_partitions(times, gpus, slack):
         (
             lambda: PartitionByRule(2, 0.5).run(chain(3)),
             InvalidArgument,
-            "gpus is 2, slack is 0.5; both must",
+            "slack=0.5 must be at least 1",
         ),
     ],
 )

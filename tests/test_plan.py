@@ -14,8 +14,9 @@ import rpcompile.plan
 from rpcompile.errors import PlanFileError, ScheduleError
 from rpcompile.host_memory import HostMemory
 from rpcompile.ir import ClassCost
-from rpcompile.plan import Plan, Prediction, seconds, size
+from rpcompile.plan import Plan, Prediction
 from rpcompile.simulate import simulate
+from rpcompile.units import ranges, seconds, size
 from tests.chains import chain, compiled, partition, problems
 
 
@@ -189,7 +190,7 @@ def test_id_is_of_the_content_not_of_the_solver_s_time(plan: Plan) -> None:
     ("gpus", "text"), [({3}, "3"), ({0, 1}, "0-1"), ({0, 1, 2, 5, 7, 8}, "0-2,5,7-8"), (set(), "")]
 )
 def test_gpus_of_a_stage_are_printed_as_ranges(gpus: set[int], text: str) -> None:
-    assert rpcompile.plan.ranges(gpus) == text
+    assert ranges(gpus) == text
 
 
 def test_printed_plan(plan: Plan) -> None:

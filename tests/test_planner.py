@@ -174,7 +174,7 @@ def test_refuses_efforts(captured: CapturedModel) -> None:
 
 @pytest.mark.parametrize("option", ["gpus", "microbatches"])
 def test_refuses_options(captured: CapturedModel, option: str) -> None:
-    with pytest.raises(InvalidArgument, match=f"{option}=0; at least 1 is needed"):
+    with pytest.raises(InvalidArgument, match=f"{option}=0 must be at least 1"):
         captured.plan(captured.bind(SLOW_GPU), replace(OPTIONS, **{option: 0}))
 
 

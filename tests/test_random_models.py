@@ -123,6 +123,30 @@ def test_a_buffer_that_is_assigned_another_shape_is_refused() -> None:
         staged.capture(Grows(), {"x": torch.zeros(8, 4)})
 
 
+class WritesThroughView(nn.Module):
+    """Draws random numbers into a part of a tensor; nothing uses what the operator itself returns."""
+
+    def __init__(self, into_mask: bool) -> None:
+        super().__init__()
+        self.into_mask = into_mask
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, mask = self.a(x), torch.ones(8)
+        if self.into_mask:
+            mask[:4].bernoulli_(0.5)
+        else:
+            hidden[:, :4].normal_()
+        return self.b(hidden * mask).square().mean()
+
+
+@pytest.mark.parametrize("into_mask", [True, False])
+def test_random_numbers_written_through_a_view_are_drawn(into_mask: bool) -> None:
+    batch = {"x": torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
+    captured = staged.check_parity(Case(WritesThroughView(into_mask).train(), batch), partitions=3)
+    assert len(captured.random) == 1
+
+
 class Regions(nn.Module):
     """A region without autocast that draws random numbers, and changes a tensor or a buffer outside."""
 

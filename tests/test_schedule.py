@@ -206,8 +206,8 @@ def test_refuses_misnumbered_stages():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gpus": 0, "microbatches": 1}, "gpus is 0; it must be at least 1"),
-        ({"gpus": 1, "microbatches": -2}, "microbatches is -2; it must be at least 1"),
+        ({"gpus": 0, "microbatches": 1}, "gpus=0 must be at least 1"),
+        ({"gpus": 1, "microbatches": -2}, "microbatches=-2 must be at least 1"),
     ],
 )
 def test_refuses_options(options, message):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from threading import Event
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from rpcompile.passes._dispatch_starts import _divided, _given, first_starts
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.lay_out_dispatch import LayOutDispatch
-from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched
+from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched, _Run
 from rpcompile.round_robin_time import stages_between
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import simulate_dispatch
@@ -390,14 +391,13 @@ def simulated_s(chain: SegmentChain, found: SearchedSchedule, mode: str) -> floa
 
 
 def test_a_limit_of_traffic_raises_the_bound() -> None:
-    """Four equal layers of 1 + 2 s, one upload of 0.1 s first, 4 microbatches on 4 GPUs; 7 uploads are 1.
+    """Four equal layers of 1 + 2 s, 0.1 s to upload one of them, 4 microbatches on 4 GPUs; 7 uploads are 1.
 
-    Unlimited, all layers are fused on every GPU. With 14 uploads three are: 1 + 1 for the other and 4 x 3.
-    With 7, 3 + 3 for the others leave one job of the last: 3 s there, 4 x 3 s, 6 s back. With 6, 2 + 2 leave
-    one job of two: 2 s, 4 x 6 s, 4 s.
+    Unlimited, all layers are fused, and uploaded first, on every GPU. With 7, 3 + 3 for the others leave one
+    job of the last: 3 s there, 4 x 3 s, 6 s back. With 6, 2 + 2 leave one job of two: 2 s, 4 x 6 s, 4 s.
     """
     chain = decoder(3, 1.0, gradient_bytes=0)
-    limits = {None: 12.1, 2.0: 13.1, 1.0: 21.1, 6 / 7: 30.1}
+    limits = {None: 12.4, 1.0: 21.1, 6 / 7: 30.1}
     for most, least_s in limits.items():
         _, bound_s = SearchSchedule(4, 4, max_traffic=most)._problem(chain, [10**10] * 4)
         assert bound_s == pytest.approx(least_s)
@@ -536,3 +536,36 @@ def test_nothing_that_fits_names_the_tightest() -> None:
 def test_traffic_below_what_is_possible() -> None:
     with pytest.raises(PartitionError, match=r"max_traffic=0.1 allows .* set max_traffic to 0.5"):
         search(decoder(4), 2, 4, max_traffic=0.1, fused_segments=1)
+
+
+def test_an_interrupt_stops_all_walks() -> None:
+    class Walks:
+        stopped = Event()
+        ended: ClassVar[list[bool]] = []
+
+        def anneal(self, state: str, seed: int) -> tuple[float, bool]:
+            if state == "interrupted":
+                raise KeyboardInterrupt
+            self.ended.append(self.stopped.wait(60))
+            return 0.0, False
+
+    with pytest.raises(KeyboardInterrupt):
+        SearchSchedule(2, 2)._anneal(Walks(), ["interrupted", "long"])  # type: ignore[arg-type, list-item]
+    assert all(Walks.ended)
+
+
+def test_a_walk_that_is_stopped_ends_with_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, bound_s = SearchSchedule(3, 6)._problem(decoder(6), [10**10] * 3)
+    state, pieces = first_starts(problem, []).best(1)[0], []
+
+    def piece(*options: Any) -> tuple[float, float]:
+        pieces.append(options)
+        return 2 * bound_s, 0.0
+
+    monkeypatch.setattr("rpcompile.passes.search_schedule.anneal", piece)
+    run = _Run(problem, bound_s, 1e9, 1e-3, 1e-4, math.inf)
+    run.anneal(state, 0)
+    assert len(pieces) == 20
+    run.stopped.set()
+    run.anneal(state, 0)
+    assert len(pieces) == 21

@@ -24,11 +24,11 @@ from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.partition_pipeline import PartitionPipeline
 from rpcompile.simulate import simulate
 from rpcompile.simulate_dispatch import (
-    reference_upload_bytes,
     simulate_dispatch,
     simulate_steady_state,
     upload_bytes,
 )
+from rpcompile.stage_bytes import upload_unit_bytes
 from tests.chains import HARDWARE, chain, partition, problems
 
 THREE = partition("F0-1", "FB2-2", "B0-1")
@@ -156,10 +156,11 @@ def test_steady_state_fills_the_pipeline():
 def test_traffic_counts_uploads_by_job():
     two_rounds = DispatchRoundRobin(2, 4, rounds=2).run(THREE)
     assert upload_bytes(chain(3), THREE, two_rounds) == 2 * (8 + 4 + 8)
-    assert reference_upload_bytes(chain(3), 2, 4) == 2 * (8 + 4 + 8)
-    assert reference_upload_bytes(chain(3), 2, 5) == 3 * (8 + 4 + 8)
+    assert upload_unit_bytes(chain(3), 2, 4) == 2 * (8 + 4 + 8)
+    assert upload_unit_bytes(chain(3), 2, 5) == 2.5 * (8 + 4 + 8)
+    assert upload_unit_bytes(chain(3), 8, 4) == 8 + 4 + 8
     frozen = chain(3, {0: {"needs_backward": False}})
-    assert reference_upload_bytes(frozen, 2, 2) == 8 + 4 + 4
+    assert upload_unit_bytes(frozen, 2, 2) == 8 + 4 + 4
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])

@@ -81,6 +81,16 @@ def test_iterations_move_on_to_other_gpus():
     assert moved.busy_s == {(0, COMPUTE): 15, (1, COMPUTE): 15}
 
 
+def test_updates_stay_on_the_host_when_iterations_move_on():
+    compute = act("0F0", seconds=1, records=("e0",))
+    update = act("0U@0.0", Op.UPDATE, seconds=5, writes=("host:updated.s0",), waits=("e0",))
+    schedule = hand_made((0, COMPUTE, [compute]), (0, HOST, [update]))
+    schedule = replace(schedule, buffers={"host:updated.s0": 0})
+    moved = simulate(schedule, iterations=4, mode="async", rotate=1)
+    assert [moved.start_s[f"0F0{i}"] for i in ("", "#1", "#2")] == [0, 0, 1]
+    assert moved.iteration_end_s == (6, 11, 16, 21)
+
+
 def test_a_gpu_holds_the_weights_of_two_jobs_across_iterations():
     def job(index: int, seconds: float):
         upload = act(f"{index}P@{index}.0", Op.PREFETCH, seconds=1, records=(f"e{index}",))
@@ -141,7 +151,7 @@ def test_refuses_times_that_cannot_be(seconds):
     ("options", "message"),
     [
         ({"mode": "late"}, "mode is 'late'; iterations are chained 'sync' or 'async'"),
-        ({"iterations": 0}, "iterations is 0; it must be at least 1"),
+        ({"iterations": 0}, "iterations=0 must be at least 1"),
     ],
 )
 def test_refuses_options(options, message):
@@ -168,6 +178,24 @@ def test_one_iteration_has_no_period():
 def test_the_period_is_that_of_the_shortest_turn(steps, expected):
     found = steady_period(list(accumulate(steps, initial=3.0)))
     assert found == (pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("ends_s", "busy_s", "rotate", "expected"),
+    [
+        ((10, 20, 30, 39), (0, 0), 0, 10),  # nothing follows the last, which is early
+        ((10, 20), (0, 0), 0, 10),
+        ((10, 20, 30, 40, 50), (80, 40), 0, 16),  # no faster than the GPU with most work
+        ((10, 20, 30, 40, 50), (80, 40), 1, 12),  # which each is in turn
+        # Steps of 11, 12, ... 17 do not repeat: the mean over the last four, for two begin on every GPU once.
+        ((10, 21, 33, 46, 60, 75, 91, 108, 109), (0, 0), 1, (108 - 46) / 4),
+    ],
+)
+def test_the_period_of_a_timeline(ends_s, busy_s, rotate, expected):
+    plain = simulate(compiled(chain(1), partition("FB0-0"), gpus=2, microbatches=1))
+    busy = {(gpu, Stream.COMPUTE): seconds for gpu, seconds in enumerate(busy_s)}
+    found = replace(plain, iteration_end_s=ends_s, busy_s=busy, rotate=rotate)
+    assert found.period_s == pytest.approx(expected)
 
 
 def test_a_deadlock_is_named_with_several_iterations_too():

@@ -263,7 +263,7 @@ def test_refuses_to_run_twice():
 
 @pytest.mark.parametrize("option", ["activation_slots", "resident_jobs"])
 def test_refuses_no_slots(option):
-    with pytest.raises(InvalidArgument, match=f"{option} is 0; it must be at least 1"):
+    with pytest.raises(InvalidArgument, match=f"{option}=0 must be at least 1"):
         InsertTransfers(chain(3), **{option: 0}).run(computes(chain(3), STAGES, 2, 1))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpcompile.errors import InvalidArgument, ScheduleError
-from rpcompile.ir import Op, Stream, TiedWeight
+from rpcompile.ir import Op, Queue, Stream, TiedWeight
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.insert_updates import InsertUpdates
@@ -86,6 +86,17 @@ def test_gradients_of_replicas_are_summed_as_they_land():
     # The norm of the sum reads 4 bytes more.
     clipped = InsertUpdates(chain(1), clip=True, **PRICES).run(transfers)
     assert [action(clipped, id).seconds for id in ("0S@1.0", "0U@1", "0U@1.0")] == [16, 0, 2]
+
+
+def test_gradients_that_land_together_are_added_in_one_pass():
+    stages = partition("FB0-0")
+    dispatch = of_steps("quarters", 4, 4, [(m, 0, m, m) for m in range(4)])
+    plain = InsertTransfers(chain(1)).run(LayOutDispatch(chain(1), stages).run(dispatch))
+    schedule = InsertEventWaits().run(InsertUpdates(chain(1), **PRICES).run(plain))
+    assert ids(schedule, 0, "host") == "0S@3.0 0U@3.0"
+    assert action(schedule, "0S@3.0").reads == tuple(f"host:gradients.j{job}.s0" for job in range(4))
+    assert action(schedule, "0S@3.0").seconds == 4 * 4 + 4
+    verify_schedule(schedule, chain(1), stages)
 
 
 def test_sums_keep_the_order_of_jobs():
@@ -242,6 +253,17 @@ def summed():
             "host:gradients.j2.s0 is never added to host:gradients.j0.s0; one sum must",
         ),
         (
+            lambda found: rewrite(
+                found,
+                lambda old: (
+                    [old, replace(old, id="0S@2.9", reads=old.reads[::-1], writes=old.reads[1:])]
+                    if old.id == "0S@2.0"
+                    else [old]
+                ),
+            ),
+            "0S@2.9 adds to no gradient of a segment's first job",
+        ),
+        (
             lambda found: rewrite(found, lambda old: [] if old.op is Op.UPDATE else [old]),
             "host:gradients.j0.s0 goes into no action; one update of segment 0 must",
         ),
@@ -254,3 +276,17 @@ def test_broken_sums_are_refused(change, message):
     with pytest.raises(ScheduleError) as caught:
         verify_schedule(anew(change(schedule)), chain(1), stages)
     assert message in str(caught.value)
+
+
+def test_sums_of_one_gradient_on_two_queues_need_an_order():
+    schedule, stages = summed()
+    schedule = anew(schedule)
+    there = [event for id in ("0G@0.0", "0G@2.0") for event in action(schedule, id).records]
+    late, update = (replace(action(schedule, id), gpu=1) for id in ("0S@2.0", "0U@2.0"))
+    rest = without(without(schedule, "0S@2.0"), "0U@2.0")
+    second = Queue(1, Stream.HOST, (replace(late, waits=tuple(there)), update))
+    with pytest.raises(ScheduleError) as caught:
+        verify_schedule(replace(rest, queues=(*rest.queues, second)), chain(1), stages)
+    assert (
+        str(caught.value) == "0S@2.0 does not wait for 0S@1.0, which adds to host:gradients.j0.s0 before it"
+    )

@@ -10,9 +10,12 @@ import pytest
 from rpcompile.errors import ScheduleError
 from rpcompile.ir import Op, Schedule, SegmentChain
 from rpcompile.passes.insert_event_waits import InsertEventWaits
+from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.simulate import simulate
 from rpcompile.verify import verify_schedule
 from tests.chains import action, chain, compiled, edit, partition, rewrite, with_transfers, without
+from tests.dispatches import compiled as compiled_dispatch
+from tests.dispatches import of_steps
 
 STAGES = partition("F0-1", "FB2-2", "B1-1", "B0-0")
 STATE = {1: {"state_bytes": 1, "inputs": ("mask",), "input_bytes": 1}, 2: {"state_bytes": 2}}
@@ -243,6 +246,15 @@ def moved(schedule: Schedule, id: str, before: str) -> Schedule:
             "2G@2.1 copies gpu0:gradients.j2.s1 to host:gradients.j1.s1, which is something else",
         ),
         (edit(VALID, "0H0", nbytes=5), "0H0 moves 5 bytes; what it writes has 1"),
+        (edit(VALID, "0H0", nbytes=0), "0H0 moves 0 bytes; what it writes has 1"),
+        (
+            edit(
+                replace(VALID, buffers={**VALID.buffers, "host:dx.s1.j2.m0": 1}),
+                "1H0",
+                writes=("host:dx.s1.j2.m0",),
+            ),
+            "1H0 copies gpu1:dx.s1.j1.m0 to host:dx.s1.j2.m0, which is something else",
+        ),
         (
             edit(VALID, "2P@2.1", after=("7X@7.0",)),
             "2P@2.1 must come after 7X@7.0, which the schedule does not have",
@@ -292,6 +304,18 @@ def test_messages(mutant, message):
 def test_a_gradient_downloaded_before_its_last_contribution():
     message = rejects(edit(VALID, "2G@2.1", waits=action(VALID, "2H0").waits), CHAIN)
     assert message == "2G@2.1 does not wait for 2B1, the last to update gpu0:gradients.j2.s1 that it reads"
+
+
+def test_changed_buffers_come_from_one_job(monkeypatch):
+    monkeypatch.setattr(LayOutDispatch, "_check_state", lambda self, dispatch: None)  # which refuses it first
+    steps = [(m, 0, m, m) for m in range(2)] + [(1, s, m, 0) for s in (1, 2, 3) for m in range(2)]
+    divided = compiled_dispatch(CHAIN, STAGES, of_steps("divided", 2, 2, steps))
+    message = rejects(divided, CHAIN)
+    assert message is not None
+    expected = (
+        r"0O@(\d)\.1 brings down buffers of segment 1 that job \1 changed, and so does job \d; one job must"
+    )
+    assert re.fullmatch(expected, message)
 
 
 def test_a_third_jobs_weights():

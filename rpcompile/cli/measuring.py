@@ -77,7 +77,7 @@ def profile(
     Profile.from_chain(chain).save(out)
     if costs is not None:
         captured.save_costs(costs)
-    from rpcompile.plan import seconds, size
+    from rpcompile.units import seconds, size
 
     forward_s = sum(segment.forward_s for segment in chain.segments)
     backward_s = sum(segment.backward_s for segment in chain.segments)

@@ -28,7 +28,7 @@ def show(plan: options.PlanFile, as_json: options.Json = False) -> None:
     from rpcompile.plan_summary import summary, upload_traffic
 
     found = load(plan)
-    from rpcompile.plan import size
+    from rpcompile.units import size
 
     lines = ["", "Memory     peak of each GPU, simulated, and what a plan may use"]
     for gpu, peak in enumerate(found.prediction.gpu_peak_bytes):
@@ -143,7 +143,7 @@ def _written(path: Path, what: str, as_json: bool) -> None:
 
 def _bounds(plan: Plan) -> str:
     predicted, partition = plan.prediction.iteration_s, plan.partition
-    from rpcompile.plan import seconds
+    from rpcompile.units import seconds
 
     ideal_s = (1 - plan.prediction.bubble) * predicted
     return (

@@ -182,7 +182,7 @@ def _show_compute(
 
 
 def _row(result: PolicyResult) -> str:
-    from rpcompile.plan import seconds, size
+    from rpcompile.units import seconds, size
 
     if result.problem:
         return f"{result.policy:<24} {'-':>10} {'-':>8} {'-':>10} {'-':>10}"

@@ -20,7 +20,7 @@ from bokeh.plotting import figure
 
 from rpcompile.gantt import LANES, Bar, bars, palette, tone
 from rpcompile.idle import PHRASES, gaps
-from rpcompile.plan import seconds, size
+from rpcompile.units import seconds, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,10 +13,10 @@ from rpcompile.errors import PlanFileError
 from rpcompile.explain import Explanation, explain
 from rpcompile.files import write_in_one_step
 from rpcompile.mixed_gpus import box_text
-from rpcompile.plan import ranges, seconds, size
 from rpcompile.plan_summary import compute_s, upload_traffic
 from rpcompile.policies import compare_policies
 from rpcompile.report import charts, timeline
+from rpcompile.units import ranges, seconds, size
 
 if TYPE_CHECKING:
     import os

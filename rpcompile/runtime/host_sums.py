@@ -53,10 +53,6 @@ class HostSums:
         """Lets go of the iteration; to be called when it has drained."""
         self._iteration = None
 
-    def close(self) -> None:
-        """Ends the thread."""
-        self._streams.close()
-
     # ------------------------------------------------------------- called by the program
 
     def wait(self, stream: str, event: str) -> None:

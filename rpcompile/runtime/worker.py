@@ -86,10 +86,6 @@ class Worker:
         self._received.clear()
         self._iteration = None
 
-    def close(self) -> None:
-        """Ends the threads."""
-        self._streams.close()
-
     def stored_bytes(self) -> int:
         """Bytes of the tensors on the GPU, those that operators hold while they run aside."""
         return sum(tensor.nbytes for made in self._store.values() for tensor in made.values())
