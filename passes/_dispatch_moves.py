@@ -107,7 +107,9 @@ def energy(
     smallest = machine.limit_bytes[0]
     for gpu in range(1, machine.speed.size):
         smallest = min(smallest, machine.limit_bytes[gpu])
-    over = max(0.0, played.upload_bytes / most_bytes - 1.0) + played.excess_bytes / smallest
+    over = played.excess_bytes / smallest
+    if played.upload_bytes > most_bytes:
+        over += played.upload_bytes / most_bytes - 1.0
     value = played.time_s + (_EVENNESS if machine.iterations == 1 else 1.0) * played.idle_s
     return value * (1.0 + _PENALTY * over), played.work
 

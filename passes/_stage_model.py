@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,7 +104,9 @@ class StageModel:
         solver.parameters.cp_model_probing_level = 0
         solver.parameters.symmetry_level = 0
         solver.parameters.max_presolve_iterations = 1
-        status = solver.solve(layout.model)
+        # Its handler would keep Ctrl-C to itself, and leave behind one that ends the process.
+        solver.parameters.catch_sigint_signal = False
+        status = _solve(solver, layout.model)
         assert status != cp_model.MODEL_INVALID, layout.model.validate()
         cuts = layout.read(solver) if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None
         bound = max(solver.best_objective_bound, least)
@@ -232,3 +235,14 @@ class StageModel:
         hops_s = [n / hardware.d2h_bytes_per_s + n / hardware.h2d_bytes_per_s for n in crossing]
         ticks = [self._ticks(hop_s + 2 * hardware.latency_s) for hop_s in hops_s]
         return [hop if cut > outermost else 0 for cut, hop in enumerate(ticks)]
+
+
+def _solve(solver: cp_model.CpSolver, model: cp_model.CpModel) -> cp_model.CpSolverStatus:
+    """Solves in a thread, for the one that is interrupted must not be in the middle of a solve."""
+    with ThreadPoolExecutor(1) as pool:
+        solving = pool.submit(solver.solve, model)
+        try:
+            return solving.result()
+        except BaseException:
+            solver.stop_search()
+            raise

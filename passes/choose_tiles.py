@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rpcompile.ir import CostedGraph, Segment
     from rpcompile.passes._token_regions import TokenRegion
 
-# Shorter chunks would leave a GPU's matrix units idle.
+# Chunks of fewer, over all rows of the microbatch, would leave a GPU's matrix units idle.
 _LEAST_TOKENS = 256
 # What a loss may take of a GPU's memory before it is tiled. Its chunks cost little time, for its forward and
 # backward run together, and the memory that it leaves makes larger stages.
@@ -156,11 +156,15 @@ class _Chooser:
         if (chunks, groups) == ([1], [1]):
             return None
         goal, tried = self._goal(index), list[_Choice]()
+        tokens = self._tokens(regions)
+        usual = max((tiles for tiles in chunks if tiles * _LEAST_TOKENS <= tokens), default=chunks[0])
         for tiles in chunks:
-            if tried and 0 < tiles * goal < tried[0].need_bytes:
-                continue  # what a segment needs falls no faster than its chunks
+            # What a segment needs falls no faster than its chunks; where none reaches the goal, most do best.
+            if tried and tiles not in (usual, chunks[-1]) and 0 < tiles * goal < tried[0].need_bytes:
+                continue
             tried.append(self._measure(index, tiles, groups[-1]))
-            if tried[-1].need_bytes <= goal:
+            # Shorter chunks of a row are for what does not fit otherwise.
+            if tried[-1].need_bytes <= (goal if tiles < usual else self._free(index)):
                 break
         least = min(choice.need_bytes for choice in tried)
         limit = max(least, goal, min((1 + _WORTH) * least, self._free(index)))
@@ -184,10 +188,15 @@ class _Chooser:
         elif tiles not in _NAMED:
             yield int(tiles)
         else:
-            tokens, count = min(self._chain.bindings[region.symbol] for region in regions), 1
-            while count == 1 or tokens >= count * _LEAST_TOKENS:
+            tokens, count = self._tokens(regions), 1
+            most = min(tokens, tokens * self._chain.bindings.get("batch", 1) // _LEAST_TOKENS)
+            while count <= max(1, most):
                 yield count
                 count *= 2
+
+    def _tokens(self, regions: list[TokenRegion]) -> int:
+        """Of one row."""
+        return min((self._chain.bindings[region.symbol] for region in regions), default=1)
 
     def _groups(self, index: int) -> list[int]:
         """Numbers of groups of heads to try, ascending."""

@@ -233,7 +233,8 @@ class SearchSchedule:
             latency_s=min(hardware.latency_s for hardware in every),
         )
         most = math.inf if self.max_traffic is None else self.max_traffic * self._unit_bytes(chain)
-        bound_s = least_seconds(chain, tables, fastest, self.microbatches, most)
+        most_jobs = None if self.replicas else 1
+        bound_s = least_seconds(chain, tables, fastest, self.microbatches, most, most_jobs)
         if bound_s <= 0:
             raise InvalidArgument("all times of the chain are 0; give what the segments take")
         # Twice the bound, for bandwidth is only scarce where the time is near it.

@@ -1,8 +1,11 @@
 """What each GPU computes and when, as plain data: enough for anyone's simulator to check ours.
 
 It is part of every plan file (`actions`) and of `--json` output. From it and the weights of the segments
-follow makespan (the largest `end_s`), bubble (1 - computing / (GPUs x makespan)) and upload traffic (each
-entry of `jobs` uploads its segments once). Each entry is the kind of work that it says and no waiting:
+follow the time until the last GPU is done (the largest `end_s`), how much of it they compute, and upload
+traffic (each entry of `jobs` uploads its segments once). A plan's `iteration_s`, which its bubble is a share
+of (1 - computing / (GPUs x `iteration_s`)), ends when the gradients that leave last are on the host and
+added up: that may be later, by the actions on the streams of `plan.schedule`; a period may be shorter. Each
+entry is the kind of work that it says and no waiting:
 
     F    forward
     R    recompute: the forward of a backward stage; it needs what the forward saved, but no gradient

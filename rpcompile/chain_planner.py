@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcompile.attention_choice import Means, check_attention, choose_attention, over
 from rpcompile.collection import collection_paused
-from rpcompile.errors import InvalidArgument, PartitionError
+from rpcompile.errors import InvalidArgument, PartitionError, PlanFileError
 from rpcompile.host_memory import host_memory, item_bytes
 from rpcompile.mixed_gpus import Box, with_speeds
 from rpcompile.plan import Plan, Prediction
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from rpcompile.ir import Capture, SegmentChain
     from rpcompile.profile import Profile
 
+_LIMITS = {
+    "max_traffic": float,
+    "fused_segments": int,
+    "host_bytes": int,
+}  # options that a plan's provenance has
 QUICK_S = 1.0  # of the partition solver, where plans are only compared
 _log = logging.getLogger("rpcompile")
 
@@ -240,10 +245,26 @@ def update_s_per_byte(optimizer_ns: float | None, dtype: str) -> float:
     return optimizer_ns * 1e-9 / item_bytes(dtype, 2)
 
 
+def limits_of(plan: Plan) -> dict[str, Any]:
+    """What the planner was told to keep to, as `PlanOptions`; nothing for plans that do not say.
+
+    Raises:
+        PlanFileError: The file says something that is no number.
+    """
+    try:
+        return {
+            name: kind(plan.provenance[name]) for name, kind in _LIMITS.items() if name in plan.provenance
+        }
+    except ValueError as error:
+        raise PlanFileError(f"the plan's provenance is damaged: {error}") from error
+
+
 def _provenance(options: PlanOptions) -> dict[str, str]:
     from rpcompile import __version__
 
+    limits = {name: getattr(options, name) for name in _LIMITS}
     return {
+        **{name: str(limit) for name, limit in limits.items() if limit is not None},
         "rpcompile": __version__,
         "torch": version("torch"),
         "python": platform.python_version(),

@@ -19,6 +19,7 @@ from rpcompile.idle import COPY, DOWNLOAD, OTHER_STAGE, OTHER_UPLOAD, PHRASES, U
 from rpcompile.ir import Stage, StageKind
 from rpcompile.plan_summary import compute_s
 from rpcompile.simulate import simulate, simulate_steady
+from rpcompile.stage_bytes import upload_unit_bytes
 from rpcompile.units import seconds, size
 
 if TYPE_CHECKING:
@@ -357,16 +358,15 @@ class _Question:
         return found
 
     def _replanned(self, gpus: int) -> list[Variation]:
-        from rpcompile.chain_planner import ModelDescription, PlanOptions, plan_chain
+        from rpcompile.chain_planner import ModelDescription, PlanOptions, limits_of, plan_chain
 
         plan = self.plan
-        effort = "fast" if plan.schedule.policy == "searched" else None
         options = PlanOptions(
             gpus,
             plan.microbatches,
             plan.mode,
             solver_time_s=SOLVER_S,
-            effort=effort,
+            effort="fast" if plan.schedule.policy == "searched" else None,
             links=plan.links,
             attention=AS_IS,
             update_s_per_byte=plan.update_s_per_byte,
@@ -376,9 +376,15 @@ class _Question:
             tuple(plan.chain.kind_of[gpu % plan.gpus] for gpu in range(gpus)) if plan.chain.kinds else ()
         )
         try:
+            limits = limits_of(plan) if options.effort else {}
+            if "max_traffic" in limits:  # the same bytes, whose unit depends on the number of GPUs
+                old, new = (
+                    upload_unit_bytes(plan.chain, count, plan.microbatches) for count in (plan.gpus, gpus)
+                )
+                limits["max_traffic"] *= old / new
             other = plan_chain(
                 replace(plan.chain, kind_of=kind_of),
-                options,
+                replace(options, **limits),
                 ModelDescription(plan.model_name, plan.fingerprint, plan.dtype),
             )
         except RpcompileError:  # e.g. more GPUs than segments: there is nothing to say
@@ -388,7 +394,8 @@ class _Question:
             if plan.chain.kinds and gpus == plan.gpus + 1
             else ""
         )
-        what = f"{gpus} GPUs in place of {plan.gpus}{added}"
+        most = " with as many uploads" if "max_traffic" in limits else ""
+        what = f"{gpus} GPUs in place of {plan.gpus}{added}{most}"
         return [self._variation(what, _Run(other, other.schedule), plan.microbatches)]
 
     def _tried(self, what: str, schedule: Schedule) -> Variation:

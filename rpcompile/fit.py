@@ -7,6 +7,7 @@ ones as long as one is.
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 SOLVER_S = 1.0
 _NO_LIMIT = 1 << 62
+# Stages that a search finds may leave less on the host; what needs more than so many times what there is is
+# not searched on, which takes seconds a size.
+_SEARCHED = 4
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,11 @@ class _Search:
         except PartitionError as error:
             return f"at {self.asked} {size:,} the GPU: {error}"
         needed = plan.prediction.host_peak_bytes
+        if self.host_bytes < needed <= _SEARCHED * self.host_bytes:
+            wanted = replace(options, effort="fast", host_bytes=self.host_bytes)
+            with _quietly():
+                plan = self.captured.plan(chain, wanted, progress=False)
+            needed = min(needed, plan.prediction.host_peak_bytes)
         if needed > self.host_bytes:
             return (
                 f"at {self.asked} {size:,} the host: weights, gradients, boundaries and AdamW's state "
@@ -255,6 +264,18 @@ class _Search:
             )
         self.plans[size] = plan
         return None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the planner's warnings: what is over a limit at one size is not what the caller asked about."""
+    log = logging.getLogger("rpcompile")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _why(search: _Search, found: int, high: int) -> str:

@@ -81,7 +81,7 @@ class Plan:
         partition: The stages.
         schedule: What every stream does.
         prediction: What the simulator says about it.
-        provenance: Versions that made it.
+        provenance: Versions that made it, and the limits that it was told to keep to.
         links: What its transfers and host work share; None for an idle machine, where nothing is shared.
         attention: What was found when it was decided whether to offload attention outputs, in a sentence.
         update_s_per_byte: What the optimizer takes on the host for each byte of gradient; 0 where updates are

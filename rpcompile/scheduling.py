@@ -200,7 +200,8 @@ def on_its_stages(
 def traffic_of(chain: SegmentChain, schedule: Schedule, timeline: Timeline) -> float:
     """Weights uploaded in an iteration, in units of `upload_unit_bytes`."""
     uploaded = timeline.weight_bytes / len(timeline.iteration_end_s)
-    return uploaded / max(1.0, stage_bytes.upload_unit_bytes(chain, schedule.gpus, schedule.microbatches))
+    unit = stage_bytes.upload_unit_bytes(chain, schedule.gpus, schedule.microbatches, schedule.mode)
+    return uploaded / unit
 
 
 def _check(chain: SegmentChain, options: PlanOptions) -> None:
@@ -320,7 +321,9 @@ class _Finding:
         """One segment a stage, which takes least memory; None if that does not fit, or makes no stages."""
         chain, options = self.chain, self.options
         segments = len(chain.segments)
-        if options.mode == "forward" or options.gpus > segments:
+        # More GPUs than segments are refused where the solver's stages are all that is asked for.
+        few = options.gpus > segments and options.effort is None and options.mode == "sync"
+        if options.mode == "forward" or few:
             return None
         cuts = [*range(segments), *range(segments + 1, 2 * segments - chain.first_backward + 1)]
         stages, costs = stages_between(cuts, segments), StageCosts(chain, options.gpus, options.microbatches)
@@ -349,13 +352,14 @@ class _Finding:
         """
         options, chain = self.options, self.chain
         stages = [sum(stage_bytes.weight_bytes(chain, stage.segments).values()) for stage in partition.stages]
-        unit = stage_bytes.upload_unit_bytes(chain, options.gpus, options.microbatches)
-        least = sum(stages) / max(1.0, unit)
+        unit = stage_bytes.upload_unit_bytes(chain, options.gpus, options.microbatches, options.mode)
+        least = sum(stages) / unit
         if options.max_traffic is not None and least > options.max_traffic * (1 + 1e-9):
+            search = options.effort is None and options.mode != "forward"
             raise PartitionError(
                 f"max_traffic={options.max_traffic}, but one upload a stage takes {least:.2f}; set "
-                f"max_traffic to {math.ceil(100 * least) / 100:.2f} or more, or search for other stages with "
-                'effort="fast"'
+                f"max_traffic to {math.ceil(100 * least) / 100:.2f} or more"
+                + (', or search for other stages with effort="fast"' if search else "")
             )
 
     def _search(self, effort: str, share: float, partitions: tuple[Partition, ...], limit_s: float) -> _Made:

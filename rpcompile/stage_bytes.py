@@ -34,15 +34,15 @@ def gradient_bytes(chain: SegmentChain, segments: Iterable[int]) -> dict[int, in
     return sizes
 
 
-def upload_unit_bytes(chain: SegmentChain, gpus: int, microbatches: int) -> float:
+def upload_unit_bytes(chain: SegmentChain, gpus: int, microbatches: int, mode: str = "sync") -> float:
     """What counts as an upload traffic of 1: every segment once for each of its passes in each round.
 
     A round is as many microbatches as there are GPUs; the last segment has one pass, and so have those in
-    front of the first backward.
+    front of the first backward, and all in mode "forward". At least one byte, for models without weights.
     """
     weights = [segment.weight_bytes for segment in chain.segments]
-    backward = sum(weights[chain.first_backward : -1])
-    return max(1.0, microbatches / gpus) * (sum(weights) + backward)
+    backward = 0 if mode == "forward" else sum(weights[chain.first_backward : -1])
+    return max(1.0, max(1.0, microbatches / gpus) * (sum(weights) + backward))
 
 
 def kept_bytes(chain: SegmentChain, stage: Stage) -> dict[int, int]:

@@ -43,7 +43,8 @@ def verify_schedule(
     - Every event has one recorder, nothing waits in a circle, and all of `after` is enforced.
     - Every (segment, microbatch) has one forward, and one backward where one is needed, in the job that
       it belongs to; compute actions read and write exactly what their segments call for.
-    - Copies carry one value from one side to the other, with matching sizes.
+    - Copies carry one value from one side to the other, with matching sizes; buffers are as large as what
+      they hold.
     - Every buffer is written, then updated in place, then read, then freed; what the
       program makes is freed once, except for its results.
     - Every gradient that a job makes leaves once, and every changed buffer, by one job; every loss
@@ -67,10 +68,11 @@ def verify_schedule(
     check_actions(schedule, chain, partition, names)
     order = _Order(schedule, names)
     _check_writers(order)
-    totals = _check_sums(order)
+    promised = any(names[buffer].kind == "updated" for buffer in schedule.buffers)
+    totals = _check_sums(order, promised)
     _check_order(order)
     _check_results(order, schedule)
-    _check_updates(order, chain, schedule, totals)
+    _check_updates(order, chain, promised, totals)
     limits = memory_limits(chain, partition, schedule.gpus)
     for gpu, peak in enumerate(gpu_memory_bounds(schedule, order, order.uses)):
         if peak > limits[gpu]:
@@ -216,8 +218,14 @@ def _check_results(order: _Order, schedule: Schedule) -> None:
             raise ScheduleError(f"the loss of microbatch {microbatch} never reaches the host")
 
 
-def _check_sums(order: _Order) -> dict[int, list[str]]:
+def _check_sums(order: _Order, promised: bool) -> dict[int, list[str]]:
     """A segment's gradients are added to that of its first job, in job order, where anything is updated.
+
+    Where nothing is, and there is no SUM at all, the runtime adds them in that order itself.
+
+    Args:
+        order: The schedule's.
+        promised: Whether its buffers speak of updated weights.
 
     Returns:
         Segment -> the buffer that has its gradient in the end.
@@ -227,7 +235,7 @@ def _check_sums(order: _Order) -> dict[int, list[str]]:
     for number, action in enumerate(order.actions):
         if action.op is Op.SUM:
             sums[action.writes[0] if action.writes else ""].append(number)
-    if not any(action.op in (Op.SUM, Op.UPDATE) for action in order.actions):
+    if not promised and not any(action.op in (Op.SUM, Op.UPDATE) for action in order.actions):
         return made
     for buffer, name in zip(order.uses.buffers, order.names, strict=True):
         if name.space == buffers.HOST and name.kind == "gradients" and name.segment is not None:
@@ -251,9 +259,7 @@ def _check_sums(order: _Order) -> dict[int, list[str]]:
     return made
 
 
-def _check_updates(
-    order: _Order, chain: SegmentChain, schedule: Schedule, made: dict[int, list[str]]
-) -> None:
+def _check_updates(order: _Order, chain: SegmentChain, promised: bool, made: dict[int, list[str]]) -> None:
     """Each gradient goes into one update, which comes after every upload of the old weights.
 
     A schedule that speaks of no updated weights leaves updates to the caller. A tied tensor is updated with
@@ -292,7 +298,6 @@ def _check_updates(
             raise ScheduleError(f"{action.id} leaves out {name}, which goes into {target}")
         for name in Counter(action.reads) - Counter(wanted):
             raise ScheduleError(f"{action.id} reads {name}, which does not go into {target}")
-    promised = any(order.parsed[name].kind == "updated" for name in schedule.buffers)
     for segment in sorted(made) if updates or promised else ():
         if made[segment] and len(updated[segment]) != 1:
             names = order.ids(updated[segment])

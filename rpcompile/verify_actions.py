@@ -50,6 +50,7 @@ def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition,
     _check_recomputes(schedule)
     _check_operands(schedule, chain, partition, names)
     _check_copies(schedule, names)
+    _check_sizes(schedule, chain, partition, names)
 
 
 def _check_queues(schedule: Schedule, partition: Partition) -> None:
@@ -155,6 +156,8 @@ def _check_coverage(schedule: Schedule, chain: SegmentChain, partition: Partitio
                         f"segment {index}, microbatch {microbatch} has {len(names)} {what}s "
                         f"({', '.join(names) or 'no action'}); it must have one"
                     )
+                if names and what == "backward" and schedule.mode == "forward":
+                    raise ScheduleError(f"{names[0]} runs backward; in mode 'forward' nothing must")
     for job in schedule.jobs:
         runs = positions[job.index]
         for action, microbatch in zip(runs, job.microbatches, strict=False):
@@ -323,3 +326,37 @@ def _check_copies(schedule: Schedule, names: ParsedNames) -> None:
         nbytes = sum(schedule.buffers[target] for target in action.writes)
         if action.nbytes != nbytes:
             raise ScheduleError(f"{action.id} moves {action.nbytes:,} bytes; what it writes has {nbytes:,}")
+
+
+def _check_sizes(schedule: Schedule, chain: SegmentChain, partition: Partition, names: ParsedNames) -> None:
+    """Buffers are as large as what they hold, for memory is proved from their sizes."""
+    segments = chain.segments
+    of_segment = {
+        "x": [segment.boundary_bytes for segment in segments],
+        "dx": [segment.boundary_gradient_bytes for segment in segments],
+        "kept": [segment.kept_bytes for segment in segments],
+        "state": [segment.state_bytes for segment in segments],
+    }
+    # By stage; at the end, what the host has of all segments.
+    ranges = [*(stage.segments for stage in partition.stages), range(len(segments))]
+    of_stage = {
+        "weights": [stage_bytes.weight_bytes(chain, indices) for indices in ranges],
+        "gradients": [stage_bytes.gradient_bytes(chain, indices) for indices in ranges],
+    }
+    inputs = [sum(segments[index].input_bytes for index in indices) for indices in ranges]
+    stages = {job.index: job.stage for job in schedule.jobs}
+    for buffer, nbytes in schedule.buffers.items():
+        name = names[buffer]
+        stage = -1 if name.job is None else stages.get(name.job, -1)
+        wanted: int | None = None
+        if name.kind in of_segment and name.segment is not None and name.segment < len(segments):
+            wanted = of_segment[name.kind][name.segment]
+        elif name.kind in of_stage and name.segment is not None:
+            wanted = of_stage[name.kind][stage].get(name.segment)
+        elif name.kind == "inputs":
+            wanted = inputs[stage]
+        if wanted is not None and nbytes != wanted:
+            users = [a for a in schedule.actions() if buffer in (*a.writes, *a.reads, *a.frees)]
+            users.sort(key=lambda action: buffer not in action.writes)
+            user = users[0].id if users else "no action"
+            raise ScheduleError(f"{user} uses {buffer} of {nbytes:,} bytes; what it holds has {wanted:,}")

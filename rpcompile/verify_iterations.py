@@ -193,6 +193,8 @@ def _changes(events: Events, tied: Sequence[TiedWeight]) -> dict[int, list[tuple
     for segment, numbers in made.items():
         found[segment].append((f"the weights of segment {segment}", numbers))
     for each in tied:
+        if not each.gradient_bytes:  # frozen, beside weights of its segments that may be trained
+            continue
         owners = [min(each.segments)] if updates else each.segments
         numbers = [number for segment in owners for number in made.get(segment, ())]
         for segment in each.segments if numbers else ():

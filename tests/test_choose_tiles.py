@@ -35,9 +35,9 @@ def captured() -> CapturedModel:
     return capture_model(case.model, ExampleInputs.of(case.batch))
 
 
-def bound(captured: CapturedModel, usable_bytes: int) -> SegmentChain:
+def bound(captured: CapturedModel, usable_bytes: int, sizes: dict[str, int] | None = None) -> SegmentChain:
     hardware = replace(models.SLOW_GPU, memory_bytes=1 << 40, usable_bytes=usable_bytes)
-    return BindChain(SIZES, hardware).run(captured.costed)
+    return BindChain(sizes or SIZES, hardware).run(captured.costed)
 
 
 def tiles_of(chain: SegmentChain) -> list[int]:
@@ -64,6 +64,18 @@ def test_a_loss_is_tiled_before_anything_else(captured: CapturedModel) -> None:
     only_loss = ChooseTiles(captured.costed, "loss").run(bound(captured, usable // 4))
     assert tiles_of(only_loss)[:-1] == [1] * (len(chain.segments) - 1)
     assert tiles_of(only_loss)[-1] > 1
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 2048), (8, 256)])
+def test_a_loss_that_no_chunks_bring_down_to_its_share_is_tiled_as_far_as_it_goes(
+    captured: CapturedModel, batch: int, sequence: int
+) -> None:
+    sizes, most = {"batch": batch, "sequence": sequence}, 8  # chunks of at least 256 tokens of all rows
+    whole = bound(captured, 1 << 40, sizes)
+    usable = int(8 * needs(whole)[-1] / (most + 1))
+    tiled = ChooseTiles(captured.costed).run(bound(captured, usable, sizes))
+    assert tiles_of(tiled)[-1] == most
+    assert usable / 8 < needs(tiled)[-1] < usable / 4
 
 
 @pytest.mark.parametrize("share", [0.7, 0.8, 0.9, 1.0, 1.1])

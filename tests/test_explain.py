@@ -179,3 +179,24 @@ def test_a_searched_plan_is_searched_again_for_more_gpus() -> None:
     change = {found.what: found.change for found in explain(plan).variations}
     # Stages that were not searched for would take longer on twice the GPUs.
     assert change["4 GPUs in place of 2"] < -0.3
+
+
+def test_more_gpus_are_planned_for_under_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Profile.load(Path(__file__).parents[1] / "benchmarks" / "profiles" / "qwen3-1.7b.json")
+    limits = {"max_traffic": 0.9, "fused_segments": 1, "host_bytes": 10**15}
+    plan = plan_profile(given, PlanOptions(2, 4, time_limit_s=0.2, **limits), progress=False)
+    asked: list[PlanOptions] = []
+
+    def planned(_: object, options: PlanOptions, *__: object) -> object:
+        asked.append(options)
+        return plan
+
+    monkeypatch.setattr("rpcompile.planner.plan_chain", planned)
+    tried = [variation.what for variation in explain(plan).variations]
+    assert "4 GPUs in place of 2 with as many uploads" in tried
+    # Two rounds of 2 microbatches become 4 / 3 with 3 GPUs, and one with 4; the bytes stay.
+    found = [(options.gpus, options.max_traffic) for options in asked]
+    assert found == [(3, pytest.approx(1.35)), (4, pytest.approx(1.8))]
+    assert {(options.fused_segments, options.host_bytes) for options in asked} == {(1, 10**15)}
+    damaged = replace(plan, provenance={"max_traffic": "much"})
+    assert not [v for v in explain(damaged).variations if "GPUs in place of" in v.what]

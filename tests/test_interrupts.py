@@ -5,8 +5,10 @@ from __future__ import annotations
 import _thread
 import copy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +96,32 @@ def test_an_interrupt_within_comes_at_the_end() -> None:
     with pytest.raises(ValueError, match="of the block"), uninterrupted():
         raise ValueError("of the block")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+SOLVING = """
+import os, signal, threading
+from rpcompile.passes.partition_stages import PartitionStages
+from tests.chains import chain
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+long = chain(60, {i: {"forward_s": 2.0 + i % 7, "backward_s": 3.0 + i % 5} for i in range(60)})
+threading.Timer(2.0, interrupt).start()
+try:
+    PartitionStages(8, 16, time_limit_s=600.0).run(long)
+except KeyboardInterrupt:
+    print("while it solves")
+PartitionStages(2, 2, time_limit_s=5.0).run(chain(3))
+try:
+    interrupt()
+    threading.Event().wait(60)
+except KeyboardInterrupt:
+    print("and afterwards")
+"""
+
+
+def test_a_solver_leaves_interrupts_to_python() -> None:
+    command, here = [sys.executable, "-c", SOLVING], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "while it solves\nand afterwards\n"), done.stderr

@@ -18,7 +18,7 @@ from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.search_schedule import SearchSchedule
 from rpcompile.planner import CapturedModel, PlanOptions, capture_model, plan_profile
 from rpcompile.profile import Profile
-from rpcompile.scheduling import find_schedule
+from rpcompile.scheduling import find_schedule, traffic_of
 from tests import chains, reference
 from tests.models import SLOW_GPU, make
 
@@ -204,6 +204,32 @@ def test_where_nothing_is_found_that_fits_stages_of_one_segment_are_tried(
     ):
         with pytest.raises(PartitionError, match="no luck"):
             find_schedule(given, replace(options, **changes))
+
+
+def test_stages_of_one_segment_may_be_fewer_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SearchSchedule, "run", no_luck)
+    options = PlanOptions(7, 4, effort="fast", max_traffic=1.0)
+    assert len(find_schedule(chains.chain(3), options).partition.stages) == 5
+    with pytest.raises(PartitionError, match="gpus=7 is more than the 3 segments of the model"):
+        find_schedule(chains.chain(3), replace(options, effort=None))
+
+
+@pytest.mark.parametrize("effort", [None, "fast"])
+def test_a_limit_on_uploads_where_there_are_no_weights(effort: str | None) -> None:
+    bare = chains.chain(2, {index: {"weight_bytes": 0, "gradient_bytes": 0} for index in range(2)})
+    options = PlanOptions(2, 2, effort=effort, max_traffic=1.0, solver_time_s=0.2, time_limit_s=0.2)
+    found = find_schedule(bare, options)
+    assert traffic_of(bare, found.schedule, found.timeline) == 0.0
+
+
+def test_an_evaluation_has_one_pass() -> None:
+    options = PlanOptions(2, 4, "forward", solver_time_s=0.2)
+    found = find_schedule(chains.chain(4), options)
+    assert traffic_of(chains.chain(4), found.schedule, found.timeline) == 0.5  # one upload in two rounds
+    with pytest.raises(
+        PartitionError, match=r"one upload a stage takes 0\.50; set max_traffic to 0\.50 or more$"
+    ):
+        find_schedule(chains.chain(4), replace(options, max_traffic=0.4))
 
 
 @pytest.mark.parametrize(

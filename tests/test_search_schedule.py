@@ -422,6 +422,11 @@ def test_given_partitions_are_among_the_starts() -> None:
     assert set(cuts[:2]) <= set(starts(given[:2]))
 
 
+def test_a_limit_of_traffic_allows_what_uploads_nothing() -> None:
+    chain = decoder(4, weight_bytes=0, gradient_bytes=0)
+    assert search(chain, 2, 4, max_traffic=0.5).traffic == 0.0
+
+
 def test_the_same_seed_gives_the_same_schedule() -> None:
     chain = decoder(6)
     first, second = (search(chain, 3, 6, seed=5, time_limit_s=1e9) for _ in range(2))

@@ -278,6 +278,15 @@ def test_broken_sums_are_refused(change, message):
     assert message in str(caught.value)
 
 
+def test_updates_that_are_all_left_out():
+    schedule = updated()
+    without_host = replace(schedule, queues=tuple(q for q in schedule.queues if q.stream is not Stream.HOST))
+    with pytest.raises(
+        ScheduleError, match=re.escape("host:gradients.j3.s0 goes into no action; one update")
+    ):
+        verify_schedule(InsertEventWaits().run(without_host), chain(3), STAGES)
+
+
 def test_sums_of_one_gradient_on_two_queues_need_an_order():
     schedule, stages = summed()
     schedule = anew(schedule)

@@ -351,3 +351,25 @@ def test_a_deadlock():
     assert message == (
         "deadlock: 0H0 (gpu0 d2h) waits for 2H0 (gpu0 d2h), which is queued behind 0H0 (gpu0 d2h)"
     )
+
+
+def test_any_buffer_of_another_size_is_caught(problem):
+    """Also of what stays on its GPU, which no copy has to agree with."""
+    schedule, chain, stages = problem
+    for name, nbytes in schedule.buffers.items():
+        if ":loss" in name:
+            continue
+        smaller = replace(schedule, buffers={**schedule.buffers, name: nbytes - 1})
+        assert rejects(smaller, chain, stages), name
+
+
+def test_a_copy_of_less_than_the_weights():
+    smaller = {"gpu0:weights.j0.s0": 3, "host:weights.s0": 3}
+    mutant = replace(edit(VALID, "0P@0.0", nbytes=3), buffers={**VALID.buffers, **smaller})
+    assert rejects(mutant, CHAIN) == "0P@0.0 uses gpu0:weights.j0.s0 of 3 bytes; what it holds has 4"
+
+
+def test_a_backward_in_an_evaluation():
+    plain = chain(3)
+    mutant = replace(compiled(plain, STAGES, 2, 2), mode="forward")
+    assert rejects(mutant, plain) == "3B0 runs backward; in mode 'forward' nothing must"

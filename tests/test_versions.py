@@ -164,3 +164,17 @@ def test_the_update_of_what_is_shared_comes_with_the_first_segment() -> None:
     assert "host:updated.s0" in action(schedule, "4U@4.0").writes
     events = chained(replace(schedule, tied=()))
     assert refusal(events) is None  # segment 2's own update comes behind that of segment 0
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize(("mode", "updates"), [("async", False), ("async", True), ("sync", True)])
+def test_a_frozen_tied_tensor_is_not_changed_by_what_its_segments_train(
+    mode: str, updates: bool, frozen: int
+) -> None:
+    # One of the segments that read it trains other weights; the other trains nothing.
+    shared = TiedWeight("embedding", (0, 2), 2, 0)
+    frozen_chain = chain(3, {frozen: {"gradient_bytes": 0}}, (shared,))
+    laid_out = LayOutDispatch(frozen_chain, STAGES, mode).run(DispatchRoundRobin(2, 2).run(STAGES))
+    schedule = InsertTransfers(frozen_chain).run(laid_out)
+    schedule = InsertUpdates(frozen_chain).run(schedule) if updates else schedule
+    verify_schedule(InsertEventWaits().run(schedule), frozen_chain, STAGES)
