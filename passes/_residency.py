@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rpcompile.ir import COMPUTE_OPS, Action, Op, Stream
@@ -74,7 +74,7 @@ def limit_residency(
     gpus = {gpu: _Gpu(tenures, slots, names) for gpu, tenures in stays.items()}
     for action in emitted:
         after = gpus[action.gpu].admit(action)
-        yield replace(action, after=after) if after else action
+        yield action.ordered(after) if after else action
 
 
 class _Leaving:
@@ -108,7 +108,9 @@ class _Gpu:
     def admit(self, action: Action) -> tuple[str, ...]:
         """What the next action that was emitted for this GPU has to wait for."""
         after: list[str | None] = []
-        if action.op is Op.PREFETCH:
+        if action.op is Op.FREE:
+            self._free(action)
+        elif action.op is Op.PREFETCH:
             after += self.weights.admit(action.job)
         elif action.op in (Op.LOAD, Op.RECEIVE):
             if len(self.inputs) >= self.slots:
@@ -123,15 +125,20 @@ class _Gpu:
             self._hold_without_weights(action)
             self.inputs.append(action.id)
             self.outputs.append(None)
-        elif action.microbatch is not None and action.stream is Stream.COMPUTE:
-            self.inputs[-1] = action.id
         elif action.microbatch is not None and action.stream is Stream.D2H:
             self.outputs[-1] = action.id
-        if action.op is Op.FREE and action.microbatch is None:
-            for kind, leaving in (("weights", self.weights), ("gradients", self.gradients)):
-                if self._has(action.frees, kind):
-                    leaving.ends[action.job].append(action.id)
-        return tuple(name for name in after if name is not None)
+        return tuple([name for name in after if name is not None]) if after else ()
+
+    def _free(self, action: Action) -> None:
+        if action.microbatch is not None:
+            if action.stream is Stream.COMPUTE:
+                self.inputs[-1] = action.id
+            elif action.stream is Stream.D2H:
+                self.outputs[-1] = action.id
+            return
+        for kind, leaving in (("weights", self.weights), ("gradients", self.gradients)):
+            if self._has(action.frees, kind):
+                leaving.ends[action.job].append(action.id)
 
     def _hold_without_weights(self, action: Action) -> None:
         """A job without weights counts too: next to it, memory holds those of no more jobs than ever."""

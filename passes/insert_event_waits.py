@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from rpcompile import buffers
 from rpcompile.buffer_uses import BufferUses, Role
 from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError
-from rpcompile.ordering import ActionGraph, HappensBefore
+from rpcompile.ordering import ActionGraph, Edges, HappensBefore, queue_numbers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,44 +52,52 @@ class InsertEventWaits:
             ScheduleError: A buffer is read and never written, is written in a way that leaves its
                 content open, or actions need one another in a circle.
         """
-        actions = tuple(schedule.actions())
-        queue_of = [number for number, queue in enumerate(schedule.queues) for _ in queue.actions]
-        queues = np.array(queue_of, np.int32)
-        source, target = _reduced(schedule, _latest(_needs(actions, queues), queues))
-        events = {number: f"e{place}" for place, number in enumerate(np.unique(source).tolist())}
-        waits: dict[int, list[str]] = defaultdict(list)
+        needed = needed_order(schedule)
+        source, target = _reduced(needed)
+        events = {number: (f"e{place}",) for place, number in enumerate(np.unique(source).tolist())}
+        waits: dict[int, tuple[str, ...]] = defaultdict(tuple)
         for first, second in zip(source.tolist(), target.tolist(), strict=True):
-            waits[second].append(events[first])
-        numbered = iter(enumerate(actions))
-        return replace(
-            schedule,
-            queues=tuple(
-                replace(
-                    queue, actions=tuple(_with_events(*next(numbered), waits, events) for _ in queue.actions)
-                )
-                for queue in schedule.queues
-            ),
+            waits[second] += events[first]
+        ordered = (
+            _with_events(action, waits.get(number, ()), events.get(number, ()))
+            for number, action in enumerate(needed.actions)
         )
+        queues = (
+            replace(queue, actions=tuple(islice(ordered, len(queue.actions)))) for queue in schedule.queues
+        )
+        return replace(schedule, queues=tuple(queues))
 
 
-def _with_events(number: int, action: Action, waits: dict[int, list[str]], events: dict[int, str]) -> Action:
-    waited = tuple(waits.get(number, ()))
-    records = (events[number],) if number in events else ()
-    if (waited, records) == (action.waits, action.records):
+def _with_events(action: Action, waits: tuple[str, ...], records: tuple[str, ...]) -> Action:
+    if (waits, records) == (action.waits, action.records):
         return action
-    return replace(action, waits=waited, records=records)
+    return action.ordered(action.after, waits, records)
+
+
+def needed_order(schedule: Schedule) -> ActionGraph:
+    """What actions need of one another; many of these needs are implied by others.
+
+    Raises:
+        ScheduleError: A buffer is read and never written, or is written in a way that leaves its content
+            open.
+    """
+    actions, queues = tuple(schedule.actions()), queue_numbers(schedule)
+    source, target = _latest(_needs(actions, queues), queues)
+    return ActionGraph(actions, queues, Edges.of_pairs(source, target, len(actions)))
 
 
 def _needs(actions: tuple[Action, ...], queue_of: Numbers) -> tuple[Numbers, Numbers]:
     """Pairs (source, action): the source must be over before the action starts."""
-    numbers = {action.id: number for number, action in enumerate(actions)}
+    behind = [(number, action) for number, action in enumerate(actions) if action.after]
+    named = {name for _, action in behind for name in action.after}
+    numbers = {action.id: number for number, action in enumerate(actions) if action.id in named}
     after: list[tuple[int, int]] = []
-    for number, action in enumerate(actions):
+    for number, action in behind:
         for name in action.after:
             if name not in numbers:
                 raise ScheduleError(f"{action.id} must come after {name}, which the schedule does not have")
             after.append((numbers[name], number))
-    uses = BufferUses.of(actions, range(len(actions)))
+    uses = BufferUses.of(actions, np.arange(len(actions), dtype=np.int32))
     _check_writers(uses, actions, queue_of)
     buffer, user, role = uses.buffer, uses.action, uses.role
     maker = uses.last(Role.MAKE)[buffer]
@@ -131,23 +140,21 @@ def _latest(edges: tuple[Numbers, Numbers], queue_of: Numbers) -> tuple[Numbers,
     source, target = edges
     implied = (queue_of[source] == queue_of[target]) & (source < target)
     source, target = source[~implied], target[~implied]
-    order = np.lexsort((source, queue_of[source], target))
+    queues = 1 + int(queue_of.max(initial=0))
+    order = np.argsort((target.astype(np.int64) * queues + queue_of[source]) * len(queue_of) + source)
     source, target = source[order], target[order]
     last = np.ones(len(source), np.bool_)
     last[:-1] = (target[1:] != target[:-1]) | (queue_of[source[1:]] != queue_of[source[:-1]])
     return source[last], target[last]
 
 
-def _reduced(schedule: Schedule, edges: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
+def _reduced(needed: ActionGraph) -> tuple[Numbers, Numbers]:
     """The edges that the target's queue and its other sources do not imply, by target, then source.
 
     These are the edges between queues of the graph's transitive reduction.
     """
-    source, target = edges
-    found: list[list[int]] = [[] for _ in schedule.actions()]
-    for first, second in zip(source.tolist(), target.tolist(), strict=True):
-        found[second].append(first)
-    order = HappensBefore(ActionGraph.build(schedule, found))
+    source, target = needed.edges.sources, needed.edges.waiters()
+    order = HappensBefore(needed)
     # What else each target waits for: its other sources, and the action before it on its queue.
     queued = np.flatnonzero(np.diff(order.queue_of, prepend=-1) == 0).astype(np.int32)
     queued = queued[np.isin(queued, target)]

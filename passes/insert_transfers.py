@@ -29,6 +29,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rpcompile import buffers, stage_bytes
 from rpcompile.collection import collection_paused
 from rpcompile.errors import ScheduleError, require_at_least
@@ -43,7 +45,7 @@ from rpcompile.ir import (
     Schedule,
     Stream,
 )
-from rpcompile.ordering import ActionGraph
+from rpcompile.ordering import ActionGraph, Edges, queue_numbers
 from rpcompile.passes._residency import limit_residency, tenures
 
 if TYPE_CHECKING:
@@ -62,9 +64,10 @@ _STREAM_OF = {
     Op.GRADIENT: Stream.GRADIENTS,
 }
 # Parts of the ids of FREE actions, by stream.
-_PARTS = {Stream.COMPUTE: 0, Stream.H2D: 1, Stream.D2H: 2, Stream.GRADIENTS: 3}
+_STREAM_OF_PART = (Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.GRADIENTS)
+_PARTS = {stream: part for part, stream in enumerate(_STREAM_OF_PART)}
 
-_Group = tuple[int, int | None, int | None, int]
+_Group = tuple[int, int | None, int | None, int]  # stage, microbatch, job, part
 _Value = tuple[str, int | None, int | None]
 
 
@@ -123,6 +126,19 @@ class InsertTransfers:
         )
 
 
+class _Values(dict[str, "_Value"]):
+    """What buffers hold, no matter where: kind, segment and microbatch."""
+
+    def __init__(self, names: ParsedNames) -> None:
+        super().__init__()
+        self._names = names
+
+    def __missing__(self, buffer: str) -> _Value:
+        name = self._names[buffer]
+        value = self[buffer] = (name.kind, name.segment, name.microbatch)
+        return value
+
+
 class _Copies:
     """Emits compute actions with the copies around them, in the order of the module's docstring."""
 
@@ -133,14 +149,15 @@ class _Copies:
         self.nbytes = dict(schedule.buffers)
         self.host_weights = stage_bytes.weight_bytes(chain, range(len(chain.segments)))
         self.actions = list(schedule.actions())
+        self.values = _Values(names)
         self.makers = {buffer: number for number, a in enumerate(self.actions) for buffer in a.writes}
-        self.value_makers = {self._value(buffer): number for buffer, number in self.makers.items()}
+        self.value_makers = {self.values[buffer]: number for buffer, number in self.makers.items()}
         # Who reads a boundary or gradient that does not lie on its GPU, and so needs it on the host.
         self.readers: dict[_Value, list[Op]] = defaultdict(list)
         for action in self.actions:
             for buffer in action.reads:
-                if buffer not in self.makers:
-                    self.readers[self._value(buffer)].append(action.op)
+                if buffer not in self.makers and self.values[buffer][2] is not None:
+                    self.readers[self.values[buffer]].append(action.op)
 
     def emit(self) -> Iterator[Action]:
         """All actions but FREEs."""
@@ -161,7 +178,7 @@ class _Copies:
         for step in self.actions:
             found: list[int] = []
             for buffer in step.reads:
-                kind, _, microbatch = value = self._value(buffer)
+                kind, _, microbatch = value = self.values[buffer]
                 if microbatch is None or kind == "inputs":
                     continue
                 maker = self.makers.get(buffer, self.value_makers.get(value))
@@ -174,13 +191,10 @@ class _Copies:
                 # It stands with its BACKWARD. Else its LOAD could be put before other readers' copies of what
                 # was saved, and the last of those, whose queue frees it, would wait for a LOAD of much later.
                 needs[number] += [source for source in needs[number + 1] if source != number]
-        order = ActionGraph.build(self.schedule, needs).execution_order()
-        return [self.actions[number] for number in order]
-
-    def _value(self, buffer: str) -> _Value:
-        """What a buffer holds, no matter where: its kind, segment and microbatch."""
-        name = self.names[buffer]
-        return name.kind, name.segment, name.microbatch
+        sources = np.array([source for found in needs for source in found], np.int32)
+        edges = Edges.of_counts(sources, np.array([*map(len, needs)], np.int32))
+        graph = ActionGraph(tuple(self.actions), queue_numbers(self.schedule), edges)
+        return [self.actions[number] for number in graph.execution_order().tolist()]
 
     def _prefetches(self, step: Action) -> list[Action]:
         """The weights of a job, from its first step, segment by segment."""
@@ -209,7 +223,7 @@ class _Copies:
                 self.nbytes[source] = sum(segment.input_bytes for segment in self.chain.segments)
                 loads.append((source, buffer))
                 continue
-            maker = self.actions[self.value_makers[self._value(buffer)]].job
+            maker = self.actions[self.value_makers[self.values[buffer]]].job
             saved = name.kind == "kept" or (name.kind == "x" and step.op is Op.RECOMPUTE)
             (loads if saved else receives).append((_on_host(name, maker), buffer))
         if loads:
@@ -224,7 +238,7 @@ class _Copies:
             name = self.names[buffer]
             if name.microbatch is None or name.kind == "tape":
                 continue
-            readers = self.readers[self._value(buffer)]
+            readers = self.readers.get(self.values[buffer], ())
             pair = (buffer, _on_host(name, step.job))
             if name.kind == "loss":
                 offloads[None].append(pair)
@@ -298,29 +312,30 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
     One FREE takes all buffers of a job, microbatch and stream. A buffer that a copy down reads is
     freed on that stream, so that compute never waits for a copy in order to free something.
     """
-    last_use: dict[str, int] = {}
-    copied_down: dict[str, Stream] = {}
-    for number, action in enumerate(emitted):
-        for buffer in action.reads:
-            last_use[buffer] = number
-        for buffer in action.writes:
-            last_use[buffer] = number
-        if action.stream in DOWN_STREAMS:
-            copied_down |= dict.fromkeys(action.reads, action.stream)
-    groups: dict[_Group, list[str]] = defaultdict(list)
-    for buffer, number in last_use.items():
-        name = names[buffer]
-        if name.space == buffers.HOST and name.kind not in ("x", "kept", "dx"):
-            continue
+    copied_down = {
+        buffer: action.stream
+        for action in emitted
+        if action.stream in DOWN_STREAMS
+        for buffer in action.reads
+    }
+    used: set[str] = set()
+    groups: dict[_Group, tuple[int, list[str]]] = {}  # with the number of the last action of each
+    for number in range(len(emitted) - 1, -1, -1):
         last = emitted[number]
-        part = _PARTS[copied_down.get(buffer, last.stream)]
-        if name.microbatch is not None:
-            groups[last.stage, last.microbatch, None, part].append(buffer)
-        else:
-            groups[last.stage, None, last.job, part].append(buffer)
+        for buffer in (*last.reads, *last.writes):
+            if buffer in used:
+                continue
+            used.add(buffer)
+            if buffer.startswith(buffers.HOST) and buffers.kind_of(buffer) not in ("x", "kept", "dx"):
+                continue
+            part = _PARTS[copied_down.get(buffer, last.stream)]
+            microbatch = names[buffer].microbatch
+            group = (last.stage, microbatch, last.job if microbatch is None else None, part)
+            if group not in groups:
+                groups[group] = number, []
+            groups[group][1].append(buffer)
     behind: dict[int, list[Action]] = defaultdict(list)
-    for (stage, microbatch, job, part), freed in groups.items():
-        number = max(map(last_use.__getitem__, freed))
+    for (stage, microbatch, job, part), (number, freed) in groups.items():
         id = ActionId(stage, Op.FREE, microbatch, job, part)
         behind[number].append(_free(id, emitted[number], tuple(sorted(freed))))
     found: list[Action] = []
@@ -332,11 +347,10 @@ def _insert_frees(emitted: list[Action], names: ParsedNames) -> list[Action]:
 
 
 def _free(group: ActionId, last: Action, freed: tuple[str, ...]) -> Action:
-    stream = next(stream for stream, part in _PARTS.items() if part == group.part)
     return Action(
         id=str(group),
         gpu=last.gpu,
-        stream=stream,
+        stream=_STREAM_OF_PART[group.part or 0],
         op=Op.FREE,
         job=last.job,
         stage=last.stage,

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
 from rpcompile.errors import InvalidArgument, ScheduleError
+from rpcompile.event_loop import chained, run_shared
 from rpcompile.ir import Action, ActionId, Op, Queue, Schedule, Stream
-from rpcompile.passes.insert_event_waits import InsertEventWaits
-from rpcompile.simulate import simulate
+from rpcompile.passes.insert_event_waits import needed_order
+from rpcompile.shared_links import SharedLinks
 
 if TYPE_CHECKING:
     from rpcompile.ir import SegmentChain
@@ -232,10 +233,11 @@ class _Updates:
 
     def _landed(self) -> dict[int, list[float]]:
         """When each segment's gradients are on the host, by job, in simulated time."""
-        ends = simulate(InsertEventWaits().run(self.schedule)).end_s
+        events = chained(self.schedule, needed_order(self.schedule), 1, "sync", 0)
+        _, ends = run_shared(events, SharedLinks(None))
         landed = {
-            buffer: ends[action.id]
-            for action in self.schedule.actions()
+            buffer: end
+            for action, end in zip(events.actions, ends.tolist(), strict=True)
             if action.op is Op.GRADIENT
             for buffer in action.writes
         }

@@ -12,6 +12,7 @@ as large as all that the two need besides other buffers, for it is there as long
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rpcompile import buffers, stage_bytes
@@ -81,7 +82,7 @@ class LayOutDispatch:
         saved = frozenset(stage.first - 1 for stage in stages if stage.kind is StageKind.B)
         workspaces = [*map(stage_bytes.Workspaces(self.chain).planned, stages)]
         nbytes: dict[str, int] = {}
-        begun: set[int] = set()
+        layouts: dict[int, _JobLayout] = {}
         queues: list[Queue] = []
         for gpu, order in enumerate(dispatch.order):
             actions: list[Action] = []
@@ -91,14 +92,15 @@ class LayOutDispatch:
                 # What was made right here is read in place. Otherwise this job receives a copy.
                 if source.gpu != gpu or (job.stage, microbatch) in spilled:
                     source = job
-                workspace = workspaces[job.stage]
-                layout = _JobLayout(
-                    self, stages[job.stage], job, source, saved, index not in begun, workspace
-                )
-                begun.add(index)
+                begins = index not in layouts
+                if begins:
+                    layouts[index] = _JobLayout(self, stages[job.stage], job, saved, workspaces[job.stage])
+                layout = layouts[index]
                 for op in _OPS[layout.stage.kind]:
-                    reads, writes = layout.reads(op, microbatch), layout.writes(op, microbatch)
-                    nbytes |= reads | writes
+                    reads = layout.reads(op, microbatch, source.index, begins)
+                    writes = layout.writes(op, microbatch)
+                    nbytes |= reads
+                    nbytes |= writes
                     actions.append(layout.action(op, microbatch, tuple(reads), tuple(writes)))
             queues += [Queue(gpu, Stream.COMPUTE, tuple(actions))] * bool(actions)
         return Schedule(
@@ -256,48 +258,44 @@ def _name(stage: Stage) -> str:
 
 @dataclass(frozen=True)
 class _JobLayout:
-    """The buffers, with their bytes, and the compute actions of one microbatch of one job.
-
-    `source` is the job under whose name the GPU has what the stage before made of this microbatch.
-    """
+    """The compute actions of one job, and the buffers that they use, with their bytes."""
 
     options: LayOutDispatch
     stage: Stage
     job: Job
-    source: Job
     saved: frozenset[int]
-    begins: bool
     workspace_bytes: int
 
-    @property
-    def is_last(self) -> bool:
-        return self.stage.index == len(self.options.partition.stages) - 1
-
     def action(self, op: Op, microbatch: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Action:
-        stage, time = self.stage, stage_time(self.options.chain, self.stage, self.job.gpu)
-        parts = {Op.RECOMPUTE: time.ahead_s, Op.BACKWARD: time.rest_s}
-        seconds = parts.get(op, time.seconds)
+        stage, job = self.stage, self.job
         return Action(
             id=str(ActionId(stage.index, op, microbatch)),
-            gpu=self.job.gpu,
+            gpu=job.gpu,
             stream=Stream.COMPUTE,
             op=op,
-            job=self.job.index,
+            job=job.index,
             stage=stage.index,
             microbatch=microbatch,
-            seconds=seconds,
+            seconds=self._seconds[op],
             reads=reads,
             writes=writes,
             workspace_bytes=0 if stage.kind is StageKind.B else self.workspace_bytes,
         )
 
-    def reads(self, op: Op, microbatch: int) -> dict[str, int]:
-        stage, job, space = self.stage, self.job.index, buffers.gpu(self.job.gpu)
-        segments, source = self.options.chain.segments, self.source.index
-        found = self._weights()
-        if any(segments[index].inputs for index in stage.segments):
-            size = sum(segments[index].input_bytes for index in stage.segments)
-            found[buffers.inputs(space, microbatch, job)] = size
+    def reads(self, op: Op, microbatch: int, source: int, begins: bool) -> dict[str, int]:
+        """What an action reads.
+
+        Args:
+            op: The action.
+            microbatch: Its microbatch.
+            source: The job under whose name the GPU has what the stage before made of this microbatch.
+            begins: Whether no microbatch of this job came before.
+        """
+        stage, job, space = self.stage, self.job.index, self._space
+        segments = self.options.chain.segments
+        found = dict(self._weights)
+        if self._input_bytes is not None:
+            found[buffers.inputs(space, microbatch, job)] = self._input_bytes
         if stage.first > 0:
             below = stage.first - 1
             owner = job if stage.kind is StageKind.B else source
@@ -308,19 +306,19 @@ class _JobLayout:
             size = segments[stage.last].boundary_gradient_bytes
             found[buffers.boundary_gradient(space, stage.last, microbatch, source)] = size
             found |= self._tape(microbatch)
-        if not self.begins and op is not Op.RECOMPUTE:
-            found |= self._gradients()
+        if not begins and op is not Op.RECOMPUTE:
+            found |= self._gradients
         return found
 
     def writes(self, op: Op, microbatch: int) -> dict[str, int]:
+        """What an action writes."""
         if op is Op.RECOMPUTE:
             return self._tape(microbatch)
-        stage, job, space = self.stage, self.job.index, buffers.gpu(self.job.gpu)
+        stage, job, space = self.stage, self.job.index, self._space
         segments = self.options.chain.segments
-        found = self._gradients() | self._changed_weights()
+        found = self._gradients | self._changed_weights
         if stage.kind is StageKind.F:
-            cuts = self.saved.intersection(stage.segments) | (set() if self.is_last else {stage.last})
-            for cut in sorted(cuts):
+            for cut in self._cuts:
                 found[buffers.boundary(space, cut, microbatch, job)] = segments[cut].boundary_bytes
             if self.options.mode != "forward":
                 found |= self._kept(microbatch)
@@ -328,46 +326,80 @@ class _JobLayout:
             below = stage.first - 1
             size = segments[below].boundary_gradient_bytes
             found[buffers.boundary_gradient(space, below, microbatch, job)] = size
-        if stage.kind is StageKind.FB or (self.options.mode == "forward" and self.is_last):
+        if stage.kind is StageKind.FB or (self.options.mode == "forward" and self._is_last):
             found[buffers.loss(space, microbatch)] = _LOSS_BYTES
         return found
 
+    @property
+    def _is_last(self) -> bool:
+        return self.stage.index == len(self.options.partition.stages) - 1
+
+    @cached_property
+    def _space(self) -> str:
+        return buffers.gpu(self.job.gpu)
+
+    @cached_property
+    def _seconds(self) -> dict[Op, float]:
+        time = stage_time(self.options.chain, self.stage, self.job.gpu)
+        if self.stage.kind is StageKind.B:
+            return {Op.RECOMPUTE: time.ahead_s, Op.BACKWARD: time.rest_s}
+        return dict.fromkeys(_OPS[self.stage.kind], time.seconds)
+
+    @cached_property
+    def _input_bytes(self) -> int | None:
+        """None where the stage reads no inputs of the caller."""
+        segments = [self.options.chain.segments[index] for index in self.stage.segments]
+        reads = any(segment.inputs for segment in segments)
+        return sum(segment.input_bytes for segment in segments) if reads else None
+
+    @cached_property
+    def _cuts(self) -> list[int]:
+        """The boundaries that a forward stage leaves behind."""
+        return sorted(
+            self.saved.intersection(self.stage.segments) | (set() if self._is_last else {self.stage.last})
+        )
+
+    @cached_property
+    def _kept_bytes(self) -> dict[int, int]:
+        return stage_bytes.kept_bytes(self.options.chain, self.stage)
+
     def _kept(self, microbatch: int) -> dict[str, int]:
         """Attention outputs, which go to the host from forward stages and come back to backward stages."""
-        space, job = buffers.gpu(self.job.gpu), self.job.index
-        sizes = stage_bytes.kept_bytes(self.options.chain, self.stage)
+        space, job, sizes = self._space, self.job.index, self._kept_bytes
         return {buffers.kept(space, index, microbatch, job): size for index, size in sizes.items()}
 
     def _tape(self, microbatch: int) -> dict[str, int]:
-        name = buffers.tape(buffers.gpu(self.job.gpu), microbatch, self.job.index)
-        return {name: self.workspace_bytes}
+        return {buffers.tape(self._space, microbatch, self.job.index): self.workspace_bytes}
 
+    @cached_property
     def _weights(self) -> dict[str, int]:
-        space, chain = buffers.gpu(self.job.gpu), self.options.chain
+        chain = self.options.chain
         return {
-            buffers.weights(space, index, self.job.index): size
+            buffers.weights(self._space, index, self.job.index): size
             for index, size in stage_bytes.weight_bytes(chain, self.stage.segments).items()
             if chain.segments[index].weight_bytes
         }
 
+    @cached_property
     def _changed_weights(self) -> dict[str, int]:
         """A backward's recompute and an evaluation leave the model's buffers as they are."""
         if self.stage.kind is StageKind.B or self.options.mode == "forward":
             return {}
-        space, segments = buffers.gpu(self.job.gpu), self.options.chain.segments
+        segments = self.options.chain.segments
         changed = {
-            buffers.weights(space, index, self.job.index)
+            buffers.weights(self._space, index, self.job.index)
             for index in self.stage.segments
             if segments[index].state_bytes
         }
-        return {name: size for name, size in self._weights().items() if name in changed}
+        return {name: size for name, size in self._weights.items() if name in changed}
 
+    @cached_property
     def _gradients(self) -> dict[str, int]:
         if self.stage.kind is StageKind.F:
             return {}
-        space, chain = buffers.gpu(self.job.gpu), self.options.chain
+        chain = self.options.chain
         return {
-            buffers.gradients(space, index, self.job.index): size
+            buffers.gradients(self._space, index, self.job.index): size
             for index, size in stage_bytes.gradient_bytes(chain, self.stage.segments).items()
             if chain.segments[index].gradient_bytes
         }

@@ -61,7 +61,7 @@ class LowerToProgram:
         merged: list[list[Action]] = [[] for _ in range(schedule.gpus)]
         # Where starts are equal, causes come first: a worker that enqueues must meet them in that order.
         graph = ActionGraph.from_events(schedule)
-        ordered = [graph.actions[number] for number in graph.execution_order()]
+        ordered = [graph.actions[number] for number in graph.execution_order().tolist()]
         ordered.sort(key=lambda action: timeline.start_s[action.id])
         host = [action for action in ordered if action.stream is Stream.HOST]
         for action in ordered:

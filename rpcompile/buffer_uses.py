@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -45,33 +45,38 @@ class BufferUses:
     role: Numbers
 
     @classmethod
-    def of(cls, actions: Sequence[Action], order: Iterable[int]) -> BufferUses:
-        """The uses by some actions, in the given order of their numbers."""
-        numbers: dict[str, int] = {}
-        found: list[int] = []
-        users: list[int] = []
-        roles: list[int] = []
-        for number in order:
-            action = actions[number]
-            reads, writes = action.reads, action.writes
-            for buffer in reads:
-                found.append(numbers.setdefault(buffer, len(numbers)))
-                roles.append(Role.UPDATE if buffer in writes else Role.READ)
-            made = [buffer for buffer in writes if buffer not in reads]
-            for buffer in made:
-                found.append(numbers.setdefault(buffer, len(numbers)))
-                roles.append(Role.MAKE)
-            for buffer in action.frees:
-                found.append(numbers.setdefault(buffer, len(numbers)))
-                roles.append(Role.FREE)
-            users += [number] * (len(reads) + len(made) + len(action.frees))
-        buffer_of = np.array(found, np.int32)
-        places = np.argsort(buffer_of, kind="stable")
+    def of(cls, actions: Sequence[Action], order: Numbers) -> BufferUses:
+        """The uses by some actions in the given order of their numbers: what each reads, writes, frees."""
+        operands = [a.reads for a in actions] + [a.writes for a in actions] + [a.frees for a in actions]
+        index: dict[str, int] = {}
+        named = [index.setdefault(name, len(index)) for names in operands for name in names]
+        buffer, names = np.array(named, np.int64), [*index]
+        lengths = np.fromiter(map(len, operands), np.int64, len(operands))
+        # Reads of action n are operand n, its writes operand n + len(actions), its frees the one behind.
+        way, action = np.divmod(np.repeat(np.arange(len(operands)), lengths), max(1, len(actions)))
+        place = np.empty(len(actions), np.int64)
+        place[order] = np.arange(len(actions))
+        # Moments, one after another as in the docstring.
+        moment = np.arange(len(named)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        moment += (3 * place[action] + way) * lengths.max(initial=1)
+        first = np.full(len(names), np.iinfo(np.int64).max)
+        np.minimum.at(first, buffer, moment)
+        by_first = np.argsort(first)
+        number = np.empty(len(names), np.int64)
+        number[by_first] = np.arange(len(names))
+        in_order = np.argsort(number[buffer] * (1 + moment.max(initial=0)) + moment)
+        buffer, action, way = number[buffer][in_order], action[in_order], way[in_order]
+        # What one action does to one buffer: read and written it is updated, and that counts once.
+        pair = np.cumsum((np.diff(buffer, prepend=-1) != 0) | (np.diff(action, prepend=-1) != 0)) - 1
+        is_read, is_written = (np.bincount(pair[way == what], minlength=len(pair)) > 0 for what in (0, 1))
+        role = np.array([Role.READ, Role.MAKE, Role.FREE], np.int32)[way]
+        role[(way == 0) & is_written[pair]] = Role.UPDATE
+        kept = (way != 1) | ~is_read[pair]
         return cls(
-            tuple(numbers),
-            buffer_of[places],
-            np.array(users, np.int32)[places],
-            np.array(roles, np.int32)[places],
+            tuple([names[name] for name in by_first.tolist()]),
+            buffer[kept].astype(np.int32),
+            action[kept].astype(np.int32),
+            role[kept],
         )
 
     def count(self, role: Role) -> Numbers:

@@ -49,8 +49,8 @@ class BufferName(NamedTuple):
 
 
 _PATTERN = re.compile(
-    r"(?P<space>host|gpu\d+):(?P<kind>weights|inputs|x|kept|dx|tape|gradients|state|updated|norm|loss)"
-    r"(?P<parts>(?:\.[sjm]\d+)*)"
+    r"(host|gpu\d+):(weights|inputs|x|kept|dx|tape|gradients|state|updated|norm|loss)"
+    r"(?:\.s(\d+))?(?:\.j(\d+))?(?:\.s(\d+))?(?:\.m(\d+))?"
 )
 
 
@@ -64,8 +64,15 @@ def parse(buffer: str) -> BufferName:
     match = _PATTERN.fullmatch(buffer)
     if match is None:
         raise ScheduleError(f"{buffer!r} is not a buffer; write e.g. host:weights.s4 or gpu1:x.s6.j2.m0")
-    numbers = {part[0]: int(part[1:]) for part in match["parts"].split(".")[1:]}
-    return BufferName(match["space"], match["kind"], numbers.get("s"), numbers.get("j"), numbers.get("m"))
+    space, kind, segment, job, behind, microbatch = match.groups()
+    segment = behind if segment is None else segment
+    return BufferName(
+        space,
+        kind,
+        None if segment is None else int(segment),
+        None if job is None else int(job),
+        None if microbatch is None else int(microbatch),
+    )
 
 
 class ParsedNames(dict[str, BufferName]):
@@ -86,6 +93,11 @@ def segment_of(buffer: str) -> int:
     if segment is None:
         raise ScheduleError(f"{buffer!r} belongs to no segment")
     return segment
+
+
+def kind_of(buffer: str) -> str:
+    """`BufferName.kind`, without taking the rest apart."""
+    return buffer.partition(":")[2].partition(".")[0]
 
 
 def space_of(buffer: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,16 @@ import numpy as np
 from rpcompile import buffers, fluid_rates
 from rpcompile.errors import InvalidArgument, ScheduleError, require_at_least
 from rpcompile.ir import DOWN_STREAMS, UP_STREAMS, Op, Stream
-from rpcompile.ordering import ActionGraph
+from rpcompile.ordering import ActionGraph, Edges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rpcompile.ir import Action, Schedule
+    from rpcompile.ordering import Numbers
     from rpcompile.shared_links import SharedLinks
+
+    Floats = NDArray[np.float64]
 
 LAGS = {"sync": 1, "async": 2}  # iterations from an update to the first upload of what it has changed
 _RESIDENT_JOBS = 2
@@ -35,29 +38,50 @@ class Events:
 
     Attributes:
         schedule: What is repeated.
-        actions: The actions of one iteration.
+        graph: The actions of one iteration and their order.
         iterations: How often it runs.
         rotate: GPUs by which each iteration is shifted against the one before.
         order: By physical queue, the numbers that it runs.
-        sources: By number, the numbers of other queues that it waits for.
+        edges: By number, the numbers of other queues that it waits for.
     """
 
     schedule: Schedule
-    actions: tuple[Action, ...]
+    graph: ActionGraph
     iterations: int
     rotate: int
-    order: list[list[int]]
-    sources: list[tuple[int, ...]]
+    order: list[Numbers]
+    edges: Edges
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        return self.graph.actions
 
     def gpu(self, number: int) -> int:
         """The GPU that runs an action; what is on the host's queue is not shifted."""
         iteration, action = divmod(number, len(self.actions))
         return (self.actions[action].gpu + iteration * self.rotate) % self.schedule.gpus
 
+    def gpus(self) -> Numbers:
+        """`gpu` of every number."""
+        gpu = np.array([action.gpu for action in self.actions], np.int32)
+        return np.concatenate([(gpu + i * self.rotate) % self.schedule.gpus for i in range(self.iterations)])
+
+    def name(self, number: int) -> str:
+        """An action's id, from the second iteration on with `#1`, `#2`, ... behind it."""
+        iteration, action = divmod(number, len(self.actions))
+        return self.actions[action].id + (f"#{iteration}" if iteration else "")
+
     def names(self) -> list[str]:
-        """The actions' ids, from the second iteration on with `#1`, `#2`, ... behind them."""
+        """`name` of every number."""
         ids = [action.id for action in self.actions]
         return ids + [f"{id}#{i}" for i in range(1, self.iterations) for id in ids]
+
+    def before(self) -> Numbers:
+        """By number, the one before it on its queue; -1 for none."""
+        found = np.full(self.iterations * len(self.actions), -1, np.int32)
+        for queue in self.order:
+            found[queue[1:]] = queue[:-1]
+        return found
 
 
 def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) -> Events:
@@ -77,51 +101,42 @@ def chain_events(schedule: Schedule, iterations: int, mode: str, rotate: int) ->
     if mode not in LAGS:
         raise InvalidArgument(f"mode is {mode!r}; iterations are chained 'sync' or 'async'")
     require_at_least(1, iterations=iterations)
-    actions = tuple(schedule.actions())
-    for action in actions:
+    for action in schedule.actions():
         if not 0 <= action.seconds < math.inf:
             raise InvalidArgument(
                 f"{action.id} takes {action.seconds} seconds; give its segments and links finite times, "
                 "0 or more"
             )
-    sources = _event_sources(schedule, actions)
-    count = len(actions)
-    queues: dict[tuple[int, Stream], list[int]] = defaultdict(list)
+    graph = ActionGraph.from_events(schedule)
+    return chained(schedule, graph, iterations, mode, rotate)
+
+
+def chained(schedule: Schedule, graph: ActionGraph, iterations: int, mode: str, rotate: int) -> Events:
+    """As `chain_events`, with the order of one iteration as `graph` has it, not as events do."""
+    count = len(graph.actions)
+    queues: dict[tuple[int, Stream], list[Numbers]] = defaultdict(list)
     for i in range(iterations):
         number = i * count
         for queue in schedule.queues:
             shift = 0 if queue.stream is Stream.HOST else i * rotate
-            numbers = range(number, number + len(queue.actions))
-            queues[(queue.gpu + shift) % schedule.gpus, queue.stream] += numbers
+            numbers = np.arange(number, number + len(queue.actions), dtype=np.int32)
+            queues[(queue.gpu + shift) % schedule.gpus, queue.stream].append(numbers)
             number += len(queue.actions)
-    chained = [tuple(s + i * count for s in found) for i in range(iterations) for found in sources]
-    events = Events(schedule, actions, iterations, rotate, [*queues.values()], chained)
-    if iterations > 1:
-        for target, source in (*_update_edges(events, mode), *_slot_edges(events)):
-            chained[target] += (source,)
-    return events
+    order = [np.concatenate(found) for found in queues.values()]
+    shifts = np.arange(iterations, dtype=np.int32)[:, None] * count
+    sources = (graph.edges.sources + shifts).ravel()
+    edges = Edges.of_counts(sources, np.tile(graph.edges.counts(), iterations))
+    events = Events(schedule, graph, iterations, rotate, order, edges)
+    if iterations == 1:
+        return events
+    more = np.concatenate((_update_edges(events, mode), _slot_edges(events)))
+    waiters, sources = np.concatenate((np.stack((edges.waiters(), edges.sources), axis=1), more)).T
+    return replace(events, edges=Edges.of_pairs(sources, waiters, iterations * count))
 
 
-def _event_sources(schedule: Schedule, actions: tuple[Action, ...]) -> list[tuple[int, ...]]:
-    recorders: dict[str, int] = {}
-    records = 0
-    for number, action in enumerate(actions):
-        for event in action.records:
-            recorders[event] = number
-            records += 1
-    try:
-        sources = [tuple([recorders[event] for event in action.waits]) for action in actions]
-    except KeyError:
-        sources = []
-    if records != len(recorders) or len(sources) != len(actions):
-        _named_errors(schedule)
-        raise AssertionError("the order of events is wrong, and nobody says where")
-    return sources
-
-
-def _update_edges(events: Events, mode: str) -> list[tuple[int, int]]:
+def _update_edges(events: Events, mode: str) -> Numbers:
     """(upload, update that it waits for) of neighbouring iterations."""
-    count, edges = len(events.actions), []
+    edges: list[tuple[int, int]] = []
     updates: dict[int, list[int]] = defaultdict(list)
     gradients: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
@@ -139,36 +154,36 @@ def _update_edges(events: Events, mode: str) -> list[tuple[int, int]]:
     for together in events.schedule.tied:
         for segment in together:
             with_it[segment].update([min(together)] if updates else together)
-    lag = LAGS[mode]
     for number, action in enumerate(events.actions):
         if action.op is not Op.PREFETCH:
             continue
         for segment in {buffers.segment_of(name) for name in action.reads}:
-            needed = [source for other in {segment, *with_it[segment]} for source in made[other]]
-            for i in range(lag, events.iterations):
-                edges += [(number + i * count, source + (i - lag) * count) for source in needed]
-    return edges
+            for other in {segment, *with_it[segment]}:
+                edges += [(number, source) for source in made[other]]
+    own, lag, count = _pairs(edges), LAGS[mode], len(events.actions)
+    shifts = (np.array((i * count, (i - lag) * count), np.int32) for i in range(lag, events.iterations))
+    return np.concatenate((_pairs([]), *(own + shift for shift in shifts)))
 
 
-def _barrier_edges(events: Events) -> list[tuple[int, int]]:
+def _barrier_edges(events: Events) -> Numbers:
     """Everything of an iteration behind everything of the one before."""
-    count, edges = len(events.actions), []
-    firsts: dict[int, list[int]] = defaultdict(list)
-    lasts: dict[int, list[int]] = defaultdict(list)
-    for queue in events.order:
-        ends = {number // count: number for number in queue}
-        begins = {number // count: number for number in reversed(queue)}
-        for i in ends:
-            firsts[i].append(begins[i])
-            lasts[i].append(ends[i])
+    found = [_pairs([])]
+    iteration_of = [queue // len(events.actions) for queue in events.order]
     for before, after in pairwise(range(events.iterations)):
-        edges += [(first, last) for first in firsts[after] for last in lasts[before]]
-    return edges
+        ends, begins = (
+            [queue[of == i] for queue, of in zip(events.order, iteration_of, strict=True)]
+            for i in (before, after)
+        )
+        lasts = np.array([numbers[-1] for numbers in ends if len(numbers)], np.int32)
+        firsts = np.array([numbers[0] for numbers in begins if len(numbers)], np.int32)
+        found.append(np.stack((np.repeat(firsts, len(lasts)), np.tile(lasts, len(firsts))), axis=1))
+    return np.concatenate(found)
 
 
-def _slot_edges(events: Events) -> list[tuple[int, int]]:
+def _slot_edges(events: Events) -> Numbers:
     """(upload, what frees the weights of the job two before on its GPU), where that is an iteration ago."""
-    count, edges = len(events.actions), []
+    count = len(events.actions)
+    edges: list[tuple[int, int]] = []
     frees: dict[int, list[int]] = defaultdict(list)
     uploads: dict[int, list[int]] = defaultdict(list)
     for number, action in enumerate(events.actions):
@@ -187,10 +202,15 @@ def _slot_edges(events: Events) -> list[tuple[int, int]]:
         for (i, before), (j, job) in zip(sequence, sequence[_RESIDENT_JOBS:], strict=False):
             if i < j:
                 edges += [(u + j * count, f + i * count) for u in uploads[job] for f in frees[before]]
-    return edges
+    return _pairs(edges)
 
 
-def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[float]]:
+def _pairs(edges: list[tuple[int, int]]) -> Numbers:
+    """[n, 2]."""
+    return np.array(edges, np.int32).reshape(-1, 2)
+
+
+def run_shared(events: Events, links: SharedLinks) -> tuple[Floats, Floats]:
     """Starts and ends: each action as soon as what it waits for is over.
 
     Activations slow down weights and gradients that cross the same link in the same direction, by all that
@@ -199,46 +219,44 @@ def run_shared(events: Events, links: SharedLinks) -> tuple[list[float], list[fl
     Raises:
         ScheduleError: A deadlock; the message names a circle.
     """
-    gpus, total = events.schedule.gpus, events.iterations * len(events.actions)
-    seconds = np.array([action.seconds for action in events.actions] * events.iterations)
-    demand = np.array([_demand(action, links) for action in events.actions] * events.iterations)
-    urgent = np.array([action.op in _URGENT for action in events.actions] * events.iterations)
-    line = _lines(events)
-    uses = np.full((total, 3), -1)
-    for number in np.flatnonzero(demand).tolist():
-        action = events.actions[number % len(events.actions)]
-        uses[number] = links.used_by(action, events.gpu(number), gpus)
-    edges = [pair for queue in events.order for pair in pairwise(queue)]
-    edges += [(source, number) for number, found in enumerate(events.sources) for source in found]
-    heads, tails = np.array(edges, np.int64).reshape(-1, 2).T
-    by_head = np.argsort(heads, kind="stable")
-    first = np.searchsorted(heads[by_head], np.arange(total + 1))
+    actions, gpus, iterations = events.actions, events.schedule.gpus, events.iterations
+    total = iterations * len(actions)
+    seconds = np.array([action.seconds for action in actions], np.float64)
+    demand = np.tile(np.array([_demand(action, links) for action in actions], np.float64), iterations)
+    urgent = np.array([action.op in _URGENT for action in actions], np.bool_)
+    streams = np.tile(np.array([_PLACES[action.stream] for action in actions], np.int64), iterations)
+    gpu, before, followers = events.gpus(), events.before(), events.edges.followers()
+    following = np.full(total, -1, np.int32)
+    queued = np.flatnonzero(before >= 0)
+    following[before[queued]] = queued
     starts, ends = np.zeros(total), np.zeros(total)
     done = fluid_rates.run_shared(
-        seconds,
+        np.tile(seconds, iterations),
         demand,
-        urgent,
-        line,
-        uses,
+        np.tile(urgent, iterations),
+        np.where(_WAYS[streams] < 0, -1, 2 * gpu + _WAYS[streams]),
+        np.where(demand[:, None] == 0, -1, _uses(links, gpus)[gpu, streams]),
         np.array(links.capacities(gpus)),
-        np.bincount(tails, minlength=total),
-        first,
-        tails[by_head],
+        events.edges.counts() + (before >= 0),
+        following,
+        followers.starts,
+        followers.sources,
         starts,
         ends,
     )
     if done < total:
         raise_deadlock(events)
-    return starts.tolist(), ends.tolist()
+    return starts, ends
 
 
-def _lines(events: Events) -> NDArray[np.int64]:
-    """By action, which direction of which GPU's link it is on; -1 for none."""
-    ways = {**dict.fromkeys(UP_STREAMS, 0), **dict.fromkeys(DOWN_STREAMS, 1)}
-    way = np.array([ways.get(action.stream, -1) for action in events.actions], np.int64)
-    gpu = np.array([action.gpu for action in events.actions], np.int64)
-    shifted = [(gpu + i * events.rotate) % events.schedule.gpus for i in range(events.iterations)]
-    return np.concatenate([np.where(way < 0, -1, 2 * found + way) for found in shifted])
+_PLACES = {stream: place for place, stream in enumerate(Stream)}
+# By stream, which direction of its GPU's link it is on; -1 for none.
+_WAYS = np.array([0 if s in UP_STREAMS else 1 if s in DOWN_STREAMS else -1 for s in Stream])
+
+
+def _uses(links: SharedLinks, gpus: int) -> NDArray[np.int64]:
+    """[gpu, stream, 3] of what is drawn on."""
+    return np.array([[links.used_by(stream, gpu, gpus) for stream in Stream] for gpu in range(gpus)])
 
 
 def _demand(action: Action, links: SharedLinks) -> float:
@@ -253,13 +271,8 @@ def _demand(action: Action, links: SharedLinks) -> float:
 
 def raise_deadlock(events: Events) -> None:
     """Raises the error that names a circle of actions that wait for one another."""
-    _named_errors(events.schedule)
+    events.graph.execution_order()
     raise ScheduleError(
         f"deadlock between iterations: {events.iterations} iterations of this schedule wait for one another "
         f"when shifted by {events.rotate} GPUs, though one alone runs; use rotate=0"
     )
-
-
-def _named_errors(schedule: Schedule) -> None:
-    """Raises what is wrong with the order of one iteration, with names."""
-    ActionGraph.from_events(schedule).execution_order()

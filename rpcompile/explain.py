@@ -358,7 +358,7 @@ class _Question:
         return found
 
     def _replanned(self, gpus: int) -> list[Variation]:
-        from rpcompile.planner import ModelDescription, PlanOptions, limits_of, plan_chain
+        from rpcompile.chain_planner import ModelDescription, PlanOptions, limits_of, plan_chain
 
         plan = self.plan
         options = PlanOptions(

@@ -22,9 +22,10 @@ def run_shared(
     line: Integers,
     uses: Integers,
     capacity: Floats,
-    waiting: Integers,
-    successor_first: Integers,
-    successors: Integers,
+    waiting: Any,
+    following: Any,
+    first: Any,
+    followers: Any,
     start_s: Floats,
     end_s: Floats,
 ) -> int:
@@ -39,8 +40,9 @@ def run_shared(
         uses: [action, 3] what it draws on, -1 for nothing.
         capacity: Bytes per second of each of those.
         waiting: How many actions each waits for; used up.
-        successor_first: Where each action's part of `successors` begins, and where the last one ends.
-        successors: Who waits for it.
+        following: Who is behind it on its queue, -1 for nobody.
+        first: Where each action's part of `followers` begins, and where the last one ends.
+        followers: Who waits for it besides.
         start_s: Filled with starts.
         end_s: Filled with ends.
 
@@ -88,10 +90,13 @@ def run_shared(
             running[k] = running[active]
             done += 1
             changed = changed or demand[action] > 0
-            for edge in range(successor_first[action], successor_first[action + 1]):
-                waiting[successors[edge]] -= 1
-                if waiting[successors[edge]] == 0:
-                    ready[ready_count] = successors[edge]
+            for edge in range(first[action] - 1, first[action + 1]):
+                waiter = followers[edge] if edge >= first[action] else following[action]
+                if waiter < 0:
+                    continue
+                waiting[waiter] -= 1
+                if waiting[waiter] == 0:
+                    ready[ready_count] = waiter
                     ready_count += 1
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-import torch
 
 from rpcompile.errors import InvalidArgument
 from rpcompile.ir import Hardware
@@ -167,6 +166,8 @@ def shared_links(names: Iterable[str]) -> SharedLinks | None:
 
 def detect() -> str | None:
     """The catalogue name of this machine's first CUDA device; None without one or if it is not listed."""
+    import torch  # takes seconds; who names a GPU need not wait
+
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,19 @@ def installed_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def item_bytes(dtype: str, unknown: int) -> int:
+    """Size of one element of one of torch's dtypes, by its name; `unknown` for other names.
+
+    "given", as profiles have it, is none of them.
+    """
+    if dtype == "given":
+        return unknown
+    import torch  # takes seconds; plans are read and made from profiles without it
+
+    kind = getattr(torch, dtype, None)
+    return kind.itemsize if isinstance(kind, torch.dtype) else unknown
+
+
 def host_memory(
     chain: SegmentChain,
     schedule: Schedule,
@@ -77,27 +91,26 @@ def host_memory(
         optimizer_states: Tensors that the optimizer keeps for each parameter, of the parameter's shape and
             the dtype of what it steps: 2 for AdamW, 1 for SGD with momentum, 0 for SGD.
     """
-    import torch  # takes seconds; plans are read without it
-
     every = range(len(chain.segments))
     training = schedule.mode != "forward"
     in_flight = 2 if schedule.mode == "async" else 1
     gradients = sum(stage_bytes.gradient_bytes(chain, every).values()) if training else 0
-    itemsize = getattr(torch, dtype, torch.float32).itemsize
-    copies = gradients // itemsize * _FLOAT32 if masters and itemsize < _FLOAT32 else 0
-    host = [(buffers.parse(name), size) for name, size in schedule.buffers.items()]
-    host = [(name, size) for name, size in host if name.space == buffers.HOST]
-    landing = sum(size for name, size in host if name.kind == "gradients")
+    itemsize = item_bytes(dtype, _FLOAT32) if masters else _FLOAT32
+    copies = gradients // itemsize * _FLOAT32 if itemsize < _FLOAT32 else 0
+    host: Counter[str] = Counter()  # by kind
+    for name, size in schedule.buffers.items():
+        if name.startswith(buffers.HOST):
+            host[buffers.kind_of(name)] += size
     return HostMemory(
         weight_bytes=sum(stage_bytes.weight_bytes(chain, every).values()),
         gradient_bytes=in_flight * gradients,
         master_bytes=copies,
         optimizer_bytes=optimizer_states * (copies or gradients),
-        boundary_bytes=in_flight * sum(size for name, size in host if name.kind in ("x", "dx")),
-        input_bytes=in_flight * sum(size for name, size in host if name.kind == "inputs"),
+        boundary_bytes=in_flight * (host["x"] + host["dx"]),
+        input_bytes=in_flight * host["inputs"],
         # As large as the gradients, for they are of the same tensors and dtype.
         copy_bytes=in_flight * gradients if schedule.mode == "async" else 0,
-        attention_bytes=in_flight * sum(size for name, size in host if name.kind == "kept"),
+        attention_bytes=in_flight * host["kept"],
         # Each job's gradients have memory of their own, which stays from iteration to iteration.
-        partial_bytes=in_flight * max(0, landing - gradients),
+        partial_bytes=in_flight * max(0, host["gradients"] - gradients),
     )

@@ -7,7 +7,6 @@ time it ran, what that one waited for is to blame for the time before, and so on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rpcompile.event_loop import chain_events
@@ -104,7 +103,7 @@ class _Order:
         self.names = self.events.names()
         self.start_s = [timeline.start_s[name] for name in self.names]
         self.end_s = [timeline.end_s[name] for name in self.names]
-        self._previous = {after: before for order in self.events.order for before, after in pairwise(order)}
+        self._before = self.events.before()
 
     def action(self, number: int) -> Action:
         return self.events.actions[number % len(self.events.actions)]
@@ -113,9 +112,10 @@ class _Order:
         """The numbers that each GPU computes, in order."""
         found: list[list[int]] = [[] for _ in range(self.events.schedule.gpus)]
         for order in self.events.order:
-            if order and self.action(order[0]).stream is Stream.COMPUTE:
-                working = [number for number in order if self.action(number).op is not Op.FREE]
-                found[self.events.gpu(order[0])] = working
+            numbers: list[int] = order.tolist()
+            if numbers and self.action(numbers[0]).stream is Stream.COMPUTE:
+                working = [number for number in numbers if self.action(number).op is not Op.FREE]
+                found[self.events.gpu(numbers[0])] = working
         return found
 
     def blame(self, number: int, since_s: float, until_s: float) -> dict[str, float]:
@@ -137,9 +137,9 @@ class _Order:
         return causes
 
     def _last_source(self, number: int) -> int | None:
-        sources = list(self.events.sources[number])
-        if number in self._previous:
-            sources.append(self._previous[number])
+        sources = self.events.edges.of(number)
+        if self._before[number] >= 0:
+            sources.append(int(self._before[number]))
         return max(sources, key=self.end_s.__getitem__, default=None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +34,7 @@ class MemorySteps:
         return max(self.nbytes, default=0)
 
 
-def memory_steps(events: Events, starts: Sequence[float], ends: Sequence[float]) -> list[MemorySteps]:
+def memory_steps(events: Events, starts: Floats, ends: Floats) -> list[MemorySteps]:
     """Memory of each GPU, then of the host.
 
     A buffer takes memory from the start of the first action that writes it to the end of the one that
@@ -47,8 +48,8 @@ def memory_steps(events: Events, starts: Sequence[float], ends: Sequence[float])
     spaces = {buffers.gpu(gpu): gpu for gpu in range(gpus)} | {buffers.HOST: gpus}
     index = {name: number for number, name in enumerate(sizes)}
     try:
-        written = _pairs([(number, index[b]) for number, a in enumerate(actions) for b in a.writes])
-        freed = _pairs([(number, index[b]) for number, a in enumerate(actions) for b in a.frees])
+        written = _users([action.writes for action in actions], index)
+        freed = _users([action.frees for action in actions], index)
     except KeyError as error:
         raise ScheduleError(f"{error.args[0]} has no size; add it to the schedule's buffers") from None
     space = np.array([spaces[name.partition(":")[0]] for name in sizes], np.int64)
@@ -64,7 +65,7 @@ def memory_steps(events: Events, starts: Sequence[float], ends: Sequence[float])
     where, when, change = [], [], []
     for iteration in range(events.iterations):
         begin = iteration * len(actions)
-        start, end = (np.array(found[begin : begin + len(actions)]) for found in (starts, ends))
+        start, end = (found[begin : begin + len(actions)] for found in (starts, ends))
         born = np.full(len(sizes), np.inf)
         np.minimum.at(born, written[1], start[written[0]])
         for gpu, time, delta in (
@@ -80,15 +81,20 @@ def memory_steps(events: Events, starts: Sequence[float], ends: Sequence[float])
     places, times, changes = map(np.concatenate, (where, when, change))
     on_host = f"{buffers.HOST}:weights."
     base = sum(size for name, size in sizes.items() if name.startswith(on_host))
+    # The smaller the type, the faster it is sorted.
+    order = np.argsort(places.astype(np.min_scalar_type(gpus)), kind="stable")
+    bounds = np.searchsorted(places[order], np.arange(gpus + 2)).tolist()
     return [
-        _steps(times[places == place], changes[places == place], base if place == gpus else 0)
-        for place in range(gpus + 1)
+        _steps(times[order[begin:end]], changes[order[begin:end]], base if place == gpus else 0)
+        for place, (begin, end) in enumerate(pairwise(bounds))
     ]
 
 
-def _pairs(found: list[tuple[int, int]]) -> Integers:
-    """[2, n] of n pairs."""
-    return np.array(found, np.int64).reshape(-1, 2).T
+def _users(operands: Sequence[tuple[str, ...]], index: dict[str, int]) -> tuple[Integers, Integers]:
+    """Who names which buffer: numbers of actions, and of what they name."""
+    counts = np.fromiter(map(len, operands), np.int64, len(operands))
+    named = np.array([index[buffer] for buffers in operands for buffer in buffers], np.int64)
+    return np.repeat(np.arange(len(operands)), counts), named
 
 
 def _steps(times: Floats, changes: Integers, base: int) -> MemorySteps:

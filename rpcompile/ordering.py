@@ -8,23 +8,67 @@ action there that is over when it starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
-import networkx
 import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs]
 
 from rpcompile.errors import ScheduleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
     from rpcompile.ir import Action, Schedule
 
     Numbers = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What each of some actions waits for, besides those before it on its queue.
+
+    Attributes:
+        starts: Where the sources of each action begin, and at last where they end.
+        sources: Numbers of the actions waited for; those of action n are at `starts[n]:starts[n + 1]`.
+    """
+
+    starts: Numbers
+    sources: Numbers
+
+    @classmethod
+    def of_pairs(cls, sources: Numbers, waiters: Numbers, count: int) -> Edges:
+        """Of `count` actions, pair by pair; each one's sources stay in the order in which they are given."""
+        order = np.argsort(waiters, kind="stable")
+        counts = np.bincount(waiters, minlength=count)
+        return cls.of_counts(sources[order], counts)
+
+    @classmethod
+    def of_counts(cls, sources: Numbers, counts: NDArray[np.integer]) -> Edges:
+        """The sources of one action behind those of another, `counts[n]` of action n."""
+        starts = np.concatenate((np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)))
+        return cls(starts, sources.astype(np.int32, copy=False))
+
+    def counts(self) -> Numbers:
+        """How many sources each action has."""
+        return np.diff(self.starts)
+
+    def waiters(self) -> Numbers:
+        """Who waits for each of `sources`."""
+        return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), self.counts())
+
+    def of(self, number: int) -> list[int]:
+        """The sources of one action."""
+        return self.sources[self.starts[number] : self.starts[number + 1]].tolist()
+
+    def followers(self) -> Edges:
+        """The other way round: who waits for each action, in the order of their numbers."""
+        return Edges(*_followers(self.starts, self.sources))
+
+    def renumbered(self, numbers: Numbers, place: Numbers) -> Edges:
+        """With action `numbers[i]` as action i, `place` being the inverse."""
+        counts = self.counts()[numbers]
+        begin = np.repeat(self.starts[numbers] - np.cumsum(counts) + counts, counts)
+        return self.of_counts(place[self.sources[begin + np.arange(len(begin))]], counts)
 
 
 @dataclass(frozen=True)
@@ -34,12 +78,12 @@ class ActionGraph:
     Attributes:
         actions: Every action, queue by queue.
         queue_of: Number of each action's queue.
-        predecessors: Numbers of the actions each one waits for besides those before it on its queue.
+        edges: What each one waits for.
     """
 
     actions: tuple[Action, ...]
-    queue_of: tuple[int, ...]
-    predecessors: tuple[tuple[int, ...], ...]
+    queue_of: Numbers
+    edges: Edges
 
     @classmethod
     def from_events(cls, schedule: Schedule) -> ActionGraph:
@@ -58,52 +102,45 @@ class ActionGraph:
                         "an event has one recorder"
                     )
                 recorders[event] = number
-        for action in actions:
-            for event in action.waits:
-                if event not in recorders:
-                    raise ScheduleError(f"{action.id} waits for event {event}, which no action records")
-        return cls.build(schedule, [[recorders[event] for event in action.waits] for action in actions])
-
-    @classmethod
-    def build(cls, schedule: Schedule, predecessors: Iterable[Iterable[int]]) -> ActionGraph:
-        """The graph of a schedule whose actions, in order, wait for `predecessors`."""
-        queue_of = tuple(number for number, queue in enumerate(schedule.queues) for _ in queue.actions)
-        return cls(tuple(schedule.actions()), queue_of, tuple(tuple(found) for found in predecessors))
+        waits = [action.waits for action in actions]
+        try:
+            sources = [recorders[event] for found in waits for event in found]
+        except KeyError as error:
+            event = error.args[0]
+            waiter = next(action for action in actions if event in action.waits)
+            raise ScheduleError(f"{waiter.id} waits for event {event}, which no action records") from None
+        counts = np.fromiter(map(len, waits), np.int32, len(waits))
+        return cls(actions, queue_numbers(schedule), Edges.of_counts(np.array(sources, np.int32), counts))
 
     def previous(self, number: int) -> int | None:
         """The action before this one on its queue."""
         return number - 1 if number and self.queue_of[number - 1] == self.queue_of[number] else None
 
-    def execution_order(self) -> list[int]:
+    def execution_order(self) -> Numbers:
         """The actions in an order in which each comes behind all it waits for.
 
         Raises:
             ScheduleError: Actions wait for one another; the message names them.
         """
-        order = _order(*self.arrays()).tolist()
+        order = _order(self.queue_of, self.edges.starts, self.edges.sources)
         if len(order) < len(self.actions):
-            raise ScheduleError(self._describe_deadlock(set(order)))
+            raise ScheduleError(self._describe_deadlock(set(order.tolist())))
         return order
-
-    def arrays(self) -> tuple[Numbers, Numbers, Numbers]:
-        """Queue of each action; and the predecessors, those of action n at `starts[n]:starts[n + 1]`."""
-        counts = np.fromiter(map(len, self.predecessors), np.int32, len(self.actions))
-        starts = np.concatenate((np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)))
-        sources = np.fromiter(chain.from_iterable(self.predecessors), np.int32, int(starts[-1]))
-        return np.array(self.queue_of, np.int32), starts, sources
 
     def _describe_deadlock(self, over: set[int]) -> str:
         """Names the actions of one cycle and where they are."""
+        import networkx  # takes part of a second, and few have to say who waits for whom
+
         graph = networkx.DiGraph()
-        for number, found in enumerate(self.predecessors):
+        for number in range(len(self.actions)):
             if number in over:
                 continue
             previous = self.previous(number)
             if previous is not None:
                 graph.add_edge(number, previous)
-            graph.add_edges_from((number, source) for source in found)
+            graph.add_edges_from((number, source) for source in self.edges.of(number))
         cycle: list[tuple[int, int]] = networkx.find_cycle(graph)
-        waits = [source in self.predecessors[waiter] for waiter, source in cycle]
+        waits = [source in self.edges.of(waiter) for waiter, source in cycle]
         # Begin with a wait, so that each run of neighbours on a queue can be told as one step.
         start = waits.index(True)
         cycle, waits = cycle[start:] + cycle[:start], waits[start:] + waits[:start]
@@ -129,11 +166,10 @@ class HappensBefore:
 
     def __init__(self, graph: ActionGraph) -> None:
         self.graph = graph
-        self.order = graph.execution_order()
-        self.queue_of, starts, sources = graph.arrays()
-        queues = 1 + max(graph.queue_of, default=0)
+        self.order, self.queue_of = graph.execution_order(), graph.queue_of
+        queues = 1 + int(self.queue_of.max(initial=0))
         # By action and queue; -1 where nothing is over.
-        self.clocks = _clocks(np.array(self.order, np.int32), self.queue_of, starts, sources, queues)
+        self.clocks = _clocks(self.order, self.queue_of, graph.edges.starts, graph.edges.sources, queues)
 
     def before(self, first: int, second: int) -> bool:
         """Whether action `first` is over before action `second` starts, by their numbers."""
@@ -144,17 +180,17 @@ class HappensBefore:
         return self.clocks[second, self.queue_of[first]] >= first
 
 
+def queue_numbers(schedule: Schedule) -> Numbers:
+    """The number of each action's queue."""
+    lengths = [len(queue.actions) for queue in schedule.queues]
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+
 @njit(cache=True)
-def _order(queue_of: Numbers, starts: Numbers, sources: Numbers) -> Numbers:
-    """As many actions as can run, in an order in which they can."""
-    count = len(queue_of)
-    waiting = np.zeros(count, np.int32)
-    # The successors of action n lie at places[n]:places[n + 1] of `followers`.
+def _followers(starts: Numbers, sources: Numbers) -> tuple[Numbers, Numbers]:
+    """The edges turned round: those who wait for action n are at places[n]:places[n + 1] of the second."""
+    count = len(starts) - 1
     places = np.zeros(count + 1, np.int32)
-    for number in range(count):
-        waiting[number] = starts[number + 1] - starts[number]
-        if number > 0 and queue_of[number - 1] == queue_of[number]:
-            waiting[number] += 1
     for source in sources:
         places[source + 1] += 1
     for number in range(count):
@@ -165,6 +201,19 @@ def _order(queue_of: Numbers, starts: Numbers, sources: Numbers) -> Numbers:
         for source in sources[starts[number] : starts[number + 1]]:
             followers[filled[source]] = number
             filled[source] += 1
+    return places, followers
+
+
+@njit(cache=True)
+def _order(queue_of: Numbers, starts: Numbers, sources: Numbers) -> Numbers:
+    """As many actions as can run, in an order in which they can."""
+    count = len(queue_of)
+    waiting = np.zeros(count, np.int32)
+    for number in range(count):
+        waiting[number] = starts[number + 1] - starts[number]
+        if number > 0 and queue_of[number - 1] == queue_of[number]:
+            waiting[number] += 1
+    places, followers = _followers(starts, sources)
     ready = np.empty(count, np.int32)
     order = np.empty(count, np.int32)
     pending = 0

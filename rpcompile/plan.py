@@ -268,7 +268,7 @@ def _read(data: bytes, version: int) -> Plan:
 
 def _scheduled_again(source: Path, plan: Plan) -> Plan:
     """The plan with a schedule as they are made now, of the same jobs in the same order."""
-    from rpcompile.planner import laid_out_again  # which makes plans
+    from rpcompile.chain_planner import laid_out_again  # which makes plans
 
     try:
         return laid_out_again(plan)

@@ -1,35 +1,32 @@
-"""From a model, or a profile of one, to a plan: the line of passes, without running anything.
+"""From a model to a plan: the line of passes, without running anything.
 
     capture_model -> CapturedModel.bind -> SegmentChain -> plan_chain -> Plan
 
 A model is captured and priced once and can then be bound to any microbatch size in its range, and
-planned for any GPUs. `rpcompile/api.py` goes on from here to a program.
+planned for any GPUs. `rpcompile/chain_planner.py` makes the plan of a chain, also from a profile;
+`rpcompile/api.py` goes on from here to a program.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import platform
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rpcompile import hardware as catalogue
-from rpcompile.attention_choice import (
-    Means,
-    check_attention,
-    choose_attention,
-    offload,
-    offload_these,
-    over,
+from rpcompile.attention_choice import offload, offload_these
+from rpcompile.chain_planner import (
+    ModelDescription,
+    laid_out_again,
+    plan_chain,
+    plan_profile,
+    update_s_per_byte,
 )
 from rpcompile.cost_file import CostFile
-from rpcompile.errors import InvalidArgument, PartitionError, PlanFileError, PlanMismatch
-from rpcompile.host_memory import host_memory
-from rpcompile.mixed_gpus import Box, box_of, with_ratios, with_speeds
+from rpcompile.errors import InvalidArgument, PlanMismatch
+from rpcompile.mixed_gpus import Box, box_of, with_ratios
 from rpcompile.passes.bind_chain import BindChain
 from rpcompile.passes.canonicalize_graph import CanonicalizeGraph
 from rpcompile.passes.capture_graph import CaptureGraph, ExampleInputs
@@ -39,20 +36,10 @@ from rpcompile.passes.find_cuts import FindCuts
 from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.measure_chain import MeasureChain
 from rpcompile.passes.price_attention import PriceAttention
-from rpcompile.plan import Plan, Prediction
 from rpcompile.progress import announce, progress_bar
 from rpcompile.runtime.stopwatch import Stopwatch
-from rpcompile.scheduling import (
-    Found,
-    PlanOptions,
-    find_schedule,
-    on_its_stages,
-    traffic_of,
-    with_exact_memory,
-)
+from rpcompile.scheduling import PlanOptions
 from rpcompile.unknown_operators import WORTH_A_WARNING, UnknownShare, unknown_shares
-from rpcompile.variations import dispatch_of, laid_out_as
-from rpcompile.verify import verify_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -62,17 +49,26 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from rpcompile.ir import Capture, CostedGraph, Hardware, Segment, SegmentChain
+    from rpcompile.plan import Plan
     from rpcompile.profile import Profile, ProfileSegment
+
+__all__ = [
+    "CapturedModel",
+    "ExampleInputs",
+    "ModelDescription",
+    "PlanOptions",
+    "capture_model",
+    "find_gpu",
+    "find_hardware",
+    "laid_out_again",
+    "plan_chain",
+    "plan_profile",
+    "update_s_per_byte",
+]
 
 DEFAULT_GPUS = 8
 DEFAULT_GPU = "rtx4090"
 SOURCES = ("estimated", "measured")  # of seconds, besides profiles
-_LIMITS = {
-    "max_traffic": float,
-    "fused_segments": int,
-    "host_bytes": int,
-}  # options that a plan's provenance has
-QUICK_S = 1.0  # of the partition solver, where plans are only compared
 _log = logging.getLogger("rpcompile")
 
 
@@ -223,15 +219,6 @@ class CapturedModel:
         return ModelDescription(capture.model_name, capture.fingerprint, _main_dtype(capture))
 
 
-@dataclass(frozen=True)
-class ModelDescription:
-    """Name, fingerprint and main dtype of what a plan is for."""
-
-    name: str
-    fingerprint: str
-    dtype: str
-
-
 def capture_model(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -267,194 +254,6 @@ def _report(shares: tuple[UnknownShare, ...]) -> None:
             "no FLOP formula is known for %s; counted by their bytes, so the prediction may be low",
             ", ".join(str(share) for share in shares),
         )
-
-
-def plan_profile(
-    profile: Profile,
-    options: PlanOptions,
-    name: str = "profile",
-    progress: bool | None = None,
-    box: Box | None = None,
-) -> Plan:
-    """A plan from somebody's measurement, without the model.
-
-    Args:
-        profile: What the segments cost; `rpcompile/profile.py` describes the file.
-        options: What to plan for.
-        name: What to call the model.
-        progress: Show a progress bar; default: if standard error is a terminal.
-        box: The GPUs, with their speeds beside the one that the profile is of; None: all are that one.
-
-    Returns:
-        A plan that can be printed, simulated, verified and saved, but not run: it has no graph.
-
-    Raises:
-        InvalidArgument: A speed is missing.
-        PartitionError: Nothing fits.
-    """
-    chain = profile.to_chain()
-    chain = chain if box is None else with_speeds(chain, box)
-    with progress_bar(progress) as bar:
-        return plan_chain(chain, options, ModelDescription(name, "", "given"), bar)
-
-
-def plan_chain(
-    chain: SegmentChain,
-    options: PlanOptions,
-    model: ModelDescription,
-    bar: tqdm[Any] | None = None,
-    capture: Capture | None = None,
-    offloading: Callable[[], SegmentChain] | None = None,
-) -> Plan:
-    """Partition, schedule, simulation and proof of one chain.
-
-    Args:
-        chain: The segments, priced.
-        options: What to plan for.
-        model: What the plan says about the model.
-        bar: Is advanced by one for each pass.
-        capture: The graph, if it is known: the memory of the stages chosen is then found by running them on
-            tensors without data, and not only bounded.
-        offloading: Makes the chain divided for segments that offload attention outputs (`bind` with
-            `offloading=True`); None: they are divided as the others are.
-
-    Raises:
-        InvalidArgument: An option is out of range.
-        PartitionError: Nothing fits.
-    """
-    started = time.perf_counter()
-    check_attention(options.attention)
-    chain, found, why = _with_attention(chain, options, model.dtype, bar, capture, offloading)
-    announce(bar, "verify")
-    verify_schedule(found.schedule, chain, found.partition)
-    prediction = _prediction(chain, found, model.dtype)
-    excess = over(prediction.host_peak_bytes, options.host_bytes)
-    if excess and any(segment.offloads for segment in chain.segments):
-        raise PartitionError(f"with attention outputs offloaded the host {excess}; use attention='recompute'")
-    if excess:
-        _log.warning("the host %s", excess)
-    _log.info("planned %s in %.2f s", model.name, time.perf_counter() - started)
-    return Plan(
-        model_name=model.name,
-        fingerprint=model.fingerprint,
-        dtype=model.dtype,
-        gpus=options.gpus,
-        microbatches=options.microbatches,
-        mode=options.mode,
-        chain=chain,
-        partition=found.partition,
-        schedule=found.schedule,
-        prediction=prediction,
-        provenance=_provenance(options),
-        attention=why,
-        links=options.links,
-        update_s_per_byte=options.update_s_per_byte,
-    )
-
-
-def _with_attention(
-    chain: SegmentChain,
-    options: PlanOptions,
-    dtype: str,
-    bar: tqdm[Any] | None,
-    capture: Capture | None,
-    offloading: Callable[[], SegmentChain] | None,
-) -> tuple[SegmentChain, Found, str]:
-    """The chain with its attention outputs offloaded or not, its plan, and why."""
-    # One plan of each is enough to compare; only the chain that is chosen is searched on.
-    seconds = min(QUICK_S, options.solver_time_s)
-    quick = replace(options, effort=None, fused_segments=None, solver_time_s=seconds)
-    means = Means(
-        lambda trial: find_schedule(trial, quick, bar, capture),
-        lambda trial, found, bound_s: on_its_stages(trial, found, quick, bound_s, capture),
-        lambda trial, schedule: over(host_memory(trial, schedule, dtype).total_bytes, options.host_bytes),
-    )
-    asked = "recompute" if options.mode == "forward" else options.attention
-    choice = choose_attention(chain, asked, means, offloading)
-    found = choice.found
-    if options.effort is None:
-        found = found or find_schedule(choice.chain, options, bar, capture)
-    else:
-        found = _searched(choice.chain, found, means, options, bar, capture)
-    if capture is not None:
-        announce(bar, FindStageMemory.name)
-        found = with_exact_memory(choice.chain, found, options, capture)
-    return choice.chain, found, choice.why
-
-
-def _searched(
-    chain: SegmentChain,
-    plain: Found | None,
-    means: Means,
-    options: PlanOptions,
-    bar: tqdm[Any] | None,
-    capture: Capture | None,
-) -> Found:
-    """What the search finds; or one job a stage where that is as fast, or all that there is room for.
-
-    Raises:
-        PartitionError: Nothing fits.
-    """
-    try:
-        found = find_schedule(chain, options, bar, capture)
-    except PartitionError:  # no search fits, where stages in turn may
-        if plain is None:
-            raise
-        return plain
-    if means.problem(chain, found.schedule) is None:
-        return found if plain is None else min(found, plain, key=lambda item: item.iteration_s)
-    # Replicas' gradients are more than the host has room for.
-    try:
-        return plain or find_schedule(chain, replace(options, effort=None), bar, capture)
-    except PartitionError:
-        return found
-
-
-def laid_out_again(plan: Plan) -> Plan:
-    """A plan with a new schedule and prediction for its chain: same stages, jobs and order; not verified.
-
-    Raises:
-        ScheduleError, PartitionError: The plan contradicts itself.
-    """
-    schedule = laid_out_as(plan, dispatch_of(plan.schedule))
-    again = replace(plan, schedule=schedule)
-    steady = again.simulate_steady() if plan.chained else None
-    timed = Found(plan.partition, schedule, again.simulate(), steady)
-    return replace(again, prediction=_prediction(plan.chain, timed, plan.dtype))
-
-
-def _prediction(chain: SegmentChain, found: Found, dtype: str) -> Prediction:
-    schedule, timeline, steady = found.schedule, found.timeline, found.steady
-    tokens = schedule.microbatches * chain.bindings.get("batch", 1) * chain.bindings.get("sequence", 1)
-    host = host_memory(chain, schedule, dtype)
-    return Prediction(
-        iteration_s=found.iteration_s,
-        tokens_per_s=tokens / found.iteration_s if "sequence" in chain.bindings else None,
-        bubble=timeline.bubble if steady is None else steady.steady_bubble,
-        gpu_peak_bytes=(steady or timeline).gpu_peak_bytes,
-        host_peak_bytes=host.total_bytes,
-        host=host,
-        traffic=traffic_of(chain, schedule, timeline),
-        alone_s=None if steady is None else timeline.makespan_s,
-    )
-
-
-def update_s_per_byte(optimizer_ns: float | None, dtype: str) -> float:
-    """What `PlanOptions` is told of an optimizer that takes so long for a trainable parameter.
-
-    Args:
-        optimizer_ns: Nanoseconds for a parameter; None for no updates.
-        dtype: Of most parameters, and so of gradients; of another than torch's, 16 bits are assumed.
-
-    Raises:
-        InvalidArgument: It is not above 0 and finite.
-    """
-    if optimizer_ns is None:
-        return 0.0
-    if not 0 < optimizer_ns < math.inf:
-        raise InvalidArgument(f"optimizer_ns={optimizer_ns}; it must be finite and above 0, or None")
-    kind = getattr(torch, dtype, None)
-    return optimizer_ns * 1e-9 / (kind.itemsize if isinstance(kind, torch.dtype) else 2)
 
 
 def find_gpu(gpu: str | Hardware | None) -> str | Hardware:
@@ -500,30 +299,3 @@ def _main_dtype(capture: Capture) -> str:
     for spec in capture.parameters:
         bytes_of[spec.dtype] = bytes_of.get(spec.dtype, 0) + spec.nbytes
     return max(bytes_of, key=lambda dtype: bytes_of[dtype], default="none")
-
-
-def limits_of(plan: Plan) -> dict[str, Any]:
-    """What the planner was told to keep to, as `PlanOptions`; nothing for plans that do not say.
-
-    Raises:
-        PlanFileError: The file says something that is no number.
-    """
-    try:
-        return {
-            name: kind(plan.provenance[name]) for name, kind in _LIMITS.items() if name in plan.provenance
-        }
-    except ValueError as error:
-        raise PlanFileError(f"the plan's provenance is damaged: {error}") from error
-
-
-def _provenance(options: PlanOptions) -> dict[str, str]:
-    from rpcompile import __version__
-
-    limits = {name: getattr(options, name) for name in _LIMITS}
-    return {
-        **{name: str(limit) for name, limit in limits.items() if limit is not None},
-        "rpcompile": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "solver_seed": str(options.seed),
-    }

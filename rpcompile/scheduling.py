@@ -14,7 +14,6 @@ from rpcompile.errors import InvalidArgument, PartitionError, require_at_least
 from rpcompile.ir import Partition
 from rpcompile.memory_bound import gpu_memory_bounds
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
-from rpcompile.passes.find_stage_memory import FindStageMemory
 from rpcompile.passes.insert_transfers import InsertTransfers
 from rpcompile.passes.partition_stages import PartitionStages
 from rpcompile.passes.propose_partitions import ProposePartitions
@@ -159,11 +158,18 @@ def with_exact_memory(chain: SegmentChain, found: Found, options: PlanOptions, c
     """
     if all(stage.workspace_bytes is not None for stage in found.partition.stages):
         return found
-    partition = FindStageMemory(capture, chain).run(found.partition)
+    partition = _with_found_memory(chain, found.partition, capture)
     exact, peaks = _Finding(chain, options, None, None)._laid_out(partition, dispatch_of(found.schedule))
     # A bound was seen to be low by 0.8 % of a stage; what fits by it is not made anew for that.
     fits = all(peak <= chain.hardware_of(gpu).usable_bytes for gpu, peak in enumerate(peaks))
     return exact if fits else found
+
+
+def _with_found_memory(chain: SegmentChain, partition: Partition, capture: Capture) -> Partition:
+    # It loads torch, for which who has no graph need not wait.
+    from rpcompile.passes.find_stage_memory import FindStageMemory
+
+    return FindStageMemory(capture, chain).run(partition)
 
 
 def on_its_stages(
@@ -419,8 +425,8 @@ class _Finding:
         found, peaks = self._laid_out(replace(partition, memory_limit_bytes=max(usable)), dispatch)
         excess, worst = max((peak - usable[gpu], gpu) for gpu, peak in enumerate(peaks))
         if excess > 0 and self.capture is not None:
-            self.announce(FindStageMemory.name)
-            partition = FindStageMemory(self.capture, chain).run(found.partition)
+            self.announce("find-stage-memory")
+            partition = _with_found_memory(chain, found.partition, self.capture)
             found, peaks = self._laid_out(partition, dispatch)
             excess, worst = max((peak - usable[gpu], gpu) for gpu, peak in enumerate(peaks))
         if excess > 0:

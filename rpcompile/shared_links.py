@@ -11,7 +11,6 @@ from rpcompile.ir import DOWN_STREAMS, Stream
 
 if TYPE_CHECKING:
     from rpcompile.hardware import HardwareFile
-    from rpcompile.ir import Action
     from rpcompile.probe import HardwareProbe
 
 
@@ -65,11 +64,11 @@ class SharedLinks:
         limits += [self.root_bytes_per_s] * (2 * len(self.roots))
         return [math.inf if limit is None else limit for limit in limits]
 
-    def used_by(self, action: Action, gpu: int, gpus: int) -> tuple[int, int, int]:
-        """The positions in `capacities` that an action on `gpu` draws on, -1 for none."""
-        if action.stream is Stream.HOST:
+    def used_by(self, stream: Stream, gpu: int, gpus: int) -> tuple[int, int, int]:
+        """The positions in `capacities` that a transfer or host action of `gpu` draws on, -1 for none."""
+        if stream is Stream.HOST:
             return (0, -1, -1)
         for number, root in enumerate(self.roots):
             if gpu in root:
-                return (0, 1 + gpu, 1 + gpus + 2 * number + (action.stream in DOWN_STREAMS))
+                return (0, 1 + gpu, 1 + gpus + 2 * number + (stream in DOWN_STREAMS))
         return (0, 1 + gpu, -1)

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rpcompile.errors import InvalidArgument, ScheduleError
 from rpcompile.event_loop import chain_events, run_shared
@@ -25,10 +28,14 @@ from rpcompile.memory_steps import MemorySteps, memory_steps
 from rpcompile.shared_links import SharedLinks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
 
     from rpcompile.event_loop import Events
     from rpcompile.ir import Action, Schedule
+
+    Floats = NDArray[np.float64]
 
 __all__ = ["MemorySteps", "Step", "Timeline", "measured", "simulate", "simulate_steady"]
 
@@ -62,6 +69,30 @@ class Step:
     seconds: float
     bound: str
     wait_s: float
+
+
+class Moments(Mapping[str, float]):
+    """A time for each action by id, in the order of their numbers.
+
+    The ids of several iterations are long to write out, and most who simulate ask for none of them.
+    """
+
+    def __init__(self, events: Events, times: Floats) -> None:
+        self._events = events
+        self._times = times
+
+    @cached_property
+    def _by_id(self) -> dict[str, float]:
+        return dict(zip(self._events.names(), self._times.tolist(), strict=True))
+
+    def __getitem__(self, id: str) -> float:
+        return self._by_id[id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_id)
+
+    def __len__(self) -> int:
+        return len(self._times)
 
 
 @dataclass(frozen=True)
@@ -193,7 +224,7 @@ def simulate(
     events = chain_events(schedule, iterations, mode, schedule.rotate if rotate is None else rotate)
     starts, ends = run_shared(events, links or SharedLinks(None))
     timeline = _timeline(events, starts, ends)
-    return replace(timeline, steps=_critical_path(events, list(timeline.start_s), starts, ends))
+    return replace(timeline, steps=_critical_path(events, starts, ends))
 
 
 def simulate_steady(schedule: Schedule, links: SharedLinks | None = None) -> Timeline:
@@ -235,23 +266,23 @@ def measured(schedule: Schedule, times: Mapping[str, tuple[float, float]]) -> Ti
     if missing:
         raise ScheduleError(f"{missing[0]} has no measured times; record the run of this schedule")
     zero = min((times[action.id][0] for action in events.actions), default=0.0)
-    starts = [times[action.id][0] - zero for action in events.actions]
-    return _timeline(events, starts, [times[action.id][1] - zero for action in events.actions])
+    starts = np.array([times[action.id][0] - zero for action in events.actions], np.float64)
+    ends = np.array([times[action.id][1] - zero for action in events.actions], np.float64)
+    return _timeline(events, starts, ends)
 
 
-def _timeline(events: Events, starts: list[float], ends: list[float]) -> Timeline:
+def _timeline(events: Events, starts: Floats, ends: Floats) -> Timeline:
     """Everything but the critical path."""
     gpus, iterations = events.schedule.gpus, events.iterations
-    makespan_s = max(ends, default=0.0)
+    makespan_s = float(ends.max(initial=0.0))
     busy_s, compute = _queues(events, starts, ends)
     compute_s = sum(seconds for (_, stream), seconds in busy_s.items() if stream is Stream.COMPUTE)
     memory = memory_steps(events, starts, ends)
-    count = len(events.actions)
+    last_s = ends.reshape(iterations, len(events.actions)).max(axis=1, initial=0.0)
     weights, up, down = (_nbytes(events.actions, ops) * iterations for ops in (_WEIGHTS, _UP, _DOWN))
-    names = events.names()
     return Timeline(
-        start_s=dict(zip(names, starts, strict=True)),
-        end_s=dict(zip(names, ends, strict=True)),
+        start_s=Moments(events, starts),
+        end_s=Moments(events, ends),
         makespan_s=makespan_s,
         busy_s=busy_s,
         bubble=1 - compute_s / (gpus * makespan_s) if makespan_s else 0.0,
@@ -262,7 +293,7 @@ def _timeline(events: Events, starts: list[float], ends: list[float]) -> Timelin
         weight_bytes=weights,
         upload_bytes=up,
         download_bytes=down,
-        iteration_end_s=tuple(max(ends[i * count : (i + 1) * count], default=0.0) for i in range(iterations)),
+        iteration_end_s=tuple(last_s.tolist()),
         rotate=events.rotate,
     )
 
@@ -277,63 +308,54 @@ def _nbytes(actions: Sequence[Action], ops: frozenset[Op]) -> int:
 
 
 def _queues(
-    events: Events, starts: list[float], ends: list[float]
-) -> tuple[dict[tuple[int, Stream], float], list[list[int]]]:
+    events: Events, starts: Floats, ends: Floats
+) -> tuple[dict[tuple[int, Stream], float], list[NDArray[np.int32]]]:
     """Busy seconds of each queue, and the numbers of each GPU's compute actions in order."""
     busy_s: dict[tuple[int, Stream], float] = {}
-    compute: list[list[int]] = [[] for _ in range(events.schedule.gpus)]
+    compute = [np.zeros(0, np.int32)] * events.schedule.gpus
+    computes = np.array([action.op in COMPUTE_OPS for action in events.actions], np.bool_)
     for order in events.order:
-        if not order:
+        if not len(order):
             continue
         stream = events.actions[order[0] % len(events.actions)].stream
-        gpu = events.gpu(order[0])
-        busy_s[gpu, stream] = sum([ends[number] - starts[number] for number in order])
+        gpu = events.gpu(int(order[0]))
+        busy_s[gpu, stream] = sum((ends[order] - starts[order]).tolist())
         if stream is Stream.COMPUTE:
-            ops = (events.actions[number % len(events.actions)].op for number in order)
-            compute[gpu] = [number for number, op in zip(order, ops, strict=True) if op in COMPUTE_OPS]
+            compute[gpu] = order[computes[order % len(events.actions)]]
     return busy_s, compute
 
 
 def _idle(
-    events: Events,
-    compute: list[list[int]],
-    starts: list[float],
-    ends: list[float],
-    makespan_s: float,
+    events: Events, compute: list[NDArray[np.int32]], starts: Floats, ends: Floats, makespan_s: float
 ) -> IdleTime:
     """A recompute counts as if it ended where its backward starts: their wait lies before both."""
-    begin: list[list[float]] = [[] for _ in compute]
-    end: list[list[float]] = [[] for _ in compute]
-    backward: list[list[bool]] = [[] for _ in compute]
-    for gpu, order in enumerate(compute):
-        ahead_s = 0.0
-        for number in order:
-            op = events.actions[number % len(events.actions)].op
-            if op is Op.RECOMPUTE:
-                ahead_s = ends[number] - starts[number]
-                continue
-            begin[gpu].append(starts[number] - ahead_s)
-            end[gpu].append(ends[number])
-            backward[gpu].append(op is not Op.FORWARD)
-            ahead_s = 0.0
+    begin: list[list[float]] = []
+    end: list[list[float]] = []
+    backward: list[list[bool]] = []
+    again = np.array([action.op is Op.RECOMPUTE for action in events.actions], np.bool_)
+    forward = np.array([action.op is Op.FORWARD for action in events.actions], np.bool_)
+    for order in compute:
+        action = order % max(1, len(events.actions))
+        ahead_s = np.where(again[action], ends[order] - starts[order], 0.0)
+        own = np.flatnonzero(~again[action])
+        ahead_s = np.concatenate(([0.0], ahead_s))[own]  # of the action in front of each
+        begin.append((starts[order[own]] - ahead_s).tolist())
+        end.append(ends[order[own]].tolist())
+        backward.append((~forward[action[own]]).tolist())
     return divide_idle(begin, end, backward, makespan_s, whole_warm_up=False)
 
 
-def _critical_path(
-    events: Events, names: list[str], starts: list[float], ends: list[float]
-) -> tuple[Step, ...]:
+def _critical_path(events: Events, starts: Floats, ends: Floats) -> tuple[Step, ...]:
     """From the last end backwards, each time to what an action waited for last."""
-    if not ends:
-        return ()
-    previous = {after: before for order in events.order for before, after in pairwise(order)}
+    before = events.before()
     path: list[Step] = []
-    number: int | None = max(range(len(ends)), key=ends.__getitem__)
-    while number is not None:
+    number = int(ends.argmax()) if len(ends) else -1
+    while number >= 0:
         action = events.actions[number % len(events.actions)]
-        seconds = ends[number] - starts[number]
+        seconds = float(ends[number] - starts[number])
         wait_s = seconds - action.seconds if seconds > action.seconds * (1 + 1e-9) else 0.0
-        path.append(Step(names[number], seconds, _BOUNDS.get(action.op, "compute"), wait_s))
-        sources = [previous[number]] if number in previous else []
-        sources += events.sources[number]
-        number = max(sources, key=ends.__getitem__, default=None)
+        path.append(Step(events.name(number), seconds, _BOUNDS.get(action.op, "compute"), wait_s))
+        sources = [int(before[number])] if before[number] >= 0 else []
+        sources += events.edges.of(number)
+        number = max(sources, key=ends.__getitem__, default=-1)
     return tuple(reversed(path))

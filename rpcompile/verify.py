@@ -142,9 +142,11 @@ def _check_order(order: _Order) -> None:
     Of all pairs in the wrong order the one that is reported has the earliest action that fails to
     wait, and the last that it fails to wait for: if one wait is missing, its two ends.
     """
-    numbers = {action.id: number for number, action in enumerate(order.actions)}
+    behind = [(number, action) for number, action in enumerate(order.actions) if action.after]
+    named = {name for _, action in behind for name in action.after}
+    numbers = {action.id: number for number, action in enumerate(order.actions) if action.id in named}
     after: list[tuple[int, int]] = []
-    for number, action in enumerate(order.actions):
+    for number, action in behind:
         for name in action.after:
             if name not in numbers:
                 raise ScheduleError(f"{action.id} must come after {name}, which the schedule does not have")

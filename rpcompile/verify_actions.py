@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile import buffers, stage_bytes
 from rpcompile.buffers import BufferName
@@ -12,7 +12,7 @@ from rpcompile.ir import COMPUTE_OPS, DOWN_STREAMS, ActionId, Op, StageKind, Str
 
 if TYPE_CHECKING:
     from rpcompile.buffers import ParsedNames
-    from rpcompile.ir import Action, Partition, Schedule, SegmentChain
+    from rpcompile.ir import Action, Partition, Schedule, SegmentChain, Stage
 
 _STREAMS = {
     Op.PREFETCH: Stream.WEIGHTS,
@@ -56,7 +56,8 @@ def check_actions(schedule: Schedule, chain: SegmentChain, partition: Partition,
 def _check_queues(schedule: Schedule, partition: Partition) -> None:
     """Ids, streams, jobs and spaces."""
     queues = Counter((queue.gpu, queue.stream) for queue in schedule.queues)
-    ids = Counter(action.id for action in schedule.actions())
+    ids = [action.id for action in schedule.actions()]
+    repeated = {id: count for id, count in Counter(ids).items() if count > 1}
     for (gpu, stream), count in queues.items():
         if count > 1:
             raise ScheduleError(f"gpu{gpu} has {count} {stream} queues; it must have one")
@@ -68,11 +69,12 @@ def _check_queues(schedule: Schedule, partition: Partition) -> None:
         if not 0 <= job.stage < len(partition.stages):
             raise ScheduleError(f"job {position}: the partition has no stage {job.stage}")
     microbatches = [frozenset(job.microbatches) for job in schedule.jobs]
+    space_of = {buffer: buffers.space_of(buffer) for buffer in schedule.buffers}
     for queue in schedule.queues:
         spaces = (buffers.HOST, buffers.gpu(queue.gpu))
         for action in queue.actions:
-            if ids[action.id] > 1:
-                raise ScheduleError(f"{action.id}: {ids[action.id]} actions have this id")
+            if action.id in repeated:
+                raise ScheduleError(f"{action.id}: {repeated[action.id]} actions have this id")
             if not _says_what_it_is(action):
                 raise ScheduleError(f"{action.id}: its stage, op, microbatch or job differ from its id")
             stream = _STREAMS.get(action.op, queue.stream)
@@ -90,21 +92,23 @@ def _check_queues(schedule: Schedule, partition: Partition) -> None:
                 )
             if action.microbatch is not None and action.microbatch not in microbatches[job.index]:
                 raise ScheduleError(f"{action.id}: job {job.index} has no microbatch {action.microbatch}")
-            _check_names(action, schedule, spaces)
+            _check_names(action, space_of, spaces)
 
 
 def _says_what_it_is(action: Action) -> bool:
     """Whether the id agrees with the fields; most do, and are not taken apart to see it."""
-    usual = f"{action.stage}{action.op.value}{'' if action.microbatch is None else action.microbatch}"
-    rest = action.id.removeprefix(usual)
-    if rest in ("", f"@{action.job}") and len(rest) < len(action.id):
-        return True
+    usual = f"{action.stage}{action.op}{'' if action.microbatch is None else action.microbatch}"
+    if action.id.startswith(usual):
+        rest = action.id[len(usual) :]
+        job, _, part = rest.partition(".")
+        if job in ("", f"@{action.job}") and (part.isdecimal() or job == rest):
+            return True
     said = ActionId.parse(action.id)
     fields = (action.stage, action.op, action.microbatch)
     return (said.stage, said.op, said.microbatch) == fields and said.job in (None, action.job)
 
 
-def _check_names(action: Action, schedule: Schedule, spaces: tuple[str, str]) -> None:
+def _check_names(action: Action, space_of: dict[str, str], spaces: tuple[str, str]) -> None:
     if bool(action.frees) != (action.op is Op.FREE) or (action.frees and (action.reads or action.writes)):
         raise ScheduleError(f"{action.id}: FREE, and nothing else, frees buffers; it does nothing more")
     if (action.workspace_bytes and action.op not in COMPUTE_OPS) or (
@@ -116,9 +120,10 @@ def _check_names(action: Action, schedule: Schedule, spaces: tuple[str, str]) ->
             twice = next(buffer for buffer in operands if operands.count(buffer) > 1)
             raise ScheduleError(f"{action.id} names {twice} twice")
         for buffer in operands:
-            if buffer not in schedule.buffers:
+            space = space_of.get(buffer)
+            if space is None:
                 raise ScheduleError(f"{action.id} uses {buffer}, which has no size in the schedule's buffers")
-            if buffers.space_of(buffer) not in spaces:
+            if space not in spaces:
                 raise ScheduleError(f"{action.id} runs on gpu{action.gpu} and cannot reach {buffer}")
 
 
@@ -192,52 +197,29 @@ def _check_operands(
 ) -> None:
     """Compute actions read and write exactly what their segments call for."""
     workspaces = [*map(stage_bytes.Workspaces(chain).planned, partition.stages)]
+    wanted: dict[tuple[int, Op], _Operands] = {}
     for action in schedule.actions():
         if action.op not in COMPUTE_OPS:
             continue
-        space, job, microbatch = buffers.gpu(action.gpu), action.job, action.microbatch
-        stage = partition.stages[action.stage]
-        below = None if stage.first == 0 else chain.segments[stage.first - 1]
-        reads: list[BufferName] = []
-        writes: list[BufferName] = []
-        for index in stage.segments:
-            weights = BufferName(space, "weights", index, job)
-            reads += [weights] if chain.segments[index].weight_bytes else []
-            if stage.kind is not StageKind.B and schedule.mode != "forward":
-                writes += [weights] if chain.segments[index].state_bytes else []
-            if action.op in (Op.FUSED, Op.BACKWARD) and chain.segments[index].gradient_bytes:
-                writes.append(BufferName(space, "gradients", index, job))
-        if any(chain.segments[index].inputs for index in stage.segments):
-            reads.append(BufferName(space, "inputs", None, job, microbatch))
-        # A boundary may lie under the name of the job that made it here, or of this one.
-        if below:
-            reads.append(BufferName(space, "x", stage.first - 1, None, microbatch))
-        kept = [BufferName(space, "kept", i, job, microbatch) for i in stage_bytes.kept_bytes(chain, stage)]
-        if stage.kind is StageKind.B:
-            reads += kept
-        elif schedule.mode != "forward":
-            writes += kept
-        tape = BufferName(space, "tape", None, job, microbatch)
-        if action.op is Op.RECOMPUTE:
-            writes.append(tape)
-        if action.op is Op.BACKWARD:
-            reads += [BufferName(space, "dx", stage.last, None, microbatch), tape]
-        if below and below.needs_backward and action.op in (Op.FUSED, Op.BACKWARD):
-            writes.append(BufferName(space, "dx", stage.first - 1, job, microbatch))
-        if stage.last == len(chain.segments) - 1 and stage.kind is not StageKind.B:
-            writes.append(BufferName(space, "loss", None, None, microbatch))
+        stage, key = partition.stages[action.stage], (action.job, action.op)
+        if key not in wanted:
+            wanted[key] = _Operands.of(action, stage, chain, schedule.mode)
+        reads, writes = wanted[key].at(action.microbatch)
         found_reads = [names[name] for name in action.reads]
         found_writes = [names[name] for name in action.writes]
         if stage.kind is StageKind.F:  # which of its boundaries are used, their readers say
-            inside = (stage.first, stage.last)
+            space, inside = buffers.gpu(action.gpu), stage.segments
             writes += [
-                name._replace(space=space, job=job, microbatch=microbatch)
+                BufferName(space, "x", name.segment, action.job, action.microbatch)
                 for name in found_writes
-                if name.kind == "x" and name.segment is not None and inside[0] <= name.segment <= inside[1]
+                if name.kind == "x" and name.segment in inside
             ]
         # Gradients are read to be added to; how often, the checks of their writers say.
-        found_reads = [name for name in found_reads if name.kind != "gradients" or name not in found_writes]
-        found_reads = [name._replace(job=None) if name.kind in ("x", "dx") else name for name in found_reads]
+        found_reads = [
+            BufferName(*name[:3], None, name[4]) if name.kind in ("x", "dx") else name
+            for name in found_reads
+            if name.kind != "gradients" or name not in found_writes
+        ]
         # A backward stage's workspace is a buffer, the tape, that stays between its two actions.
         needed = 0 if stage.kind is StageKind.B else workspaces[stage.index]
         if action.workspace_bytes != needed:
@@ -252,6 +234,53 @@ def _check_operands(
                 )
         _compare(action, "read", reads, found_reads)
         _compare(action, "write", writes, found_writes)
+
+
+class _Operands(NamedTuple):
+    """What a job's actions of one kind read and write; for what is of a microbatch, all but its number."""
+
+    reads: list[BufferName]
+    writes: list[BufferName]
+    reads_each: list[tuple[str, str, int | None, int | None]]
+    writes_each: list[tuple[str, str, int | None, int | None]]
+
+    @classmethod
+    def of(cls, action: Action, stage: Stage, chain: SegmentChain, mode: str) -> _Operands:
+        """Those of one action, which is of the stage, and of all others of its kind and job."""
+        space, job, op = buffers.gpu(action.gpu), action.job, action.op
+        below = None if stage.first == 0 else chain.segments[stage.first - 1]
+        found = cls([], [], [], [])
+        for index in stage.segments:
+            weights = BufferName(space, "weights", index, job)
+            found.reads.extend([weights] if chain.segments[index].weight_bytes else [])
+            if stage.kind is not StageKind.B and mode != "forward":
+                found.writes.extend([weights] if chain.segments[index].state_bytes else [])
+            if op in (Op.FUSED, Op.BACKWARD) and chain.segments[index].gradient_bytes:
+                found.writes.append(BufferName(space, "gradients", index, job))
+        if any(chain.segments[index].inputs for index in stage.segments):
+            found.reads_each.append((space, "inputs", None, job))
+        # A boundary may lie under the name of the job that made it here, or of this one.
+        if below:
+            found.reads_each.append((space, "x", stage.first - 1, None))
+        kept = [(space, "kept", index, job) for index in stage_bytes.kept_bytes(chain, stage)]
+        if stage.kind is StageKind.B:
+            found.reads_each.extend(kept)
+        elif mode != "forward":
+            found.writes_each.extend(kept)
+        if op is Op.RECOMPUTE:
+            found.writes_each.append((space, "tape", None, job))
+        if op is Op.BACKWARD:
+            found.reads_each.extend([(space, "dx", stage.last, None), (space, "tape", None, job)])
+        if below and below.needs_backward and op in (Op.FUSED, Op.BACKWARD):
+            found.writes_each.append((space, "dx", stage.first - 1, job))
+        if stage.last == len(chain.segments) - 1 and stage.kind is not StageKind.B:
+            found.writes_each.append((space, "loss", None, None))
+        return found
+
+    def at(self, microbatch: int | None) -> tuple[list[BufferName], list[BufferName]]:
+        """What is read and written of one microbatch."""
+        reads = self.reads + [BufferName(*each, microbatch) for each in self.reads_each]
+        return reads, self.writes + [BufferName(*each, microbatch) for each in self.writes_each]
 
 
 def _compare(action: Action, verb: str, expected: list[BufferName], found: list[BufferName]) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from rpcompile.event_loop import Events
     from rpcompile.ir import Partition, Schedule, SegmentChain, TiedWeight
+    from rpcompile.ordering import Numbers
 
 # The third iteration is the first to wait for an update asynchronously, the fourth for the one behind it. All
 # later ones are ordered among themselves and after those before in the same way.
@@ -149,27 +150,31 @@ def versions_seen(events: Events, tied: Sequence[TiedWeight], mode: str) -> Iter
     lag, count = LAGS[mode], len(events.actions)
     order, place = _chained_order(events)
     changes = _changes(events, tied)
+    shifts = np.arange(events.iterations) * count
     for number, action in enumerate(events.actions):
         if action.op is not Op.PREFETCH:
             continue
         for weight, found in changes[buffers.segment_of(action.reads[0])]:
-            for i in range(events.iterations):
-                wanted, upload = max(0, i + 1 - lag), number + i * count
+            uploads, sources = number + shifts, np.array(found) + shifts[:, None]
+            # By iteration, update and source.
+            first, second = place[uploads][:, None, None], place[sources][None]
+            lacks = ~order.all_before(second, first)
+            # Updates come one after another: behind one that cannot have begun, none can.
+            cannot = np.logical_or.accumulate(order.all_before(first, second).any(axis=2), axis=1)
+            for i, upload in enumerate(uploads.tolist()):
+                wanted = max(0, i + 1 - lag)
                 least = most = 0
                 late = early = None
-                may_begin = True  # updates come one after another: behind one that cannot, none can
                 for version in range(1, events.iterations + 1):
-                    sources = [source + (version - 1) * count for source in found]
-                    may_begin = may_begin and not any(order.before(place[upload], place[s]) for s in sources)
                     if (version - wanted) % lag:
                         continue  # is written to the other set
-                    lacking = [s for s in sources if not order.before(place[s], place[upload])]
-                    if not lacking:
+                    lacking = lacks[i, version - 1]
+                    if not lacking.any():
                         least = version
                     elif version == wanted:
-                        late = lacking[0]
-                    if may_begin or not lacking:
-                        most, early = version, sources[0]
+                        late = int(sources[version - 1, lacking.argmax()])
+                    if not lacking.any() or not cannot[i, version - 1]:
+                        most, early = version, int(sources[version - 1, 0])
                 yield Seen(upload, weight, wanted, least, most, late, early)
 
 
@@ -197,19 +202,18 @@ def _changes(events: Events, tied: Sequence[TiedWeight]) -> dict[int, list[tuple
     return found
 
 
-def _chained_order(events: Events) -> tuple[HappensBefore, list[int]]:
+def _chained_order(events: Events) -> tuple[HappensBefore, Numbers]:
     """Who is before whom in all iterations, and the number that each action has there: queue by queue."""
-    numbers = np.array([number for queue in events.order for number in queue])
-    place = np.empty(len(numbers), np.int64)
+    numbers = np.concatenate(events.order)
+    place = np.empty(len(numbers), np.int32)
     place[numbers] = np.arange(len(numbers))
-    places = place.tolist()
     graph = ActionGraph(
-        actions=tuple(events.actions[number % len(events.actions)] for number in numbers.tolist()),
-        queue_of=tuple(number for number, queue in enumerate(events.order) for _ in queue),
-        predecessors=tuple(tuple(places[s] for s in events.sources[number]) for number in numbers.tolist()),
+        actions=tuple([events.actions[number] for number in (numbers % len(events.actions)).tolist()]),
+        queue_of=np.repeat(np.arange(len(events.order), dtype=np.int32), [*map(len, events.order)]),
+        edges=events.edges.renumbered(numbers, place),
     )
     try:
-        return HappensBefore(graph), places
+        return HappensBefore(graph), place
     except ScheduleError:
         raise_deadlock(events)
         raise

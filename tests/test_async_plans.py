@@ -17,6 +17,7 @@ from rpcompile.errors import InvalidArgument, PartitionError, PlanMismatch, Sche
 from rpcompile.event_loop import chain_events
 from rpcompile.explain import explain
 from rpcompile.ir import GpuKind, Op, Stream
+from rpcompile.ordering import Edges
 from rpcompile.plan import Plan
 from rpcompile.planner import PlanOptions, plan_profile
 from rpcompile.policies import compare_policies
@@ -104,11 +105,12 @@ def test_every_upload_is_exactly_one_update_behind(plan: Plan) -> None:
     count = len(events.actions)
     upload = next(n for n, action in enumerate(events.actions) if action.op is Op.PREFETCH)
     target = upload + 2 * count
-    lacking = [*events.sources]
-    lacking[target] = tuple(source for source in lacking[target] if source >= count)
+    sources, waiters = events.edges.sources, events.edges.waiters()
+    kept = (waiters != target) | (sources >= count)
+    lacking = Edges.of_pairs(sources[kept], waiters[kept], 4 * count)
     name = events.names()[target]
     with pytest.raises(ScheduleError, match=f"{name} may upload .* after 0 updates, .* {name} does not wait"):
-        check_versions(replace(events, sources=lacking), plan.chain.tied, "async")
+        check_versions(replace(events, edges=lacking), plan.chain.tied, "async")
 
 
 # ---------------------------------------------------------------- what people see

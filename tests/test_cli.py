@@ -442,9 +442,9 @@ def test_debug_shows_where_an_error_is_from(run: Any) -> None:
 def test_ctrl_c_ends_cleanly(files: Path) -> None:
     flags = ["plan", "--profile", "profile.json", "--gpus", "2"]
     program = (
-        "import sys, rpcompile.planner\nfrom rpcompile.cli import main\n"
+        "import sys, rpcompile.chain_planner\nfrom rpcompile.cli import main\n"
         "def slow(*arguments):\n    print('planning', flush=True)\n    import time; time.sleep(60)\n"
-        "rpcompile.planner.plan_profile = slow\n"
+        "rpcompile.chain_planner.plan_profile = slow\n"
         f"sys.exit(main({flags!r}))"
     )
     process = subprocess.Popen(

@@ -121,7 +121,7 @@ def test_events_are_the_transitive_reduction(problem):
     edges.add_nodes_from(range(len(graph.actions)))
     queues = {(number, number + 1) for number in range(len(graph.actions) - 1)}
     queues = {(left, right) for left, right in queues if graph.queue_of[left] == graph.queue_of[right]}
-    between = {(source, number) for number, found in enumerate(graph.predecessors) for source in found}
+    between = set(zip(graph.edges.sources.tolist(), graph.edges.waiters().tolist(), strict=True))
     edges.add_edges_from(queues | between)
     # No event is implied by others ...
     reduced = set(networkx.transitive_reduction(edges).edges)
@@ -149,9 +149,7 @@ def test_happens_before_is_reachability(problem):
         for left, right in pairwise(range(len(graph.actions)))
         if graph.queue_of[left] == graph.queue_of[right]
     )
-    edges.add_edges_from(
-        (source, number) for number, found in enumerate(graph.predecessors) for source in found
-    )
+    edges.add_edges_from(zip(graph.edges.sources.tolist(), graph.edges.waiters().tolist(), strict=True))
     for number in edges:
         after = networkx.descendants(edges, number)
         assert {other for other in edges if order.before(number, other)} == after

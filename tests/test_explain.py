@@ -191,7 +191,7 @@ def test_more_gpus_are_planned_for_under_the_same_limits(monkeypatch: pytest.Mon
         asked.append(options)
         return plan
 
-    monkeypatch.setattr("rpcompile.planner.plan_chain", planned)
+    monkeypatch.setattr("rpcompile.chain_planner.plan_chain", planned)
     tried = [variation.what for variation in explain(plan).variations]
     assert "4 GPUs in place of 2 with as many uploads" in tried
     # Two rounds of 2 microbatches become 4 / 3 with 3 GPUs, and one with 4; the bytes stay.

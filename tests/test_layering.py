@@ -101,3 +101,16 @@ def test_importing_the_runtime_loads_no_pass_and_no_solver() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_from_a_profile_loads_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from rpcompile.cli import main\n"
+        "given = ['--profile', 'benchmarks/profiles/qwen3-1.7b.json', '--gpus', '2', '--microbatches', '2']\n"
+        "assert main(['plan', *given, '--effort', 'none', '--solver-time', '0.1', '--json']) == 0\n"
+        "print(sorted({'torch', 'sympy', 'networkx', 'bokeh', 'matplotlib'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rpcompile.errors import ScheduleError
 from rpcompile.event_loop import Events, chain_events
 from rpcompile.ir import Schedule, TiedWeight
+from rpcompile.ordering import Edges
 from rpcompile.passes.dispatch_round_robin import DispatchRoundRobin
 from rpcompile.passes.insert_event_waits import InsertEventWaits
 from rpcompile.passes.insert_transfers import InsertTransfers
@@ -59,13 +61,22 @@ def refusal(events: Events, tied: tuple[TiedWeight, ...] = (SHARED,)) -> str | N
     return None
 
 
+def sources_of(events: Events) -> list[list[int]]:
+    return [events.edges.of(number) for number in range(len(events.edges.starts) - 1)]
+
+
+def with_sources(events: Events, sources: list[list[int]]) -> Events:
+    flat = np.array([source for found in sources for source in found], np.int32)
+    return replace(events, edges=Edges.of_counts(flat, np.array([*map(len, sources)])))
+
+
 def without_edges(events: Events, choose: random.Random, across: bool, most: int) -> Events:
     """Some edges between queues removed, of one iteration or between two."""
-    count, sources = len(events.actions), [*events.sources]
+    count, sources = len(events.actions), sources_of(events)
     edges = [(n, s) for n, found in enumerate(sources) for s in found if (n // count != s // count) == across]
     for number, source in choose.sample(edges, choose.randint(1, most)):
-        sources[number] = tuple(other for other in sources[number] if other != source)
-    return replace(events, sources=sources)
+        sources[number] = [other for other in sources[number] if other != source]
+    return with_sources(events, sources)
 
 
 # ---------------------------------------------------------------- what is proved
@@ -100,11 +111,11 @@ def test_what_mutants_may_find_is_what_their_runs_find(case: str, across: bool) 
 
 def lacking(events: Events, waiter: str, source: str) -> Events:
     """Without one edge of a later iteration."""
-    names, sources = events.names(), [*events.sources]
+    names, sources = events.names(), sources_of(events)
     number, lost = names.index(waiter), names.index(source)
     assert lost in sources[number]
-    sources[number] = tuple(other for other in sources[number] if other != lost)
-    return replace(events, sources=sources)
+    sources[number] = [other for other in sources[number] if other != lost]
+    return with_sources(events, sources)
 
 
 def test_an_upload_that_does_not_wait_for_the_update_of_what_it_shares() -> None:
@@ -129,11 +140,11 @@ def test_an_upload_moved_over_an_update() -> None:
     """The upload of the backward stage comes behind the update of its segment, in the second iteration."""
     schedule = CASES["with updates"]
     events = chained(schedule)
-    names, sources = events.names(), [*events.sources]
+    names, sources = events.names(), sources_of(events)
     upload, update = names.index("4P@4.0#1"), names.index("4U@4.0#1")
-    sources[update] = ()
-    sources[upload] = (*sources[upload], update)
-    message = refusal(replace(events, sources=sources))
+    sources[update] = []
+    sources[upload] = [*sources[upload], update]
+    message = refusal(with_sources(events, sources))
     assert message is not None
     assert "4P@4.0#1 may upload the weights of segment 0 after 2 updates" in message
     assert message.endswith("asks for those after 0: 4U@4.0#1 does not wait for 4P@4.0#1")

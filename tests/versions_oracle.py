@@ -37,8 +37,8 @@ def runs(events: Events, tied: Sequence[TiedWeight]) -> Seen:
     graph = networkx.DiGraph()
     graph.add_nodes_from(range(count * events.iterations))
     for queue in events.order:
-        graph.add_edges_from(pairwise(queue))
-    graph.add_edges_from((s, n) for n, found in enumerate(events.sources) for s in found)
+        graph.add_edges_from(pairwise(queue.tolist()))
+    graph.add_edges_from(zip(events.edges.sources.tolist(), events.edges.waiters().tolist(), strict=True))
     every = set(graph)
     found: Seen = {}
     for upload in every:

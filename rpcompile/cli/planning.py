@@ -57,30 +57,36 @@ def plan(
     if list_:
         _list(as_json)
         return
-    from rpcompile.fit import naming_the_longest
-    from rpcompile.planner import PlanOptions, plan_profile, update_s_per_byte
-    from rpcompile.profile import Profile
+    from rpcompile.chain_planner import PlanOptions, plan_profile, update_s_per_byte
 
     check_one_source(model, profile)
-    box, number = find_box(gpu, gpus)
+    # A profile says what its GPUs are; looking for one here would load torch.
+    unnamed = profile is not None and gpu is None
+    box, number = (None, gpus or DEFAULT_GPUS) if unnamed else find_box(gpu, gpus)
     level = _level(effort)
     host_bytes = None if host_gb is None else int(host_gb * 1e9)
 
     def asked(count: int, dtype: str) -> PlanOptions:
         search = (solver_time, seed, level, max_traffic)
         update_s = update_s_per_byte(optimizer_ns, dtype)
-        more = (box.links, attention, host_bytes, update_s, fused_segments)
+        links = None if box is None else box.links
+        more = (links, attention, host_bytes, update_s, fused_segments)
         return PlanOptions(number, count, mode, *search, *more)
 
     if profile is not None:
         given = {"tiles": tiles, "head_groups": head_groups}
         chosen = {name: None if value == "auto" else value for name, value in given.items()}
         _refuse_sizes(batch=batch, seq=seq, lora=lora, dtype=dtype, **chosen)
+        from rpcompile.profile import Profile
+
         loaded = Profile.load(profile)
         given = asked(microbatches or 2 * number, "given")
-        found = plan_profile(loaded, given, profile.stem, None, None if gpu is None else box)
+        found = plan_profile(loaded, given, profile.stem, None, box)
     else:
+        from rpcompile.fit import naming_the_longest
+
         assert model is not None
+        assert box is not None
         if any(box.speeds):
             raise InvalidArgument(f"--gpu {gpu}: speeds are for --profile; a model is priced for each GPU")
         rows, count = divide(batch, microbatches, number)
@@ -208,9 +214,13 @@ def _divided(tiles: str, head_groups: str) -> dict[str, Any]:
 def find_box(gpu: str | None, gpus: int | None) -> tuple[Box, int]:
     """What `--gpu` and `--gpus` say: the GPUs, or one if all are alike; and how many there are."""
     from rpcompile.mixed_gpus import Box
-    from rpcompile.planner import find_gpu
 
-    found = Box.of([find_gpu(None)]) if gpu is None else Box.parse(gpu)
+    if gpu is None:
+        from rpcompile.planner import find_gpu
+
+        found = Box.of([find_gpu(None)])
+    else:
+        found = Box.parse(gpu)
     listed = gpu is not None and ("," in gpu or re.match(r"\d+x", gpu) is not None)
     if listed and gpus not in (None, len(found.gpus)):
         raise InvalidArgument(

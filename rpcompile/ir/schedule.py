@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rpcompile.errors import ScheduleError
 
@@ -50,11 +50,12 @@ class Op(StrEnum):
     FREE = "X"  # any stream: buffers whose life ends
 
 
+_PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGSUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
+
 COMPUTE_OPS = frozenset({Op.FORWARD, Op.RECOMPUTE, Op.BACKWARD, Op.FUSED})
 
 
-@dataclass(frozen=True)
-class ActionId:
+class ActionId(NamedTuple):
     """The text form of an action: `<stage><op>[<microbatch>][@<job>][.<part>]`.
 
     `2F0` is stage 2, forward, microbatch 0; `5FB3` the fused stage 5 on microbatch 3; `2P@2.7`
@@ -68,17 +69,15 @@ class ActionId:
     job: int | None = None
     part: int | None = None
 
-    _PATTERN = re.compile(r"(\d+)(FB|[PLVFRBHOGSUX])(\d+)?(?:@(\d+))?(?:\.(\d+))?")
-
     def __str__(self) -> str:
-        text = f"{self.stage}{self.op.value}"
-        text += "" if self.microbatch is None else str(self.microbatch)
-        text += "" if self.job is None else f"@{self.job}"
-        return text + ("" if self.part is None else f".{self.part}")
+        microbatch = "" if self.microbatch is None else self.microbatch
+        job = "" if self.job is None else f"@{self.job}"
+        part = "" if self.part is None else f".{self.part}"
+        return f"{self.stage}{self.op}{microbatch}{job}{part}"
 
     @classmethod
     def parse(cls, text: str) -> ActionId:
-        match = cls._PATTERN.fullmatch(text)
+        match = _PATTERN.fullmatch(text)
         if match is None:
             raise ScheduleError(f"{text!r} is not an action; write e.g. 2F0, 5FB3, 2P@2.7 or 1O0.6")
         stage, op, microbatch, job, part = match.groups()
@@ -168,6 +167,29 @@ class Action:
     waits: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
     workspace_bytes: int = 0
+
+    def ordered(
+        self, after: tuple[str, ...], waits: tuple[str, ...] = (), records: tuple[str, ...] = ()
+    ) -> Action:
+        """The same action in another order; `dataclasses.replace` takes twice as long."""
+        return Action(
+            self.id,
+            self.gpu,
+            self.stream,
+            self.op,
+            self.job,
+            self.stage,
+            self.microbatch,
+            self.nbytes,
+            self.seconds,
+            self.reads,
+            self.writes,
+            self.frees,
+            after,
+            waits,
+            records,
+            self.workspace_bytes,
+        )
 
 
 @dataclass(frozen=True)

@@ -412,8 +412,8 @@ def _behind(schedule: Schedule) -> dict[str, tuple[str, ...]]:
     events = chain_events(schedule, 2, "async", schedule.rotate)
     count = len(events.actions)
     found: dict[str, tuple[str, ...]] = {}
-    for action, sources in zip(events.actions, events.sources[count:], strict=True):
-        before = tuple(events.actions[source].id for source in sources if source < count)
+    for number, action in enumerate(events.actions):
+        before = tuple(events.actions[s].id for s in events.edges.of(number + count) if s < count)
         if before:
             found[action.id] = before
     return found
