@@ -248,12 +248,13 @@ class SearchSchedule:
 
     def _improve(self, problem: Problem, bound_s: float) -> tuple[State, str]:
         """The best state that is found, and what ended the search."""
-        began = time.monotonic()
+        limit_s = EFFORTS[self.effort].limit_s if self.time_limit_s is None else self.time_limit_s
+        ends = time.monotonic() + limit_s
         starts = first_starts(problem, self.partitions)
         found: list[State] = []
         late = False
         for effort in ("fast", self.effort)[self.effort == "fast" :]:  # which no other effort is worse than
-            states, ended = self._anneal_rounds(problem, bound_s, effort, starts, found, began)
+            states, ended = self._anneal_rounds(problem, bound_s, effort, starts, found, ends)
             found, late = states[:1], late or ended
         return found[0], "clock" if late else "moves"
 
@@ -264,7 +265,7 @@ class SearchSchedule:
         effort: str,
         starts: Starts,
         found: list[State],
-        began: float,
+        ends: float,
     ) -> tuple[list[State], bool]:
         """Anneals states as they are dealt out, then the best of them, at last GPU by GPU.
 
@@ -274,7 +275,7 @@ class SearchSchedule:
             effort: How much.
             starts: Where it begins.
             found: States that are in the last round, too.
-            began: When the search did.
+            ends: When it has to end; each round may take its share of what is left till then.
 
         Returns:
             All states of the last round, the best first, and whether the clock ended it.
@@ -286,9 +287,8 @@ class SearchSchedule:
             (False, True): _RING_ROUNDS,
             (False, False): _ROUNDS,
         }[effort == "fast", ring]
-        limit_s = EFFORTS[self.effort].limit_s if self.time_limit_s is None else self.time_limit_s
         states = starts.best(rounds[0].walks)
-        share, late = 0.0, False
+        left, late = 1.0, False
         for now in rounds:
             ahead = states[: now.ahead]
             states = ahead
@@ -299,9 +299,11 @@ class SearchSchedule:
                 for state in states if not ring else ():
                     problem.energy(state)
                     state.wanted[:] = 0
-            share += now.share
             work = now.share * EFFORTS[effort].work / len(states)
-            run = _Run(problem, bound_s, work, now.hot, now.cold, began + share * limit_s)
+            begins = time.monotonic()
+            until = begins + (ends - begins) * now.share / left
+            left -= now.share
+            run = _Run(problem, bound_s, work, now.hot, now.cold, until)
             states, ended = self._anneal(run, states)
             late = late or ended
         return states, late
