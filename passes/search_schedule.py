@@ -85,7 +85,7 @@ class Effort:
     limit_s: float
 
 
-EFFORTS = {"fast": Effort(1.5e8, 2.0), "normal": Effort(5e9, 20.0), "thorough": Effort(2.5e10, 90.0)}
+EFFORTS = {"fast": Effort(1.5e8, 2.0), "normal": Effort(3.5e9, 20.0), "thorough": Effort(1.8e10, 90.0)}
 
 
 @dataclass(frozen=True)

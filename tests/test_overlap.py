@@ -516,10 +516,13 @@ def test_an_interrupt_leaves_a_model_that_goes_on(where: str) -> None:
         warm(pair, optimizer, simulated)
         compiled.wait()
         engine, done, losses = compiled._training.engine, list[str](), list[torch.Tensor]()
+        called = threading.Event()
 
         def hook(number: int, instruction: str) -> None:
             if not done and instruction == ("0F0" if where == "calling" else last):
                 done.append(instruction)
+                if where == "reading":
+                    called.wait(20)
                 _thread.interrupt_main()
                 time.sleep(0.05)
 
@@ -534,7 +537,9 @@ def test_an_interrupt_leaves_a_model_that_goes_on(where: str) -> None:
             engine._dispatch = slow  # type: ignore[method-assign]
         with begun(hook, compiled):
             with pytest.raises(KeyboardInterrupt):
-                losses.append(compiled.forward_backward(**pair.batch_of(1))) or losses[0].item()
+                losses.append(compiled.forward_backward(**pair.batch_of(1)))
+                called.set()
+                losses[0].item()
             engine._dispatch = dispatch  # type: ignore[method-assign]
         if where == "calling":
             assert engine._flights == []
