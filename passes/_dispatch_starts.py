@@ -36,6 +36,7 @@ _PARTS = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (4, 8), (8, 8), (8, 1)
 _RING_PARTS = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 8))
 # Small stages at the first and the last end, how often halved.
 _ENDS = ((0, 2), (2, 2), (0, 4), (4, 4))
+_STRETCHES = (0.8, 1.0)  # of the pace on a ring, where a job that comes late holds up the next iteration
 _LONGER = 1.5  # the first two stages on a ring: queues of chained iterations let them take longer
 _TAPER = (3, 6)  # stages at each end that are dealt out equally wide
 
@@ -220,7 +221,10 @@ def _variations(problem: Problem, pattern: _Pattern) -> Iterator[_Shape]:
     """A pattern with other ends, and with its stages dealt out more widely."""
     gpus = problem.widest
     if problem.machine.ring:
-        yield _regular(problem, pattern, ((_LONGER, 1),) * 2)
+        for stretch in _STRETCHES:
+            stretched = pattern._replace(pace_s=stretch * pattern.pace_s)
+            yield _regular(problem, stretched)
+            yield _regular(problem, stretched, ((_LONGER, 1),) * 2)
     elif gpus > 1:
         for up, down in _ENDS:
             yield _regular(problem, pattern, _halved(up, gpus), _halved(down, gpus))
