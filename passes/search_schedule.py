@@ -11,7 +11,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,7 +68,7 @@ _SHORT_ROUNDS = (
     _Round(0.35, 1e-4, 1e-5, 3, 3),
 )
 _ROUNDS = (_Round(0.4, 2e-2, 1e-4, 16, 16), _Round(0.4, 2e-3, 3e-5, 4, 4), _Round(0.2, 1e-4, 1e-5, 4, 4))
-_SHORT_RING_ROUNDS = (_Round(0.5, 1e-3, 1e-4, 8, 8), _Round(0.5, 1e-3, 3e-5, 9, 2))
+_SHORT_RING_ROUNDS = (_Round(0.5, 1e-3, 1e-4, 12, 12), _Round(0.5, 1e-3, 3e-5, 9, 2))
 _RING_ROUNDS = (_Round(0.5, 1e-3, 1e-4, 32, 32), _Round(0.5, 1e-3, 3e-5, 33, 2))
 
 
@@ -251,12 +251,15 @@ class SearchSchedule:
         limit_s = EFFORTS[self.effort].limit_s if self.time_limit_s is None else self.time_limit_s
         ends = time.monotonic() + limit_s
         starts = first_starts(problem, self.partitions)
+        states: list[State] = []
         found: list[State] = []
         late = False
         for effort in ("fast", self.effort)[self.effort == "fast" :]:  # which no other effort is worse than
             states, ended = self._anneal_rounds(problem, bound_s, effort, starts, found, ends)
             found, late = states[:1], late or ended
-        return found[0], "clock" if late else "moves"
+        longer = replace(problem, machine=_longer(problem.machine))
+        best = min(states, key=lambda state: longer.energy(state)[1::-1])
+        return best, "clock" if late else "moves"
 
     def _anneal_rounds(
         self,
@@ -336,8 +339,7 @@ class SearchSchedule:
         order, ends = np.empty((size, self.microbatches), np.int64), np.empty((size, self.microbatches))
         stages = stages_of(problem.tables, size, state.cuts)
         machine, wanted = problem.machine, state.wanted[:size]
-        if machine.iterations > 1:  # long enough for any pattern over several iterations to show
-            machine = machine._replace(iterations=4 * _CHAINED, slice_s=4 * machine.slice_s)
+        machine = _longer(machine)
         played = play(machine, stages, state.gpu_of[:size], wanted, order, ends, math.inf)
         if played.excess_bytes > 0:
             raise self._nothing_fits(chain, problem, played.excess_bytes)
@@ -429,6 +431,13 @@ class _Run:
             if time.monotonic() > self.ends and piece < _PIECES - 1:
                 return value, True
         return value, False
+
+
+def _longer(machine: Machine) -> Machine:
+    """With iterations enough for any pattern over several of them to show, if they are chained."""
+    if machine.iterations == 1:
+        return machine
+    return machine._replace(iterations=4 * machine.iterations, slice_s=4 * machine.slice_s)
 
 
 def _copy(state: State) -> State:

@@ -43,13 +43,9 @@ def test_the_plan_is_for_the_steady_state(plan: Plan) -> None:
     predicted = plan.prediction
     assert (plan.mode, plan.schedule.mode) == ("async", "async")
     assert plan.schedule.rotate == len(plan.schedule.jobs) % 8 != 0
-    # One job a stage, for no effort was asked for.
+    # One job a stage, for no effort was asked for; RoundPipe's published bubble is 4.05 %.
     assert len(plan.schedule.jobs) == len(plan.partition.stages)
-    # RoundPipe's published bubble is 4.05 % with only the head fused; longer fused stages have less to do.
-    *body, head = plan.chain.segments
-    work_s = sum(2 * found.forward_s + found.backward_s for found in body) + head.forward_s + head.backward_s
-    assert predicted.bubble >= 0
-    assert predicted.iteration_s < 1.01 * 16 * work_s / 8
+    assert 0 <= predicted.bubble < 0.01
     assert predicted.traffic is not None
     assert predicted.traffic <= 0.65
     # Anyone can chain iterations and find the same: 16 of them begin on each GPU twice.

@@ -536,7 +536,7 @@ def test_an_interrupt_leaves_a_model_that_goes_on(where: str) -> None:
 
             engine._dispatch = slow  # type: ignore[method-assign]
         with begun(hook, compiled):
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
                 losses.append(compiled.forward_backward(**pair.batch_of(1)))
                 called.set()
                 losses[0].item()
