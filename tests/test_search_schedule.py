@@ -28,7 +28,7 @@ from rpcompile.passes.lay_out_dispatch import LayOutDispatch
 from rpcompile.passes.search_schedule import SearchedSchedule, SearchSchedule, _dispatched, _Run
 from rpcompile.profile import Profile
 from rpcompile.round_robin_time import stages_between
-from rpcompile.simulate import simulate
+from rpcompile.simulate import simulate, simulate_steady
 from rpcompile.simulate_dispatch import simulate_dispatch
 from rpcompile.variations import lay_out
 from rpcompile.verify import verify_schedule
@@ -391,6 +391,19 @@ def simulated_s(chain: SegmentChain, found: SearchedSchedule, mode: str) -> floa
     if mode == "sync":
         return simulate(schedule).makespan_s
     return simulate(schedule, iterations=24, mode="async", rotate=found.dispatch.rotate).period_s
+
+
+def test_a_period_is_that_of_a_long_run_also_where_its_turns_are_not_those_of_the_rotation() -> None:
+    # Six jobs on eight GPUs: every iteration begins two GPUs on, and every third one takes longer.
+    chain = Profile.load(PROFILES / "qwen3-1.7b.json").to_chain()
+    stages = stages_between([0, 23, 35, 41, 46, 52, 58], len(chain.segments))
+    partition = Partition(stages, chain.hardware.usable_bytes, 0.0, 0.0, "FEASIBLE", 0.0, "by hand")
+    jobs, by_gpu = _dispatched(np.repeat(np.arange(6)[:, None], 16, 1), np.tile(np.arange(16), (6, 1)), 8)
+    layout = LayOutDispatch(chain, partition, mode="async")
+    schedule = layout.run(Dispatch("by hand", 8, 16, jobs, by_gpu, rotate=6))
+    schedule = InsertEventWaits().run(InsertTransfers(chain).run(schedule))
+    ends_s = simulate(schedule, iterations=61, mode="async", rotate=6).iteration_end_s
+    assert simulate_steady(schedule).period_s == pytest.approx((ends_s[54] - ends_s[30]) / 24, rel=1e-3)
 
 
 def test_a_limit_of_traffic_raises_the_bound() -> None:
